@@ -1,0 +1,1 @@
+//! One safe function an operation, on the CPU now, on CUDA later.
