@@ -444,7 +444,10 @@ mod tests {
         let args = parse(&["m"]).unwrap();
         assert_eq!(args.model_names(), ["m"]);
         assert_eq!(args.listen.port, 8000);
-        assert_eq!(args.listen.allowed_origins, StringList(vec!["*".to_owned()]));
+        assert_eq!(
+            args.listen.allowed_origins,
+            StringList(vec!["*".to_owned()])
+        );
         assert_eq!(args.engine.block_size, 16);
         assert!(args.engine.prefix_caching());
         assert_eq!(args.engine.scheduling_policy, SchedulingPolicy::Fcfs);
@@ -461,7 +464,16 @@ mod tests {
             let args = parse(&["m", "--max-model-len", auto]).unwrap();
             assert_eq!(args.engine.max_model_len, Some(MaxModelLen::Auto));
         }
-        for wrong in ["", "k", "0", "1.5", "-2", "nan", "1e300k", "99999999999999999999"] {
+        for wrong in [
+            "",
+            "k",
+            "0",
+            "1.5",
+            "-2",
+            "nan",
+            "1e300k",
+            "99999999999999999999",
+        ] {
             assert!(parse_max_model_len(wrong).is_err(), "{wrong}");
         }
     }

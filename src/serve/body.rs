@@ -61,7 +61,11 @@ async fn read_limited(body: Body, max_body_size: usize) -> Result<Bytes, ApiErro
                 return Err(ApiError::body_incomplete("The request body broke off."));
             }
             Ok(None) => break,
-            Err(_) => return Err(ApiError::body_incomplete("The request body stopped coming.")),
+            Err(_) => {
+                return Err(ApiError::body_incomplete(
+                    "The request body stopped coming.",
+                ));
+            }
         };
         num_read = num_read.saturating_add(piece.len());
         if num_read <= max_body_size {
@@ -155,11 +159,18 @@ fn shortened(text: &str) -> String {
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let value = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
     let media_type = value.and_then(|value| value.split(';').next());
     media_type.is_some_and(|media| media.trim().eq_ignore_ascii_case("application/json"))
 }
 
 fn declared_length(headers: &HeaderMap) -> Option<u64> {
-    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+    headers
+        .get(header::CONTENT_LENGTH)?
+        .to_str()
+        .ok()?
+        .parse()
+        .ok()
 }

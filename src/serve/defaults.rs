@@ -49,10 +49,14 @@ impl SamplingDefaults {
         };
         let mut defaults = Self::default();
         if let Some(Value::Object(values)) = &from_file {
-            defaults.apply(values).context("read generation_config.json")?;
+            defaults
+                .apply(values)
+                .context("read generation_config.json")?;
         }
         if let Some(values) = &args.override_generation_config {
-            defaults.apply(values).context("apply --override-generation-config")?;
+            defaults
+                .apply(values)
+                .context("apply --override-generation-config")?;
             defaults.max_tokens_cap = count(values, "max_new_tokens")?;
         }
         Ok(defaults)
@@ -61,9 +65,15 @@ impl SamplingDefaults {
     fn apply(&mut self, values: &Map<String, Value>) -> anyhow::Result<()> {
         set(&mut self.temperature, number(values, "temperature")?);
         set(&mut self.top_p, number(values, "top_p")?);
-        set(&mut self.top_k, number(values, "top_k")?.map(|top_k| top_k as i64));
+        set(
+            &mut self.top_k,
+            number(values, "top_k")?.map(|top_k| top_k as i64),
+        );
         set(&mut self.min_p, number(values, "min_p")?);
-        set(&mut self.repetition_penalty, number(values, "repetition_penalty")?);
+        set(
+            &mut self.repetition_penalty,
+            number(values, "repetition_penalty")?,
+        );
         if let Some(max_tokens) = count(values, "max_new_tokens")? {
             self.max_tokens = Some(max_tokens);
         }
@@ -135,8 +145,14 @@ mod tests {
     #[test]
     fn the_models_file_gives_the_defaults() {
         let defaults = load(&[], qwen()).unwrap();
-        assert_eq!((defaults.temperature, defaults.top_p, defaults.top_k), (0.7, 0.8, 20));
-        assert_eq!((defaults.max_tokens, defaults.max_tokens_cap), (Some(512), None));
+        assert_eq!(
+            (defaults.temperature, defaults.top_p, defaults.top_k),
+            (0.7, 0.8, 20)
+        );
+        assert_eq!(
+            (defaults.max_tokens, defaults.max_tokens_cap),
+            (Some(512), None)
+        );
     }
 
     #[test]
@@ -152,7 +168,10 @@ mod tests {
     #[test]
     fn wrong_values_are_named() {
         let error = load(&[], json!({"top_p": "high"})).unwrap_err();
-        assert_eq!(format!("{error:#}"), "read generation_config.json: top_p must be a number, got \"high\"");
+        assert_eq!(
+            format!("{error:#}"),
+            "read generation_config.json: top_p must be a number, got \"high\""
+        );
     }
 
     #[test]

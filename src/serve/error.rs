@@ -39,7 +39,12 @@ pub(super) struct ApiError {
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { status, kind, message, param: None }
+        Self {
+            status,
+            kind,
+            message,
+            param: None,
+        }
     }
 
     fn with_param(mut self, param: impl Into<String>) -> Self {
@@ -132,12 +137,20 @@ impl ApiError {
 
     /// The engine can not take or finish a request.
     pub(super) fn internal(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "InternalServerError",
+            message,
+        )
     }
 
     /// The server takes no requests now.
     pub(super) fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError", message)
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "ServiceUnavailableError",
+            message,
+        )
     }
 
     /// Returns the body, as it is also sent inside a stream.
@@ -161,9 +174,11 @@ impl From<SubmitError> for ApiError {
                 "TooManyRequestsError",
                 format!("The server is busy: {error}. Try again later."),
             ),
-            SubmitError::EngineDead { .. } => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "EngineDeadError", error.to_string())
-            }
+            SubmitError::EngineDead { .. } => Self::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "EngineDeadError",
+                error.to_string(),
+            ),
             SubmitError::ShuttingDown => Self::unavailable(error.to_string()),
         }
     }
@@ -186,7 +201,11 @@ impl IntoResponse for ApiError {
 
 /// Answers a request without a valid key; vLLM's body is a string here, not an object.
 pub(super) fn unauthorized() -> Response {
-    (StatusCode::UNAUTHORIZED, Json(json!({"error": "Unauthorized"}))).into_response()
+    (
+        StatusCode::UNAUTHORIZED,
+        Json(json!({"error": "Unauthorized"})),
+    )
+        .into_response()
 }
 
 #[cfg(test)]
@@ -199,16 +218,24 @@ mod tests {
 
     #[test]
     fn each_submit_error_has_its_status() {
-        let full = SubmitError::QueueFull { num_waiting: 8, max_num_waiting: 8 };
+        let full = SubmitError::QueueFull {
+            num_waiting: 8,
+            max_num_waiting: 8,
+        };
         assert_eq!(status_of(full), 429);
-        let dead = SubmitError::EngineDead { reason: "out of memory".to_owned() };
+        let dead = SubmitError::EngineDead {
+            reason: "out of memory".to_owned(),
+        };
         assert_eq!(status_of(dead), 500);
         assert_eq!(status_of(SubmitError::ShuttingDown), 503);
     }
 
     #[test]
     fn a_full_queue_says_when_to_come_back() {
-        let full = SubmitError::QueueFull { num_waiting: 8, max_num_waiting: 8 };
+        let full = SubmitError::QueueFull {
+            num_waiting: 8,
+            max_num_waiting: 8,
+        };
         let response = ApiError::from(full).into_response();
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
     }

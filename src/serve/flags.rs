@@ -74,21 +74,49 @@ const TEXT_ONLY: &str = "only text models that generate are served";
 
 const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
     ("--swap-space", One, Ignored(REMOVED)),
-    ("--disable-log-requests", Nothing, Ignored("prompts are logged only with --enable-log-requests")),
-    ("--no-enable-log-requests", Nothing, Ignored("prompts are logged only with --enable-log-requests")),
+    (
+        "--disable-log-requests",
+        Nothing,
+        Ignored("prompts are logged only with --enable-log-requests"),
+    ),
+    (
+        "--no-enable-log-requests",
+        Nothing,
+        Ignored("prompts are logged only with --enable-log-requests"),
+    ),
     ("--trust-remote-code", Nothing, Ignored(NO_PYTHON)),
     ("--use-v2-block-manager", Nothing, Ignored(REMOVED)),
     ("--num-scheduler-steps", One, Ignored(REMOVED)),
     ("--multi-step-stream-outputs", One, Ignored(REMOVED)),
     ("--num-lookahead-slots", One, Ignored(REMOVED)),
-    ("--preemption-mode", One, Ignored("preempted sequences are recomputed")),
+    (
+        "--preemption-mode",
+        One,
+        Ignored("preempted sequences are recomputed"),
+    ),
     ("--guided-decoding-backend", One, Ignored(REMOVED)),
-    ("--distributed-executor-backend", One, Ignored("ranks are threads of this process")),
-    ("--worker-use-ray", Nothing, Ignored("ranks are threads of this process")),
+    (
+        "--distributed-executor-backend",
+        One,
+        Ignored("ranks are threads of this process"),
+    ),
+    (
+        "--worker-use-ray",
+        Nothing,
+        Ignored("ranks are threads of this process"),
+    ),
     ("--uvicorn-log-level", One, Ignored("set RUST_LOG instead")),
-    ("--gpu-memory-utilization", One, Ignored("set --kv-cache-memory-bytes instead")),
+    (
+        "--gpu-memory-utilization",
+        One,
+        Ignored("set --kv-cache-memory-bytes instead"),
+    ),
     ("--cpu-offload-gb", One, Ignored(CPU)),
-    ("--max-parallel-loading-workers", One, Ignored("weights are memory-mapped")),
+    (
+        "--max-parallel-loading-workers",
+        One,
+        Ignored("weights are memory-mapped"),
+    ),
     ("--enforce-eager", Nothing, Ignored(ALWAYS)),
     ("--no-enforce-eager", Nothing, Ignored(CPU)),
     ("--cuda-graph-sizes", Many, Ignored(CPU)),
@@ -97,50 +125,192 @@ const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
     ("--optimization-level", One, Ignored(CPU)),
     ("--disable-custom-all-reduce", Nothing, Ignored(CPU)),
     ("--enable-chunked-prefill", Nothing, Ignored(ALWAYS)),
-    ("--no-enable-chunked-prefill", Nothing, Ignored("prompts are always computed in chunks; answers are the same")),
-    ("--long-prefill-token-threshold", One, Ignored("the token budget of a step is shared by arrival")),
-    ("--max-num-partial-prefills", One, Ignored("the token budget of a step is shared by arrival")),
-    ("--max-long-partial-prefills", One, Ignored("the token budget of a step is shared by arrival")),
+    (
+        "--no-enable-chunked-prefill",
+        Nothing,
+        Ignored("prompts are always computed in chunks; answers are the same"),
+    ),
+    (
+        "--long-prefill-token-threshold",
+        One,
+        Ignored("the token budget of a step is shared by arrival"),
+    ),
+    (
+        "--max-num-partial-prefills",
+        One,
+        Ignored("the token budget of a step is shared by arrival"),
+    ),
+    (
+        "--max-long-partial-prefills",
+        One,
+        Ignored("the token budget of a step is shared by arrival"),
+    ),
     ("--async-scheduling", Nothing, Ignored(CPU)),
     ("--no-async-scheduling", Nothing, Ignored(ALWAYS)),
-    ("--prefix-caching-hash-algo", One, Ignored("one hash is built in")),
+    (
+        "--prefix-caching-hash-algo",
+        One,
+        Ignored("one hash is built in"),
+    ),
     ("--calculate-kv-scales", Nothing, Ignored(CPU)),
     ("--attention-backend", One, Ignored(CPU)),
-    ("--enable-server-load-tracking", Nothing, Ignored("/load is always there")),
-    ("--enable-tokenizer-info-endpoint", Nothing, Ignored("the endpoint is not built")),
-    ("--disable-fastapi-docs", Nothing, Ignored("only /openapi.json is served")),
-    ("--disable-frontend-multiprocessing", Nothing, Ignored("one process serves all")),
+    (
+        "--enable-server-load-tracking",
+        Nothing,
+        Ignored("/load is always there"),
+    ),
+    (
+        "--enable-tokenizer-info-endpoint",
+        Nothing,
+        Ignored("the endpoint is not built"),
+    ),
+    (
+        "--disable-fastapi-docs",
+        Nothing,
+        Ignored("only /openapi.json is served"),
+    ),
+    (
+        "--disable-frontend-multiprocessing",
+        Nothing,
+        Ignored("one process serves all"),
+    ),
     ("--api-server-count", One, Ignored("one process serves all")),
-    ("--root-path", One, Ignored("routes are served without a prefix")),
-    ("--h11-max-incomplete-event-size", One, Ignored("header limits are built in")),
-    ("--h11-max-header-count", One, Ignored("header limits are built in")),
-    ("--log-config-file", One, Ignored("set RUST_LOG and --log-format instead")),
-    ("--otlp-traces-endpoint", One, Ignored("no traces are exported")),
-    ("--collect-detailed-traces", Many, Ignored("no traces are exported")),
-    ("--show-hidden-metrics-for-version", One, Ignored("no metric is hidden")),
-    ("--ignore-patterns", Many, Ignored("only files of known names are fetched")),
-    ("--use-tqdm-on-load", Nothing, Ignored("progress bars are shown on terminals")),
-    ("--hf-overrides", One, Refused("edit the model's config.json instead")),
-    ("--rope-scaling", One, Refused("edit rope_scaling in the model's config.json instead")),
-    ("--rope-theta", One, Refused("edit rope_theta in the model's config.json instead")),
-    ("--hf-config-path", One, Refused("put config.json beside the weights")),
-    ("--config-format", One, OnlyAs(&["auto", "hf"], "only Hugging Face configs are read")),
-    ("--load-format", One, OnlyAs(&["auto", "safetensors", "hf", "gguf"], "only safetensors and GGUF weights are read")),
-    ("--model-impl", One, OnlyAs(&["auto", "vllm"], "models are built in")),
-    ("--tokenizer-mode", One, OnlyAs(&["auto", "hf", "fast"], "only tokenizer.json and GGUF vocabularies are read")),
-    ("--tokenizer-revision", One, Refused("give a directory with --tokenizer instead")),
-    ("--skip-tokenizer-init", Nothing, Refused("the API needs the tokenizer")),
+    (
+        "--root-path",
+        One,
+        Ignored("routes are served without a prefix"),
+    ),
+    (
+        "--h11-max-incomplete-event-size",
+        One,
+        Ignored("header limits are built in"),
+    ),
+    (
+        "--h11-max-header-count",
+        One,
+        Ignored("header limits are built in"),
+    ),
+    (
+        "--log-config-file",
+        One,
+        Ignored("set RUST_LOG and --log-format instead"),
+    ),
+    (
+        "--otlp-traces-endpoint",
+        One,
+        Ignored("no traces are exported"),
+    ),
+    (
+        "--collect-detailed-traces",
+        Many,
+        Ignored("no traces are exported"),
+    ),
+    (
+        "--show-hidden-metrics-for-version",
+        One,
+        Ignored("no metric is hidden"),
+    ),
+    (
+        "--ignore-patterns",
+        Many,
+        Ignored("only files of known names are fetched"),
+    ),
+    (
+        "--use-tqdm-on-load",
+        Nothing,
+        Ignored("progress bars are shown on terminals"),
+    ),
+    (
+        "--hf-overrides",
+        One,
+        Refused("edit the model's config.json instead"),
+    ),
+    (
+        "--rope-scaling",
+        One,
+        Refused("edit rope_scaling in the model's config.json instead"),
+    ),
+    (
+        "--rope-theta",
+        One,
+        Refused("edit rope_theta in the model's config.json instead"),
+    ),
+    (
+        "--hf-config-path",
+        One,
+        Refused("put config.json beside the weights"),
+    ),
+    (
+        "--config-format",
+        One,
+        OnlyAs(&["auto", "hf"], "only Hugging Face configs are read"),
+    ),
+    (
+        "--load-format",
+        One,
+        OnlyAs(
+            &["auto", "safetensors", "hf", "gguf"],
+            "only safetensors and GGUF weights are read",
+        ),
+    ),
+    (
+        "--model-impl",
+        One,
+        OnlyAs(&["auto", "vllm"], "models are built in"),
+    ),
+    (
+        "--tokenizer-mode",
+        One,
+        OnlyAs(
+            &["auto", "hf", "fast"],
+            "only tokenizer.json and GGUF vocabularies are read",
+        ),
+    ),
+    (
+        "--tokenizer-revision",
+        One,
+        Refused("give a directory with --tokenizer instead"),
+    ),
+    (
+        "--skip-tokenizer-init",
+        Nothing,
+        Refused("the API needs the tokenizer"),
+    ),
     ("--runner", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
     ("--task", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
     ("--convert", One, OnlyAs(&["auto", "none"], TEXT_ONLY)),
-    ("--device", One, OnlyAs(&["auto", "cpu"], "this build runs on the CPU")),
-    ("--kv-cache-dtype", One, OnlyAs(&["auto"], "the KV cache is kept as the engine computes it")),
-    ("--quantization", One, OnlyAs(&["auto", "none", "None", "gguf"], NO_QUANTIZATION)),
-    ("--logprobs-mode", One, OnlyAs(&["raw_logprobs"], "logprobs are those of the raw logits")),
+    (
+        "--device",
+        One,
+        OnlyAs(&["auto", "cpu"], "this build runs on the CPU"),
+    ),
+    (
+        "--kv-cache-dtype",
+        One,
+        OnlyAs(&["auto"], "the KV cache is kept as the engine computes it"),
+    ),
+    (
+        "--quantization",
+        One,
+        OnlyAs(&["auto", "none", "None", "gguf"], NO_QUANTIZATION),
+    ),
+    (
+        "--logprobs-mode",
+        One,
+        OnlyAs(&["raw_logprobs"], "logprobs are those of the raw logits"),
+    ),
     ("--pipeline-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
     ("--data-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
-    ("--decode-context-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
-    ("--enable-expert-parallel", Nothing, Refused("mixtures of experts are not built")),
+    (
+        "--decode-context-parallel-size",
+        One,
+        OnlyAs(&["1"], ONE_ENGINE),
+    ),
+    (
+        "--enable-expert-parallel",
+        Nothing,
+        Refused("mixtures of experts are not built"),
+    ),
     ("--nnodes", One, OnlyAs(&["1"], ONE_ENGINE)),
     ("--speculative-config", One, Refused(NO_SPECULATION)),
     ("--speculative-model", One, Refused(NO_SPECULATION)),
@@ -157,15 +327,31 @@ const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
     ("--tool-server", One, Refused(NO_TOOLS)),
     ("--reasoning-parser", One, Refused(NO_REASONING)),
     ("--enable-reasoning", Nothing, Refused(NO_REASONING)),
-    ("--structured-outputs-config", One, Refused("structured output is not built")),
+    (
+        "--structured-outputs-config",
+        One,
+        Refused("structured output is not built"),
+    ),
     ("--logits-processors", Many, Refused(NO_PYTHON)),
     ("--logits-processor-pattern", One, Refused(NO_PYTHON)),
     ("--middleware", One, Refused(NO_PYTHON)),
-    ("--kv-transfer-config", One, Refused("KV transfer is not built")),
-    ("--kv-offloading-size", One, Refused("the KV cache stays in memory; set --kv-cache-memory-bytes")),
+    (
+        "--kv-transfer-config",
+        One,
+        Refused("KV transfer is not built"),
+    ),
+    (
+        "--kv-offloading-size",
+        One,
+        Refused("the KV cache stays in memory; set --kv-cache-memory-bytes"),
+    ),
     ("--limit-mm-per-prompt", One, Refused(TEXT_ONLY)),
     ("--prompt-adapter", Many, Refused(NO_LORA)),
-    ("--disable-sliding-window", Nothing, Refused("limit --max-model-len to the window instead")),
+    (
+        "--disable-sliding-window",
+        Nothing,
+        Refused("limit --max-model-len to the window instead"),
+    ),
     ("--ssl-keyfile", One, Refused(NO_TLS)),
     ("--ssl-certfile", One, Refused(NO_TLS)),
     ("--ssl-ca-certs", One, Refused(NO_TLS)),
@@ -232,7 +418,10 @@ fn arguments_of_file(path: &PathBuf, typed: &[OsString]) -> anyhow::Result<Vec<O
     let yaml: Yaml = serde_norway::from_str(&text)
         .with_context(|| format!("parse the config file {}", path.display()))?;
     let Yaml::Mapping(entries) = yaml else {
-        bail!("the config file {} is not a mapping of flags to values", path.display());
+        bail!(
+            "the config file {} is not a mapping of flags to values",
+            path.display()
+        );
     };
     let is_typed = |flag: &str| {
         let same = |argument: &OsString| argument.to_str().map(|text| split_value(text).0 == flag);
@@ -240,14 +429,21 @@ fn arguments_of_file(path: &PathBuf, typed: &[OsString]) -> anyhow::Result<Vec<O
     };
     // A positional model can only come first: every later bare word is some flag's value.
     let model_is_typed = is_typed("--model")
-        || typed.first().and_then(|first| first.to_str()).is_some_and(|first| !first.starts_with('-'));
+        || typed
+            .first()
+            .and_then(|first| first.to_str())
+            .is_some_and(|first| !first.starts_with('-'));
     let mut arguments = Vec::new();
     for (key, value) in entries {
         let Yaml::String(key) = key else {
-            bail!("the config file {} has a key that is no string", path.display());
+            bail!(
+                "the config file {} has a key that is no string",
+                path.display()
+            );
         };
         let flag = format!("--{}", key.trim_start_matches('-').replace('_', "-"));
-        let overruled = is_typed(&flag) || (key.starts_with("model") && key.len() == 5 && model_is_typed);
+        let overruled =
+            is_typed(&flag) || (key.starts_with("model") && key.len() == 5 && model_is_typed);
         if flag != "--config" && !overruled {
             push_yaml(&mut arguments, flag, value)
                 .with_context(|| format!("key `{key}` of the config file {}", path.display()))?;
@@ -312,13 +508,21 @@ fn sort_out_foreign_flags(all: Vec<OsString>) -> anyhow::Result<PreparedArgument
         };
         let mut value = joined.map(str::to_owned);
         if joined.is_none() && *takes != Nothing {
-            let is_value = |next: &OsString| !next.to_str().is_some_and(|next| next.starts_with("--"));
-            value = rest.next_if(is_value).map(|next| next.to_string_lossy().into_owned());
+            let is_value =
+                |next: &OsString| !next.to_str().is_some_and(|next| next.starts_with("--"));
+            value = rest
+                .next_if(is_value)
+                .map(|next| next.to_string_lossy().into_owned());
             while *takes == Many && rest.next_if(is_value).is_some() {}
         }
         match fate {
-            Ignored(reason) => prepared.warnings.push(format!("{flag} has no effect: {reason}")),
-            OnlyAs(accepted, _) if value.as_deref().is_some_and(|value| accepted.contains(&value)) => {}
+            Ignored(reason) => prepared
+                .warnings
+                .push(format!("{flag} has no effect: {reason}")),
+            OnlyAs(accepted, _)
+                if value
+                    .as_deref()
+                    .is_some_and(|value| accepted.contains(&value)) => {}
             OnlyAs(accepted, hint) => bail!(
                 "{flag} {} is not supported (only {}): {hint}",
                 value.unwrap_or_default(),
@@ -346,13 +550,21 @@ mod tests {
     fn underscores_and_short_forms_become_long_flags() {
         assert_eq!(
             arguments("my_model --max_model_len=8k -tp 4 --served-model-name a_b"),
-            ["my_model", "--max-model-len=8k", "--tensor-parallel-size", "4", "--served-model-name", "a_b"]
+            [
+                "my_model",
+                "--max-model-len=8k",
+                "--tensor-parallel-size",
+                "4",
+                "--served-model-name",
+                "a_b"
+            ]
         );
     }
 
     #[test]
     fn flags_without_meaning_leave_a_warning() {
-        let prepared = prepare("m --swap-space 4 --enforce-eager --port 1 --trust_remote_code").unwrap();
+        let prepared =
+            prepare("m --swap-space 4 --enforce-eager --port 1 --trust_remote_code").unwrap();
         assert_eq!(prepared.arguments, ["m", "--port", "1"]);
         insta::assert_snapshot!(prepared.warnings.join("\n"), @r"
         --swap-space has no effect: vLLM removed it too
@@ -366,7 +578,12 @@ mod tests {
         let message = |line: &str| prepare(line).unwrap_err().to_string();
         insta::assert_snapshot!(message("m --quantization awq"), @"--quantization awq is not supported (only auto, none, None, gguf): weights are computed as stored; serve a GGUF file for quantized weights");
         insta::assert_snapshot!(message("m --lora-modules a=b c=d"), @"--lora-modules is not supported: merge the adapter into the model first");
-        assert!(prepare("m --kv-cache-dtype auto -pp 1").unwrap().warnings.is_empty());
+        assert!(
+            prepare("m --kv-cache-dtype auto -pp 1")
+                .unwrap()
+                .warnings
+                .is_empty()
+        );
     }
 
     #[test]
@@ -380,15 +597,23 @@ mod tests {
              dtype: half\n",
         )
         .unwrap();
-        let prepared =
-            prepare(&format!("m --port 99 --config {}", path.display())).unwrap();
+        let prepared = prepare(&format!("m --port 99 --config {}", path.display())).unwrap();
         let path = path.to_str().unwrap();
         assert_eq!(
             prepared.arguments,
             [
-                "m", "--port", "99", "--config", path, "--served-model-name", "a", "b",
-                "--no-enable-prefix-caching", "--allowed-origins=[\"x\"]",
-                "--override-generation-config={\"top_k\":3}", "--dtype=half",
+                "m",
+                "--port",
+                "99",
+                "--config",
+                path,
+                "--served-model-name",
+                "a",
+                "b",
+                "--no-enable-prefix-caching",
+                "--allowed-origins=[\"x\"]",
+                "--override-generation-config={\"top_k\":3}",
+                "--dtype=half",
             ]
         );
         assert_eq!(prepared.warnings.len(), 1);

@@ -4,7 +4,10 @@ use anyhow::bail;
 use serde_json::Value;
 
 use crate::engine::EngineHandle;
-use crate::text::{ChatTemplate, Tokenizer, resolve_chat_template};
+use crate::text::{
+    ChatTemplate, Tokenizer, fallback_template, fallback_template_for_architecture,
+    resolve_chat_template,
+};
 
 use super::args::ServeArgs;
 use super::defaults;
@@ -44,8 +47,22 @@ impl LoadedModel {
         &self,
         asked_for: Option<&str>,
     ) -> anyhow::Result<Option<ChatTemplate>> {
-        let _ = asked_for;
-        Ok(None)
+        let has_token = |token: &str| self.tokenizer.token_id(token).is_some();
+        let model_type = self
+            .config
+            .get("model_type")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        let source = match (asked_for, self.tokenizer.chat_templates().select(None)) {
+            (Some(asked_for), _) => Some(resolve_chat_template(asked_for)?),
+            (None, Some(own)) => Some(own.to_owned()),
+            (None, None) => fallback_template_for_architecture(model_type, &has_token)
+                .and_then(fallback_template)
+                .map(str::to_owned),
+        };
+        let compile =
+            |source: String| ChatTemplate::compile(&source, self.tokenizer.named_tokens());
+        Ok(source.map(compile).transpose()?)
     }
 }
 

@@ -115,14 +115,29 @@ impl Maker<'_> {
 impl EngineMetrics {
     fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
         Ok(Self {
-            num_requests_running: make.gauge("num_requests_running", "Sequences in the running batch.")?,
-            num_requests_waiting: make.gauge("num_requests_waiting", "Sequences waiting to run.")?,
-            kv_cache_usage_perc: make.ratio("kv_cache_usage_perc", "Share of KV blocks in use, 1 is all.")?,
-            prefix_cache_queries: make.counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")?,
-            prefix_cache_hits: make.counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
-            prompt_tokens: make.counter("prompt_tokens_total", "Prompt tokens of admitted requests.")?,
+            num_requests_running: make
+                .gauge("num_requests_running", "Sequences in the running batch.")?,
+            num_requests_waiting: make
+                .gauge("num_requests_waiting", "Sequences waiting to run.")?,
+            kv_cache_usage_perc: make.ratio(
+                "kv_cache_usage_perc",
+                "Share of KV blocks in use, 1 is all.",
+            )?,
+            prefix_cache_queries: make.counter(
+                "prefix_cache_queries_total",
+                "Prompt tokens looked up in the prefix cache.",
+            )?,
+            prefix_cache_hits: make.counter(
+                "prefix_cache_hits_total",
+                "Prompt tokens found in the prefix cache.",
+            )?,
+            prompt_tokens: make
+                .counter("prompt_tokens_total", "Prompt tokens of admitted requests.")?,
             generation_tokens: make.counter("generation_tokens_total", "Tokens generated.")?,
-            num_preemptions: make.counter("num_preemptions_total", "Sequences put back because KV blocks ran out.")?,
+            num_preemptions: make.counter(
+                "num_preemptions_total",
+                "Sequences put back because KV blocks ran out.",
+            )?,
             num_steps: make.counter("num_engine_steps_total", "Engine steps run.")?,
         })
     }
@@ -132,10 +147,13 @@ impl EngineMetrics {
             counter.reset();
             counter.inc_by(value);
         };
-        self.num_requests_running.set(stats.num_requests_running as i64);
-        self.num_requests_waiting.set(stats.num_requests_waiting as i64);
+        self.num_requests_running
+            .set(stats.num_requests_running as i64);
+        self.num_requests_waiting
+            .set(stats.num_requests_waiting as i64);
         let num_blocks = stats.num_blocks_total.max(1);
-        self.kv_cache_usage_perc.set(stats.num_blocks_used as f64 / num_blocks as f64);
+        self.kv_cache_usage_perc
+            .set(stats.num_blocks_used as f64 / num_blocks as f64);
         set(&self.prefix_cache_queries, stats.prefix_cache_queries);
         set(&self.prefix_cache_hits, stats.prefix_cache_hits);
         set(&self.prompt_tokens, stats.prompt_tokens);
@@ -150,18 +168,46 @@ impl RequestMetrics {
         let time = |name: &str, help: &str| make.histogram(name, help, &REQUEST_TIME_BUCKETS);
         let tokens = |name: &str, help: &str| make.histogram(name, help, &TOKEN_COUNT_BUCKETS);
         Ok(Self {
-            success: make.counters("request_success_total", "Sequences finished, by reason.", &["finished_reason"])?,
-            time_to_first_token: make.histogram("time_to_first_token_seconds", "Arrival to first token.", &TTFT_BUCKETS)?,
-            inter_token_latency: make.histogram("inter_token_latency_seconds", "One token to the next.", &TOKEN_TIME_BUCKETS)?,
-            time_per_output_token: make.histogram("request_time_per_output_token_seconds", "Mean time of a token after the first.", &TOKEN_TIME_BUCKETS)?,
+            success: make.counters(
+                "request_success_total",
+                "Sequences finished, by reason.",
+                &["finished_reason"],
+            )?,
+            time_to_first_token: make.histogram(
+                "time_to_first_token_seconds",
+                "Arrival to first token.",
+                &TTFT_BUCKETS,
+            )?,
+            inter_token_latency: make.histogram(
+                "inter_token_latency_seconds",
+                "One token to the next.",
+                &TOKEN_TIME_BUCKETS,
+            )?,
+            time_per_output_token: make.histogram(
+                "request_time_per_output_token_seconds",
+                "Mean time of a token after the first.",
+                &TOKEN_TIME_BUCKETS,
+            )?,
             e2e_latency: time("e2e_request_latency_seconds", "Arrival to last token.")?,
-            prefill_time: time("request_queue_and_prefill_time_seconds", "Arrival to computed prompt.")?,
+            prefill_time: time(
+                "request_queue_and_prefill_time_seconds",
+                "Arrival to computed prompt.",
+            )?,
             decode_time: time("request_decode_time_seconds", "First to last token.")?,
             prompt_tokens: tokens("request_prompt_tokens", "Prompt tokens of a request.")?,
-            generation_tokens: tokens("request_generation_tokens", "Tokens generated for a sequence.")?,
+            generation_tokens: tokens(
+                "request_generation_tokens",
+                "Tokens generated for a sequence.",
+            )?,
             params_n: make.histogram("request_params_n", "Answers asked for.", &CHOICE_BUCKETS)?,
-            params_max_tokens: tokens("request_params_max_tokens", "Most tokens a sequence may generate.")?,
-            prompt_tokens_cached: make.counter("prompt_tokens_cached_total", "Prompt tokens taken from the prefix cache.")?,
+            params_max_tokens: tokens(
+                "request_params_max_tokens",
+                "Most tokens a sequence may generate.",
+            )?,
+            prompt_tokens_cached: make.counter(
+                "prompt_tokens_cached_total",
+                "Prompt tokens taken from the prefix cache.",
+            )?,
         })
     }
 }
@@ -173,7 +219,10 @@ impl Metrics {
     /// Never for the names in this file; the library checks them at run time.
     pub(super) fn new(model_name: &str) -> prometheus::Result<Self> {
         let registry = Registry::new();
-        let make = Maker { registry: &registry, model_name };
+        let make = Maker {
+            registry: &registry,
+            model_name,
+        };
         let engine = EngineMetrics::new(&make)?;
         let requests = RequestMetrics::new(&make)?;
         let http_requests = make.counters(
@@ -181,7 +230,13 @@ impl Metrics {
             "HTTP requests answered.",
             &["method", "handler", "status"],
         )?;
-        Ok(Self { registry, engine, requests, http_requests, scrape: Mutex::new(()) })
+        Ok(Self {
+            registry,
+            engine,
+            requests,
+            http_requests,
+            scrape: Mutex::new(()),
+        })
     }
 
     /// Returns the metrics in Prometheus' text format, with the engine's present counters.
@@ -200,12 +255,16 @@ impl Metrics {
 
     /// Counts an answered HTTP request; `handler` is a route, never a raw path.
     pub(super) fn count_http(&self, method: &str, handler: &str, status: &str) {
-        self.http_requests.with_label_values(&[method, handler, status]).inc();
+        self.http_requests
+            .with_label_values(&[method, handler, status])
+            .inc();
     }
 
     /// Observes what a request asks for.
     pub(super) fn observe_request(&self, num_prompt_tokens: usize, n: usize, max_tokens: usize) {
-        self.requests.prompt_tokens.observe(num_prompt_tokens as f64);
+        self.requests
+            .prompt_tokens
+            .observe(num_prompt_tokens as f64);
         self.requests.params_n.observe(n as f64);
         self.requests.params_max_tokens.observe(max_tokens as f64);
     }
@@ -224,14 +283,23 @@ impl RequestTimer {
     /// Starts at the arrival of the request.
     pub(super) fn start() -> Self {
         let arrival = Instant::now();
-        Self { arrival, first_token: None, last_token: arrival, num_tokens: 0 }
+        Self {
+            arrival,
+            first_token: None,
+            last_token: arrival,
+            num_tokens: 0,
+        }
     }
 
     /// Notes that the prompt was computed.
     pub(super) fn prompt_done(&self, metrics: &Metrics, num_cached_tokens: usize) {
         let requests = &metrics.requests;
-        requests.prefill_time.observe(self.arrival.elapsed().as_secs_f64());
-        requests.prompt_tokens_cached.inc_by(num_cached_tokens as u64);
+        requests
+            .prefill_time
+            .observe(self.arrival.elapsed().as_secs_f64());
+        requests
+            .prompt_tokens_cached
+            .inc_by(num_cached_tokens as u64);
     }
 
     /// Notes a token.
@@ -241,10 +309,16 @@ impl RequestTimer {
         if self.first_token.is_none() {
             self.first_token = Some(now);
             let elapsed = now - self.arrival;
-            metrics.requests.time_to_first_token.observe(elapsed.as_secs_f64());
+            metrics
+                .requests
+                .time_to_first_token
+                .observe(elapsed.as_secs_f64());
         } else {
             let elapsed = now - self.last_token;
-            metrics.requests.inter_token_latency.observe(elapsed.as_secs_f64());
+            metrics
+                .requests
+                .inter_token_latency
+                .observe(elapsed.as_secs_f64());
         }
         self.last_token = now;
     }
@@ -254,7 +328,9 @@ impl RequestTimer {
         let requests = &metrics.requests;
         requests.success.with_label_values(&[reason]).inc();
         requests.generation_tokens.observe(self.num_tokens as f64);
-        requests.e2e_latency.observe(self.arrival.elapsed().as_secs_f64());
+        requests
+            .e2e_latency
+            .observe(self.arrival.elapsed().as_secs_f64());
         if let Some(first_token) = self.first_token {
             let decode_secs = (self.last_token - first_token).as_secs_f64();
             requests.decode_time.observe(decode_secs);
@@ -278,7 +354,12 @@ mod tests {
         timer.token(&metrics);
         timer.token(&metrics);
         timer.finish(&metrics, "stop");
-        let stats = Stats { generation_tokens: 2, num_blocks_total: 4, num_blocks_used: 1, ..Stats::default() };
+        let stats = Stats {
+            generation_tokens: 2,
+            num_blocks_total: 4,
+            num_blocks_used: 1,
+            ..Stats::default()
+        };
         let text = metrics.encode(stats).unwrap();
         for line in [
             "# TYPE infold:generation_tokens_total counter",
@@ -296,7 +377,10 @@ mod tests {
     #[test]
     fn scraping_twice_does_not_add_up() {
         let metrics = Metrics::new("tiny").unwrap();
-        let stats = Stats { prompt_tokens: 7, ..Stats::default() };
+        let stats = Stats {
+            prompt_tokens: 7,
+            ..Stats::default()
+        };
         metrics.encode(stats).unwrap();
         let text = metrics.encode(stats).unwrap();
         assert!(text.contains("infold:prompt_tokens_total{engine=\"0\",model_name=\"tiny\"} 7"));

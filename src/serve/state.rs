@@ -119,7 +119,11 @@ impl AppState {
             engine: loaded.engine,
             tokenizer: loaded.tokenizer,
             sampling_defaults,
-            model: ServedModel { names, root: loaded.root, created: unix_seconds() },
+            model: ServedModel {
+                names,
+                root: loaded.root,
+                created: unix_seconds(),
+            },
             options: Options::new(args, api_keys),
             metrics,
             lifecycle: Lifecycle::default(),

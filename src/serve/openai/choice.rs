@@ -75,7 +75,10 @@ impl Finish {
             FinishReason::Length => ("length", None),
             FinishReason::Aborted => ("abort", None),
         };
-        Self { reason, stop_reason }
+        Self {
+            reason,
+            stop_reason,
+        }
     }
 }
 
@@ -98,22 +101,41 @@ impl Choice {
     /// Returns the next update; `None` after the last one.
     pub(super) async fn next(&mut self) -> Option<ChoiceUpdate> {
         if let Some(reason) = self.finish_after_prompt.take() {
-            let delta = Delta { finish: Some(Finish::new(reason)), ..Delta::default() };
+            let delta = Delta {
+                finish: Some(Finish::new(reason)),
+                ..Delta::default()
+            };
             return Some(self.complete(delta));
         }
-        let interval = if self.has_started { self.state.options.stream_interval } else { 1 };
+        let interval = if self.has_started {
+            self.state.options.stream_interval
+        } else {
+            1
+        };
         let mut delta = Delta::default();
         while delta.tokens.len() < interval {
             let Some(event) = self.tokens.as_mut()?.next().await else {
                 return Some(self.fail(self.reason_of_silence()));
             };
             match event {
-                TokenEvent::Prompt { num_cached_tokens, logprobs, finish } => {
-                    self.timer.prompt_done(&self.state.metrics, num_cached_tokens);
+                TokenEvent::Prompt {
+                    num_cached_tokens,
+                    logprobs,
+                    finish,
+                } => {
+                    self.timer
+                        .prompt_done(&self.state.metrics, num_cached_tokens);
                     self.finish_after_prompt = finish;
-                    return Some(ChoiceUpdate::Prompt(PromptInfo { num_cached_tokens, logprobs }));
+                    return Some(ChoiceUpdate::Prompt(PromptInfo {
+                        num_cached_tokens,
+                        logprobs,
+                    }));
                 }
-                TokenEvent::Token { token_id, logprobs, finish } => {
+                TokenEvent::Token {
+                    token_id,
+                    logprobs,
+                    finish,
+                } => {
                     self.has_started = true;
                     self.timer.token(&self.state.metrics);
                     self.record.add_completion_token();
@@ -192,8 +214,10 @@ impl ChoiceText {
         token_id: u32,
         finish: Option<FinishReason>,
     ) -> (String, Option<Finish>) {
-        let ends_by_token =
-            matches!(finish, Some(FinishReason::EndOfSequence | FinishReason::StopToken(_)));
+        let ends_by_token = matches!(
+            finish,
+            Some(FinishReason::EndOfSequence | FinishReason::StopToken(_))
+        );
         let mut new_text = String::new();
         if !ends_by_token || self.ending_token == EndingToken::Kept {
             new_text = self.detokenizer.push(&state.tokenizer, token_id);
@@ -208,7 +232,13 @@ impl ChoiceText {
         let outcome = self.stop_strings.push(&new_text);
         if let Some(index) = outcome.stopped {
             let stop_reason = self.stop.get(index).cloned().map(StopReason::Text);
-            return (outcome.emit, Some(Finish { reason: "stop", stop_reason }));
+            return (
+                outcome.emit,
+                Some(Finish {
+                    reason: "stop",
+                    stop_reason,
+                }),
+            );
         }
         let mut text = outcome.emit;
         if finish.is_some() {
@@ -245,7 +275,10 @@ pub(super) struct FinishedChoice {
 impl FinishedChoice {
     /// Returns the mean logprob of the tokens, by which `best_of` ranks.
     pub(super) fn mean_logprob(&self) -> f32 {
-        let logprobs = self.tokens.iter().filter_map(|token| token.logprobs.as_ref());
+        let logprobs = self
+            .tokens
+            .iter()
+            .filter_map(|token| token.logprobs.as_ref());
         let sum: f32 = logprobs.map(|logprobs| logprobs.logprob).sum();
         sum / self.tokens.len().max(1) as f32
     }
@@ -269,7 +302,13 @@ async fn collect_one(mut choice: Choice) -> Result<FinishedChoice, ApiError> {
                 text.push_str(&delta.text);
                 tokens.extend(delta.tokens);
                 if let Some(finish) = delta.finish {
-                    return Ok(FinishedChoice { index: choice.index, prompt, text, tokens, finish });
+                    return Ok(FinishedChoice {
+                        index: choice.index,
+                        prompt,
+                        text,
+                        tokens,
+                        finish,
+                    });
                 }
             }
         }

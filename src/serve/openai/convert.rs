@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 
 use crate::engine::{GenerateRequest, SamplingParams};
 use crate::text::{
-    AddSpecialTokens, ChatTemplate, Detokenizer, IncludeStopString, RenderInput,
-    SkipSpecialTokens, StopStrings, TextError, Tokenizer,
+    AddSpecialTokens, ChatTemplate, Detokenizer, IncludeStopString, RenderInput, SkipSpecialTokens,
+    StopStrings, TextError, Tokenizer,
 };
 
 use super::super::args::ContentFormat;
@@ -100,13 +100,19 @@ impl Generation {
             );
             return Err(ApiError::invalid("n", message));
         }
-        let id = record.request_id.clone().or_else(|| fields.request_id.clone());
+        let id = record
+            .request_id
+            .clone()
+            .or_else(|| fields.request_id.clone());
         let id = id.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
         let num_prompt_tokens = prompts.iter().map(|prompt| prompt.token_ids.len()).sum();
         record.set_prompt_tokens(num_prompt_tokens);
         Ok(Self {
             id: format!("{kind}-{id}"),
-            model: fields.model.clone().filter(|name| !name.is_empty())
+            model: fields
+                .model
+                .clone()
+                .filter(|name| !name.is_empty())
                 .unwrap_or_else(|| state.model.name().to_owned()),
             created: unix_seconds(),
             prompts,
@@ -129,7 +135,9 @@ impl Generation {
         let stop: Arc<[String]> = self.checked.stop.clone().into();
         for prompt in &self.prompts {
             let num_prompt_tokens = prompt.token_ids.len();
-            state.metrics.observe_request(num_prompt_tokens, self.checked.n, prompt.max_tokens);
+            state
+                .metrics
+                .observe_request(num_prompt_tokens, self.checked.n, prompt.max_tokens);
             for nth in 0..self.checked.best_of {
                 let index = choices.len();
                 let tokens = state.engine.submit(self.request(prompt, nth, index))?;
@@ -172,7 +180,11 @@ impl Generation {
         prompt: &PreparedPrompt,
         stop: &Arc<[String]>,
     ) -> Result<ChoiceText, ApiError> {
-        let OutputOptions { skip_special_tokens, include_stop, .. } = self.output;
+        let OutputOptions {
+            skip_special_tokens,
+            include_stop,
+            ..
+        } = self.output;
         let tokenizer = &state.tokenizer;
         Ok(ChoiceText {
             detokenizer: Detokenizer::after_prompt(
@@ -193,7 +205,10 @@ impl Generation {
 
     /// Returns what writes this request's logprobs.
     pub(super) fn logprob_writer<'a>(&self, tokenizer: &'a Tokenizer) -> LogprobWriter<'a> {
-        LogprobWriter { tokenizer, spelling: self.output.token_spelling }
+        LogprobWriter {
+            tokenizer,
+            spelling: self.output.token_spelling,
+        }
     }
 
     /// Logs what will be generated, if the operator asked for it.
@@ -202,7 +217,11 @@ impl Generation {
             return;
         }
         for prompt in &self.prompts {
-            let text: String = prompt.text.chars().take(state.options.max_log_len).collect();
+            let text: String = prompt
+                .text
+                .chars()
+                .take(state.options.max_log_len)
+                .collect();
             tracing::info!(
                 request_id = self.id,
                 prompt = text,
@@ -238,11 +257,20 @@ pub(in crate::serve) fn check_token_ids(
     token_ids: &[i64],
 ) -> Result<Vec<u32>, ApiError> {
     // The model may have more rows than the tokenizer has tokens; such ids have no text.
-    let vocab_size = state.engine.info().vocab_size.max(state.tokenizer.vocab_size());
-    let known = |id: &i64| u32::try_from(*id).ok().filter(|id| (*id as usize) < vocab_size);
+    let vocab_size = state
+        .engine
+        .info()
+        .vocab_size
+        .max(state.tokenizer.vocab_size());
+    let known = |id: &i64| {
+        u32::try_from(*id)
+            .ok()
+            .filter(|id| (*id as usize) < vocab_size)
+    };
     let check = |id: &i64| {
         known(id).ok_or_else(|| {
-            let message = format!("Token id {id} is out of vocabulary. Vocabulary size: {vocab_size}");
+            let message =
+                format!("Token id {id} is out of vocabulary. Vocabulary size: {vocab_size}");
             ApiError::invalid(param, message)
         })
     };
@@ -258,7 +286,10 @@ pub(in crate::serve) fn encode(
     text: &str,
     add: AddSpecialTokens,
 ) -> Result<Vec<u32>, ApiError> {
-    state.tokenizer.encode(text, add).map_err(|error| text_error("prompt", &error))
+    state
+        .tokenizer
+        .encode(text, add)
+        .map_err(|error| text_error("prompt", &error))
 }
 
 /// Cuts a prompt if asked to and bounds its output by the context.
@@ -287,19 +318,30 @@ pub(super) fn fit_context(
         }
     }
     if token_ids.is_empty() {
-        return Err(ApiError::invalid("prompt", "The decoder prompt cannot be empty"));
+        return Err(ApiError::invalid(
+            "prompt",
+            "The decoder prompt cannot be empty",
+        ));
     }
     let num_prompt_tokens = token_ids.len();
     let requested = asked.unwrap_or(1);
     if num_prompt_tokens.saturating_add(requested) > max_model_len {
-        return Err(ApiError::context_overflow(max_model_len, requested, num_prompt_tokens));
+        return Err(ApiError::context_overflow(
+            max_model_len,
+            requested,
+            num_prompt_tokens,
+        ));
     }
     let defaults = &state.sampling_defaults;
     let room = max_model_len - num_prompt_tokens;
     let wanted = asked.or(defaults.max_tokens).unwrap_or(room);
     let cap = defaults.max_tokens_cap.unwrap_or(room);
     let text = text.unwrap_or_else(|| state.tokenizer.decode(&token_ids, SkipSpecialTokens::No));
-    Ok(PreparedPrompt { token_ids, text, max_tokens: wanted.min(cap).min(room) })
+    Ok(PreparedPrompt {
+        token_ids,
+        text,
+        max_tokens: wanted.min(cap).min(room),
+    })
 }
 
 /// Renders a chat to the prompt's text.
@@ -324,7 +366,8 @@ pub(in crate::serve) fn render_chat(
     let continue_final_message = fields.continue_final_message.unwrap_or(false);
     let add_generation_prompt = fields.add_generation_prompt.unwrap_or(true);
     if continue_final_message && add_generation_prompt {
-        let message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True.";
+        let message =
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.";
         return Err(ApiError::invalid("continue_final_message", message));
     }
     let messages = template_messages(state, messages)?;
@@ -336,7 +379,9 @@ pub(in crate::serve) fn render_chat(
         kwargs: Some(&kwargs),
         ..RenderInput::default()
     };
-    template.render(&input).map_err(|error| text_error("messages", &error))
+    template
+        .render(&input)
+        .map_err(|error| text_error("messages", &error))
 }
 
 fn request_template(
@@ -373,7 +418,14 @@ fn template_message(
     index: usize,
     message: &ChatMessage,
 ) -> Result<Value, ApiError> {
-    let ChatMessage { role, content, name, tool_calls, tool_call_id, reasoning_content } = message;
+    let ChatMessage {
+        role,
+        content,
+        name,
+        tool_calls,
+        tool_call_id,
+        reasoning_content,
+    } = message;
     if let Some(MessageContent::Parts(parts)) = content {
         check_parts(index, parts)?;
     }
@@ -385,14 +437,21 @@ fn template_message(
         (Some(content), ContentFormat::Auto | ContentFormat::String) => json!(content.text()),
     };
     object.insert("content".to_owned(), content);
-    let texts = [("name", name), ("tool_call_id", tool_call_id), ("reasoning_content", reasoning_content)];
+    let texts = [
+        ("name", name),
+        ("tool_call_id", tool_call_id),
+        ("reasoning_content", reasoning_content),
+    ];
     for (key, value) in texts {
         if let Some(value) = value {
             object.insert(key.to_owned(), json!(value));
         }
     }
     if let Some(calls) = tool_calls.as_ref().filter(|calls| !calls.is_empty()) {
-        object.insert("tool_calls".to_owned(), calls.iter().map(with_parsed_arguments).collect());
+        object.insert(
+            "tool_calls".to_owned(),
+            calls.iter().map(with_parsed_arguments).collect(),
+        );
     }
     Ok(Value::Object(object))
 }
@@ -401,7 +460,9 @@ fn template_message(
 fn with_parsed_arguments(call: &Value) -> Value {
     let mut call = call.clone();
     if let Some(arguments) = call.pointer_mut("/function/arguments")
-        && let Some(parsed) = arguments.as_str().and_then(|text| serde_json::from_str(text).ok())
+        && let Some(parsed) = arguments
+            .as_str()
+            .and_then(|text| serde_json::from_str(text).ok())
     {
         *arguments = parsed;
     }
@@ -419,7 +480,10 @@ fn check_parts(index: usize, parts: &[ContentPart]) -> Result<(), ApiError> {
             return Err(ApiError::invalid(&param, message));
         }
         if part.text.is_none() {
-            return Err(ApiError::invalid(&param, "a content part of type `text` needs a text."));
+            return Err(ApiError::invalid(
+                &param,
+                "a content part of type `text` needs a text.",
+            ));
         }
     }
     Ok(())

@@ -49,7 +49,9 @@ impl LogprobWriter<'_> {
     }
 
     fn bytes(&self, id: u32) -> Vec<u8> {
-        self.tokenizer.token_bytes(id).map_or_else(Vec::new, |bytes| bytes.into_owned())
+        self.tokenizer
+            .token_bytes(id)
+            .map_or_else(Vec::new, |bytes| bytes.into_owned())
     }
 
     /// Returns a token's entry in a chat answer, with the `num_top` most likely ones.
@@ -81,8 +83,12 @@ impl LogprobWriter<'_> {
     ) -> usize {
         lists.text_offset.push(offset);
         lists.tokens.push(self.token(token_id));
-        lists.token_logprobs.push(logprobs.map(|logprobs| logprobs.logprob.max(FLOOR)));
-        lists.top_logprobs.push(logprobs.map(|logprobs| self.top_map(logprobs)));
+        lists
+            .token_logprobs
+            .push(logprobs.map(|logprobs| logprobs.logprob.max(FLOOR)));
+        lists
+            .top_logprobs
+            .push(logprobs.map(|logprobs| self.top_map(logprobs)));
         offset + self.text(token_id).chars().count()
     }
 
@@ -90,22 +96,34 @@ impl LogprobWriter<'_> {
     fn top_map(&self, logprobs: &TokenLogprobs) -> Map<String, Value> {
         let drawn = (logprobs.token_id, logprobs.logprob);
         let all = logprobs.top.iter().copied().chain([drawn]);
-        all.map(|(id, logprob)| (self.token(id), Value::from(logprob.max(FLOOR)))).collect()
+        all.map(|(id, logprob)| (self.token(id), Value::from(logprob.max(FLOOR))))
+            .collect()
     }
 
     /// Returns the logprobs of a prompt by token id.
     pub(super) fn prompt(&self, prompt: &[Option<TokenLogprobs>]) -> PromptLogprobs {
-        prompt.iter().map(|entry| entry.as_ref().map(|entry| self.prompt_entry(entry))).collect()
+        prompt
+            .iter()
+            .map(|entry| entry.as_ref().map(|entry| self.prompt_entry(entry)))
+            .collect()
     }
 
     fn prompt_entry(&self, logprobs: &TokenLogprobs) -> BTreeMap<u32, PromptLogprob> {
         let entry = |id: u32, logprob: f32, rank: usize| {
             let decoded_token = self.text(id);
-            (id, PromptLogprob { logprob: logprob.max(FLOOR), rank, decoded_token })
+            (
+                id,
+                PromptLogprob {
+                    logprob: logprob.max(FLOOR),
+                    rank,
+                    decoded_token,
+                },
+            )
         };
         let top = logprobs.top.iter().enumerate();
-        let mut entries: BTreeMap<_, _> =
-            top.map(|(index, &(id, logprob))| entry(id, logprob, index + 1)).collect();
+        let mut entries: BTreeMap<_, _> = top
+            .map(|(index, &(id, logprob))| entry(id, logprob, index + 1))
+            .collect();
         entries.extend([entry(logprobs.token_id, logprobs.logprob, logprobs.rank)]);
         entries
     }

@@ -14,11 +14,13 @@ mod responses;
 mod stream;
 mod types;
 mod unions;
+mod usage;
 mod validate;
 
 pub(super) use chat::chat_completions;
 pub(super) use completions::completions;
 pub(super) use convert::{check_model, check_token_ids, encode, render_chat};
+pub(super) use responses::{ChatCompletion, Completion};
 pub(super) use types::{
     ChatFields, CompletionFields, DetokenizeRequest, SamplingFields, TemplateFields,
     TokenizeRequest,

@@ -64,8 +64,6 @@ pub(in crate::serve) struct SamplingFields {
     pub(in crate::serve) max_tokens: Option<i64>,
     /// Leave special tokens out of the text.
     pub(in crate::serve) skip_special_tokens: Option<bool>,
-    /// Accepted; the tokenizers served here put no spaces there.
-    pub(in crate::serve) spaces_between_special_tokens: Option<bool>,
     /// Report this many most likely tokens for each prompt token.
     pub(in crate::serve) prompt_logprobs: Option<i64>,
     /// Keep only this many last prompt tokens; -1 for as many as fit.
@@ -86,12 +84,10 @@ pub(in crate::serve) struct SamplingFields {
     pub(in crate::serve) stream: Option<bool>,
     /// What a stream contains besides text.
     pub(in crate::serve) stream_options: Option<StreamOptions>,
-    /// Accepted and not used.
-    pub(in crate::serve) user: Option<String>,
 }
 
 /// What a stream contains besides text.
-#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 pub(in crate::serve) struct StreamOptions {
     /// End with a chunk that carries the usage.
     pub(in crate::serve) include_usage: Option<bool>,

@@ -133,7 +133,10 @@ impl<'de> Deserialize<'de> for ContentPart {
                 f.write_str("a string or an object with a type")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<ContentPart, E> {
-                Ok(ContentPart { kind: "text".to_owned(), text: Some(text.to_owned()) })
+                Ok(ContentPart {
+                    kind: "text".to_owned(),
+                    text: Some(text.to_owned()),
+                })
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ContentPart, A::Error> {
                 let (mut kind, mut text) = (None, None);
@@ -217,7 +220,9 @@ impl<'de> Visitor<'de> for PromptVisitor {
                 PromptElement::Prompt(prompt) => prompts.push(prompt),
             }
             if !token_ids.is_empty() && !prompts.is_empty() {
-                return Err(de::Error::custom("a list of prompts may not contain bare token ids"));
+                return Err(de::Error::custom(
+                    "a list of prompts may not contain bare token ids",
+                ));
             }
             if prompts.len() > MAX_PROMPTS {
                 let message = format!("a request may have at most {MAX_PROMPTS} prompts");
@@ -245,7 +250,9 @@ impl<'de> Deserialize<'de> for PromptElement {
                 f.write_str("a string, a token id or a list of token ids")
             }
             fn visit_u64<E: de::Error>(self, id: u64) -> Result<PromptElement, E> {
-                Ok(PromptElement::TokenId(i64::try_from(id).unwrap_or(i64::MAX)))
+                Ok(PromptElement::TokenId(
+                    i64::try_from(id).unwrap_or(i64::MAX),
+                ))
             }
             fn visit_i64<E: de::Error>(self, id: i64) -> Result<PromptElement, E> {
                 Ok(PromptElement::TokenId(id))
@@ -399,7 +406,11 @@ impl<'de> Deserialize<'de> for Peek {
                 while let Some(entry) = list.next_element::<Peek>()? {
                     only_text &= matches!(entry, Peek::Text(text) if text == "text");
                 }
-                Ok(if only_text { Peek::TextList } else { Peek::Other })
+                Ok(if only_text {
+                    Peek::TextList
+                } else {
+                    Peek::Other
+                })
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Peek, A::Error> {
                 let mut kind = String::new();

@@ -64,7 +64,10 @@ pub(super) struct EndpointFields {
 pub(super) fn check_refused(refused: &RefusedFields) -> Result<(), ApiError> {
     match refused.0.first().map(String::as_str) {
         None => Ok(()),
-        Some("suffix") => Err(ApiError::invalid("suffix", "suffix is not currently supported")),
+        Some("suffix") => Err(ApiError::invalid(
+            "suffix",
+            "suffix is not currently supported",
+        )),
         Some(field) => Err(ApiError::unsupported(field)),
     }
 }
@@ -151,9 +154,12 @@ fn sampling_params(
         let message = format!("top_k must be 0 (disable), or at least 1, got {top_k}.");
         return Err(ApiError::invalid("top_k", message));
     }
-    let repetition_penalty = fields.repetition_penalty.unwrap_or(defaults.repetition_penalty);
+    let repetition_penalty = fields
+        .repetition_penalty
+        .unwrap_or(defaults.repetition_penalty);
     if !(repetition_penalty > 0.0 && (repetition_penalty as f32).is_normal()) {
-        let message = format!("repetition_penalty must be greater than zero, got {repetition_penalty:?}.");
+        let message =
+            format!("repetition_penalty must be greater than zero, got {repetition_penalty:?}.");
         return Err(ApiError::invalid("repetition_penalty", message));
     }
     let top_p = fields.top_p.unwrap_or(defaults.top_p);
@@ -214,10 +220,16 @@ fn check_choices(
 ) -> Result<(usize, usize), ApiError> {
     let n = fields.n.unwrap_or(1);
     if n < 1 {
-        return Err(ApiError::invalid("n", format!("n must be at least 1, got {n}.")));
+        return Err(ApiError::invalid(
+            "n",
+            format!("n must be at least 1, got {n}."),
+        ));
     }
     if n > MAX_CHOICES {
-        return Err(ApiError::invalid("n", format!("n must be at most {MAX_CHOICES}, got {n}.")));
+        return Err(ApiError::invalid(
+            "n",
+            format!("n must be at most {MAX_CHOICES}, got {n}."),
+        ));
     }
     let best_of = fields.best_of.unwrap_or(n);
     if best_of < n || best_of > MAX_CHOICES {
@@ -225,7 +237,11 @@ fn check_choices(
         return Err(ApiError::invalid("best_of", message));
     }
     if params.temperature == 0.0 && best_of > 1 {
-        let (field, value) = if n > 1 { ("n", n) } else { ("best_of", best_of) };
+        let (field, value) = if n > 1 {
+            ("n", n)
+        } else {
+            ("best_of", best_of)
+        };
         let message = format!("{field} must be 1 when using greedy sampling, got {value}.");
         return Err(ApiError::invalid(field, message));
     }
@@ -237,18 +253,25 @@ fn check_choices(
 }
 
 fn check_stop(fields: &SamplingFields) -> Result<Vec<String>, ApiError> {
-    let stop = fields.stop.clone().map_or_else(Vec::new, |stop| stop.into_vec());
+    let stop = fields
+        .stop
+        .clone()
+        .map_or_else(Vec::new, |stop| stop.into_vec());
     let invalid = |message: String| Err(ApiError::invalid("stop", message));
     if stop.iter().any(String::is_empty) {
         return invalid("stop cannot contain an empty string.".to_owned());
     }
     if stop.len() > MAX_STOP_STRINGS {
         let num_strings = stop.len();
-        return invalid(format!("stop must have at most {MAX_STOP_STRINGS} strings, got {num_strings}."));
+        return invalid(format!(
+            "stop must have at most {MAX_STOP_STRINGS} strings, got {num_strings}."
+        ));
     }
     let num_bytes: usize = stop.iter().map(String::len).sum();
     if num_bytes > MAX_STOP_BYTES {
-        return invalid(format!("stop must have at most {MAX_STOP_BYTES} bytes, got {num_bytes}."));
+        return invalid(format!(
+            "stop must have at most {MAX_STOP_BYTES} bytes, got {num_bytes}."
+        ));
     }
     Ok(stop)
 }
@@ -257,7 +280,11 @@ fn check_stop_token_ids(fields: &SamplingFields, state: &AppState) -> Result<Vec
     let ids = fields.stop_token_ids.as_deref().unwrap_or_default();
     check_list_length("stop_token_ids", ids.len())?;
     let vocab_size = state.engine.info().vocab_size;
-    let known = |id: &i64| u32::try_from(*id).ok().filter(|id| (*id as usize) < vocab_size);
+    let known = |id: &i64| {
+        u32::try_from(*id)
+            .ok()
+            .filter(|id| (*id as usize) < vocab_size)
+    };
     ids.iter()
         .map(|id| {
             known(id).ok_or_else(|| {
@@ -270,7 +297,10 @@ fn check_stop_token_ids(fields: &SamplingFields, state: &AppState) -> Result<Vec
         .collect()
 }
 
-fn check_logit_bias(fields: &SamplingFields, state: &AppState) -> Result<Vec<(u32, f32)>, ApiError> {
+fn check_logit_bias(
+    fields: &SamplingFields,
+    state: &AppState,
+) -> Result<Vec<(u32, f32)>, ApiError> {
     let Some(entries) = &fields.logit_bias else {
         return Ok(Vec::new());
     };
@@ -279,10 +309,15 @@ fn check_logit_bias(fields: &SamplingFields, state: &AppState) -> Result<Vec<(u3
     let mut biases = Vec::with_capacity(entries.len());
     for (key, bias) in entries {
         let Ok(id) = key.parse::<i64>() else {
-            let message = format!("logit_bias keys must be token ids, got `{}`.", key.escape_debug());
+            let message = format!(
+                "logit_bias keys must be token ids, got `{}`.",
+                key.escape_debug()
+            );
             return Err(ApiError::invalid("logit_bias", message));
         };
-        let in_vocabulary = u32::try_from(id).ok().filter(|id| (*id as usize) < vocab_size);
+        let in_vocabulary = u32::try_from(id)
+            .ok()
+            .filter(|id| (*id as usize) < vocab_size);
         let Some(id) = in_vocabulary else {
             let message = format!(
                 "token_id(s) [{id}] in logit_bias contain out-of-vocab token ids. Vocabulary size: {vocab_size}"
@@ -321,7 +356,11 @@ fn check_logprobs(
         })?,
     };
     if wanted > max_logprobs {
-        let kind = if field == "logprobs" { "sample" } else { "prompt" };
+        let kind = if field == "logprobs" {
+            "sample"
+        } else {
+            "prompt"
+        };
         let message = format!(
             "Requested {kind} logprobs of {wanted}, which is greater than max allowed: {max_logprobs}"
         );
