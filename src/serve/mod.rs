@@ -11,6 +11,7 @@ mod body;
 mod defaults;
 mod error;
 mod flags;
+mod foreign_flags;
 mod listen;
 mod load;
 mod metrics;
@@ -155,3 +156,6 @@ async fn log_stats(state: Arc<AppState>) {
         before = now;
     }
 }
+
+#[cfg(test)]
+mod tests;
