@@ -6,6 +6,7 @@
 mod block_manager;
 mod handle;
 mod request;
+mod sampler;
 mod scheduler;
 mod sequence;
 mod stats;
