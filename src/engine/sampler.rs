@@ -23,7 +23,6 @@
 
 use std::collections::HashMap;
 
-use self::select::Candidates;
 use super::request::{SamplingParams, TokenLogprobs};
 
 mod philox;
@@ -130,8 +129,7 @@ impl SequenceSampler {
         let token_id = if self.params.temperature < GREEDY_TEMPERATURE {
             select::first_of(logits, max)
         } else {
-            let uniform = philox::uniform(self.seed, output_index as u64);
-            self.candidates(logits, max).pick(uniform)
+            self.draw(logits, max, output_index)
         };
         if self.has_penalty() {
             *self.num_drawn.entry(token_id).or_default() += 1;
@@ -155,7 +153,7 @@ impl SequenceSampler {
         let holds_back = output_index < self.params.min_tokens;
         if holds_back {
             for &token_id in &self.ending_token_ids {
-                logits[token_id as usize] = f32::NEG_INFINITY;
+                logits[token_id as usize] = select::DROPPED;
             }
         }
         for (&token_id, &num_drawn) in &self.num_drawn {
@@ -179,26 +177,34 @@ impl SequenceSampler {
         logit - params.frequency_penalty * num_drawn as f32 - params.presence_penalty
     }
 
-    /// Applies temperature and filters; returns the tokens to draw from. Overwrites the logits.
-    fn candidates(&self, logits: &mut [f32], max: f32) -> Candidates {
-        let params = &self.params;
-        let temperature = params.temperature.max(MIN_TEMPERATURE);
+    /// Draws at random. Overwrites the logits.
+    fn draw(&self, logits: &mut [f32], max: f32, output_index: usize) -> u32 {
+        let temperature = self.params.temperature.max(MIN_TEMPERATURE);
         for logit in logits.iter_mut() {
             *logit = (*logit - max) / temperature;
         }
-        let mut threshold = params.min_p.ln();
+        self.filter(logits);
+        let uniform = philox::uniform(self.seed, output_index as u64);
+        select::pick(logits, uniform)
+    }
+
+    /// Drops tokens; the logits are those after temperature, relative to the largest one.
+    fn filter(&self, logits: &mut [f32]) {
+        let params = &self.params;
         let top_k = params.top_k as usize;
+        let mut threshold = params.min_p.ln();
         if top_k > 0 && top_k < logits.len() {
             threshold = threshold.max(select::nth_largest(logits, top_k));
         }
-        let mut candidates = Candidates::above(logits, threshold);
+        if threshold > select::DROPPED {
+            select::keep_at_least(logits, threshold);
+        }
         if params.top_p < 1.0 {
-            candidates.keep_nucleus(params.top_p);
+            select::keep_nucleus(logits, params.top_p);
         }
         if params.typical_p < 1.0 {
-            candidates.keep_typical(params.typical_p);
+            select::keep_typical(logits, params.typical_p);
         }
-        candidates
     }
 }
 
@@ -244,7 +250,7 @@ fn largest_logit(logits: &[f32]) -> Result<f32, SampleError> {
             logit: logits[token_id],
         });
     }
-    if max == f32::NEG_INFINITY {
+    if max == select::DROPPED {
         return Err(SampleError::NothingLeft);
     }
     Ok(max)

@@ -1,15 +1,20 @@
 //! The passes over a row of logits that the sampler is made of.
 //!
-//! None sorts the vocabulary: thresholds are found by block maxima and by a histogram of
-//! probability mass, and only the few tokens near a threshold are sorted. The loops are written
-//! so that the compiler turns them into SIMD.
+//! Filters and the draw read logits relative to the largest one, so that a token's weight is
+//! `exp(logit)`, and overwrite dropped tokens with [`DROPPED`]. No pass sorts the vocabulary:
+//! thresholds are found by block maxima and by a histogram of probability mass, and only the few
+//! tokens near a threshold are sorted. No pass copies the row: the page faults of fresh memory
+//! would take longer than the arithmetic. The loops are written so that the compiler turns them
+//! into SIMD.
 
+/// The logit of a token that is not to be drawn.
+pub(super) const DROPPED: f32 = f32::NEG_INFINITY;
 /// Numbers that one step of a loop takes, a multiple of every SIMD width.
 const LANES: usize = 16;
 /// Below it `exp` underflows in single precision.
 const MIN_EXPONENT: f32 = -87.0;
-/// Tokens whose maximum stands for them when a few largest are sought.
-const MAXIMUM_BLOCK: usize = 64;
+/// Numbers that are summed together, or passed over together when few are sought.
+const BLOCK: usize = 64;
 /// The histogram of mass: buckets, and how many of them one unit of the key fills.
 const NUM_BUCKETS: usize = 1024;
 const BUCKETS_PER_UNIT: f32 = 32.0;
@@ -30,9 +35,15 @@ pub(super) fn max(row: &[f32]) -> f32 {
 
 /// Returns whether any number is NaN.
 pub(super) fn has_nan(row: &[f32]) -> bool {
-    // Without an early exit the loop is one vector comparison an iteration.
+    any(row, f32::is_nan)
+}
+
+/// Returns whether any number satisfies a simple condition.
+///
+/// There is no early exit, so that the loop is one vector comparison an iteration.
+fn any(row: &[f32], condition: impl Fn(f32) -> bool) -> bool {
     row.iter()
-        .fold(0, |any, value| any | u32::from(value.is_nan()))
+        .fold(0, |any, &value| any | u32::from(condition(value)))
         != 0
 }
 
@@ -41,19 +52,30 @@ pub(super) fn num_at_least(row: &[f32], bound: f32) -> usize {
     row.iter().filter(|&&value| value >= bound).count()
 }
 
+/// Returns the numbers that are at least `bound`, with their indices.
+fn at_least(row: &[f32], bound: f32) -> impl Iterator<Item = (u32, f32)> {
+    // Few are sought as a rule, so most blocks have none.
+    (0u32..)
+        .step_by(BLOCK)
+        .zip(row.chunks(BLOCK))
+        .filter(move |(_, block)| any(block, |value| value >= bound))
+        .flat_map(|(first, block)| (first..).zip(block.iter().copied()))
+        .filter(move |&(_, value)| value >= bound)
+}
+
 /// Returns the first index that holds `value`, which must be there.
 pub(super) fn first_of(row: &[f32], value: f32) -> u32 {
-    let (chunks, _) = row.as_chunks::<LANES>();
-    let contains = |chunk: &[f32; LANES]| chunk.iter().fold(false, |any, &x| any | (x == value));
-    let start = chunks.iter().position(contains).unwrap_or(chunks.len()) * LANES;
-    let offset = row[start..].iter().position(|&other| other == value);
-    (start + offset.expect("the value was found in this row")) as u32
+    let is_wanted = |other: f32| other == value;
+    let block = row.chunks(BLOCK).position(|block| any(block, is_wanted));
+    let start = block.expect("the value was found in this row") * BLOCK;
+    let index = (start..row.len()).find(|&index| is_wanted(row[index]));
+    index.unwrap_or(start) as u32
 }
 
 /// Returns the `n`-th largest number, `n` from 1 to the row's length. No number may be NaN.
 pub(super) fn nth_largest(row: &[f32], n: usize) -> f32 {
     let mut near: Vec<f32> = match lower_bound_of_nth_largest(row, n) {
-        Some(bound) => row.iter().copied().filter(|&x| x >= bound).collect(),
+        Some(bound) => at_least(row, bound).map(|(_, value)| value).collect(),
         None => row.to_vec(),
     };
     *near.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a)).1
@@ -65,9 +87,7 @@ pub(super) fn largest(row: &[f32], n: usize) -> Vec<(u32, f32)> {
     if n == 0 {
         return Vec::new();
     }
-    let threshold = nth_largest(row, n);
-    let indexed = (0u32..).zip(row.iter().copied());
-    let mut near: Vec<_> = indexed.filter(|&(_, x)| x >= threshold).collect();
+    let mut near: Vec<_> = at_least(row, nth_largest(row, n)).collect();
     // The sort is stable, so equal numbers stay in the order of their indices.
     near.sort_by(|a, b| b.1.total_cmp(&a.1));
     near.truncate(n);
@@ -78,7 +98,7 @@ pub(super) fn largest(row: &[f32], n: usize) -> Vec<(u32, f32)> {
 ///
 /// The `n`-th largest of the blocks' maxima is one: `n` blocks have such a number.
 fn lower_bound_of_nth_largest(row: &[f32], n: usize) -> Option<f32> {
-    let mut maxima: Vec<f32> = row.chunks(MAXIMUM_BLOCK).map(max).collect();
+    let mut maxima: Vec<f32> = row.chunks(BLOCK).map(max).collect();
     if n > maxima.len() {
         return None;
     }
@@ -92,16 +112,33 @@ fn lower_bound_of_nth_largest(row: &[f32], n: usize) -> Option<f32> {
 /// Returns `ln Σ exp(row)`, summed in double precision.
 pub(super) fn log_sum_exp(row: &[f32]) -> f32 {
     let max = max(row);
-    let (chunks, rest) = row.as_chunks::<LANES>();
+    (f64::from(max) + sum_exp(row, max).ln()) as f32
+}
+
+/// Returns `Σ exp(row − max)`, summed in double precision.
+fn sum_exp(row: &[f32], max: f32) -> f64 {
+    let mut weights = [0.0f32; BLOCK];
+    let block_mass = |block: &[f32]| {
+        let weights = &mut weights[..block.len()];
+        for (weight, &value) in weights.iter_mut().zip(block) {
+            *weight = exp(value - max);
+        }
+        block_sum(weights)
+    };
+    row.chunks(BLOCK).map(block_mass).sum()
+}
+
+/// Returns the sum of a few numbers. Independent partial sums keep the adders busy.
+fn block_sum(values: &[f32]) -> f64 {
+    let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [0.0f64; LANES];
     for chunk in chunks {
         for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(exp(value - max));
+            *lane += f64::from(value);
         }
     }
-    let of_rest = rest.iter().map(|&value| f64::from(exp(value - max)));
-    let sum = lanes.into_iter().chain(of_rest).sum::<f64>();
-    (f64::from(max) + sum.ln()) as f32
+    let of_rest = rest.iter().map(|&value| f64::from(value));
+    lanes.into_iter().chain(of_rest).sum()
 }
 
 /// Returns `e^x` for `x ≤ 0` with a relative error below 2e-7; 0 below [`MIN_EXPONENT`].
@@ -139,112 +176,107 @@ fn exp(x: f32) -> f32 {
     }
 }
 
-/// The tokens that may still be drawn, in ascending id.
-#[derive(Debug)]
-pub(super) struct Candidates {
-    ids: Vec<u32>,
-    /// Relative to the largest one, so never positive.
-    logits: Vec<f32>,
-    /// `exp` of the logits.
-    weights: Vec<f32>,
+/// Drops the tokens whose logit is below `threshold`.
+pub(super) fn keep_at_least(logits: &mut [f32], threshold: f32) {
+    for logit in logits {
+        *logit = if *logit >= threshold { *logit } else { DROPPED };
+    }
 }
 
-impl Candidates {
-    /// Takes the tokens whose logit is at least `threshold` and whose weight is not 0.
-    ///
-    /// `logits` are relative to the largest one.
-    pub(super) fn above(logits: &[f32], threshold: f32) -> Self {
-        let threshold = threshold.max(MIN_EXPONENT);
-        let mut kept = Self {
-            ids: vec![0; logits.len()],
-            logits: vec![0.0; logits.len()],
-            weights: Vec::new(),
+/// Keeps the most likely tokens that together have `top_p` of the mass.
+pub(super) fn keep_nucleus(logits: &mut [f32], top_p: f32) {
+    let cutoff = mass_cutoff(logits, |logit| -logit, top_p);
+    keep_at_least(logits, -cutoff);
+}
+
+/// Keeps the tokens whose surprise is nearest to the expected one and that together have
+/// `typical_p` of the mass (Meister et al., "Locally typical sampling", 2022).
+///
+/// With weights `w`, `S = Σ w` and `ln p = logit − ln S`, a token's distance from the entropy
+/// `H = −Σ p ln p` is `|−ln p − H| = |Σ p·logit − logit|`: `ln S` cancels.
+pub(super) fn keep_typical(logits: &mut [f32], typical_p: f32) {
+    let mut weighted_sum = 0.0;
+    let mut sum = 0.0;
+    for_each_weight(logits, |logit, weight| {
+        weighted_sum += f64::from(logit) * f64::from(weight);
+        sum += f64::from(weight);
+    });
+    let mean = (weighted_sum / sum) as f32;
+    let distance = |logit: f32| (mean - logit).abs();
+    let cutoff = mass_cutoff(logits, distance, typical_p);
+    for logit in logits {
+        *logit = if distance(*logit) <= cutoff {
+            *logit
+        } else {
+            DROPPED
         };
-        // Storing always and advancing by the comparison has no branch to mispredict.
-        let mut len = 0;
-        for (id, &logit) in (0u32..).zip(logits) {
-            kept.ids[len] = id;
-            kept.logits[len] = logit;
-            len += usize::from(logit >= threshold);
+    }
+}
+
+/// Turns the logits into weights and returns the index at `uniform`, in `[0, 1)`, of their mass.
+pub(super) fn pick(logits: &mut [f32], uniform: f64) -> u32 {
+    for block in logits.chunks_mut(BLOCK) {
+        if any(block, |logit| logit > DROPPED) {
+            block.iter_mut().for_each(|logit| *logit = exp(*logit));
+        } else {
+            block.fill(0.0);
         }
-        kept.ids.truncate(len);
-        kept.logits.truncate(len);
-        kept.weights = kept.logits.iter().map(|&logit| exp(logit)).collect();
-        kept
     }
-
-    /// Keeps the most likely tokens that together have `top_p` of the mass.
-    pub(super) fn keep_nucleus(&mut self, top_p: f32) {
-        let keys: Vec<f32> = self.logits.iter().map(|&logit| -logit).collect();
-        self.keep_mass(&keys, top_p);
+    let weights = logits;
+    let masses: Vec<f64> = weights.chunks(BLOCK).map(block_sum).collect();
+    let target = uniform * masses.iter().sum::<f64>();
+    // Whole blocks first, then one by one from the block in which the target lies.
+    let mut sum = 0.0;
+    let mut start = 0;
+    for mass in masses {
+        if sum + mass > target {
+            break;
+        }
+        sum += mass;
+        start += BLOCK;
     }
-
-    /// Keeps the tokens whose surprise is nearest to the expected one and that together have
-    /// `typical_p` of the mass (Meister et al., "Locally typical sampling", 2022).
-    ///
-    /// With `S = Σ w` and `ln p = logit − ln S`, a token's distance from the entropy
-    /// `H = −Σ p ln p` is `|−ln p − H| = |Σ p·logit − logit|`: `ln S` cancels.
-    pub(super) fn keep_typical(&mut self, typical_p: f32) {
-        let mean_logit = self
-            .logits
+    let mut rest = weights.iter().enumerate().skip(start);
+    let picked = rest.find(|&(_, &weight)| {
+        sum += f64::from(weight);
+        sum > target
+    });
+    let index = match picked {
+        Some((index, _)) => index,
+        // Rounding may leave the target a little above the sum.
+        None => weights
             .iter()
-            .zip(&self.weights)
-            .map(|(&logit, &weight)| f64::from(logit) * f64::from(weight))
-            .sum::<f64>()
-            / self.total();
-        let keys: Vec<f32> = self
-            .logits
-            .iter()
-            .map(|&logit| (mean_logit as f32 - logit).abs())
-            .collect();
-        self.keep_mass(&keys, typical_p);
-    }
+            .rposition(|&weight| weight > 0.0)
+            .unwrap_or(0),
+    };
+    index as u32
+}
 
-    /// Returns the token at `uniform`, in `[0, 1)`, of the mass.
-    pub(super) fn pick(&self, uniform: f64) -> u32 {
-        let target = uniform * self.total();
-        let mut sum = 0.0;
-        for (&id, &weight) in self.ids.iter().zip(&self.weights) {
-            sum += f64::from(weight);
-            if sum > target {
-                return id;
+/// Calls `visit` with the logit and the weight of each token that was not dropped.
+fn for_each_weight(logits: &[f32], mut visit: impl FnMut(f32, f32)) {
+    let mut weights = [0.0f32; BLOCK];
+    for block in logits.chunks(BLOCK) {
+        if !any(block, |logit| logit > DROPPED) {
+            continue;
+        }
+        for (weight, &logit) in weights.iter_mut().zip(block) {
+            *weight = exp(logit);
+        }
+        for (&logit, &weight) in block.iter().zip(&weights) {
+            if weight > 0.0 {
+                visit(logit, weight);
             }
         }
-        // Only rounding leads here.
-        *self.ids.last().expect("each filter keeps a token")
-    }
-
-    fn total(&self) -> f64 {
-        self.weights.iter().map(|&weight| f64::from(weight)).sum()
-    }
-
-    /// Keeps the tokens of smallest key that together have `fraction` of the mass, and all that
-    /// have the key of the last one.
-    fn keep_mass(&mut self, keys: &[f32], fraction: f32) {
-        let cutoff = mass_cutoff(keys, &self.weights, f64::from(fraction));
-        let mut len = 0;
-        for (index, &key) in keys.iter().enumerate() {
-            self.ids[len] = self.ids[index];
-            self.logits[len] = self.logits[index];
-            self.weights[len] = self.weights[index];
-            len += usize::from(key <= cutoff);
-        }
-        self.ids.truncate(len);
-        self.logits.truncate(len);
-        self.weights.truncate(len);
     }
 }
 
-/// Returns the smallest key such that the weights of all keys up to it reach `fraction` of all
-/// weights. Keys are not negative.
-fn mass_cutoff(keys: &[f32], weights: &[f32], fraction: f64) -> f32 {
-    // A float converts to the nearest integer that exists, so large keys share the last bucket.
-    let bucket_of = |key: f32| ((key * BUCKETS_PER_UNIT) as usize).min(NUM_BUCKETS - 1);
+/// Returns the smallest key such that the tokens up to it have `fraction` of the mass. Keys are
+/// not negative.
+fn mass_cutoff(logits: &[f32], key: impl Fn(f32) -> f32, fraction: f32) -> f32 {
     let mut buckets = [0.0f64; NUM_BUCKETS];
-    for (&key, &weight) in keys.iter().zip(weights) {
-        buckets[bucket_of(key)] += f64::from(weight);
-    }
-    let mut missing = fraction * buckets.iter().sum::<f64>();
+    for_each_weight(logits, |logit, weight| {
+        buckets[bucket_of(key(logit)) as usize] += f64::from(weight);
+    });
+    let mut missing = f64::from(fraction) * buckets.iter().sum::<f64>();
     let Some(bucket) = buckets.iter().position(|&mass| {
         let is_reached = mass >= missing;
         if !is_reached {
@@ -254,11 +286,13 @@ fn mass_cutoff(keys: &[f32], weights: &[f32], fraction: f64) -> f32 {
     }) else {
         return f32::INFINITY;
     };
-    let mut near: Vec<(f32, f32)> = keys
-        .iter()
-        .zip(weights)
-        .filter(|&(&key, _)| bucket_of(key) == bucket)
-        .map(|(&key, &weight)| (key, weight))
+    let is_near = |logit: f32| logit > DROPPED && bucket_of(key(logit)) as usize == bucket;
+    let mut near: Vec<(f32, f32)> = logits
+        .chunks(BLOCK)
+        .filter(|block| any(block, is_near))
+        .flatten()
+        .filter(|&&logit| is_near(logit))
+        .map(|&logit| (key(logit), exp(logit)))
         .collect();
     near.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
     for &(key, weight) in &near {
@@ -271,12 +305,13 @@ fn mass_cutoff(keys: &[f32], weights: &[f32], fraction: f64) -> f32 {
     near.last().map_or(f32::INFINITY, |&(key, _)| key)
 }
 
-#[cfg(test)]
-impl Candidates {
-    /// Returns the tokens that are left.
-    pub(super) fn ids(&self) -> &[u32] {
-        &self.ids
-    }
+/// Returns the bucket of a key; the order of buckets is that of keys.
+///
+/// Adding 2²³ leaves the nearest integer in the lowest bits, without the checks of a cast.
+fn bucket_of(key: f32) -> u32 {
+    const TWO_TO_23: f32 = 8_388_608.0;
+    let scaled = (key * BUCKETS_PER_UNIT).min((NUM_BUCKETS - 1) as f32);
+    (scaled + TWO_TO_23).to_bits() % NUM_BUCKETS as u32
 }
 
 #[cfg(test)]
