@@ -6,7 +6,9 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, ValueEnum};
+use clap::{Args, ValueEnum};
+
+use crate::engine::{EngineArgs, parse_size};
 
 /// Serve a model over the OpenAI-compatible HTTP API
 #[derive(Debug, Clone, Args)]
@@ -27,6 +29,10 @@ pub struct ServeArgs {
     /// Accept these model names in requests; responses carry the first [default: MODEL as given]
     #[arg(long, num_args = 1.., value_name = "NAME")]
     pub served_model_name: Vec<String>,
+
+    /// Read the tokenizer from this directory [default: the model's]
+    #[arg(long, value_name = "DIRECTORY")]
+    pub tokenizer: Option<PathBuf>,
 
     /// Read flags from a YAML file, keys spelled as flags; the command line wins [default: none]
     #[arg(long, value_name = "FILE")]
@@ -131,91 +137,6 @@ pub struct ListenArgs {
     pub log_format: LogFormat,
 }
 
-/// What the engine is built with.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Engine")]
-pub struct EngineArgs {
-    /// Read the tokenizer from this directory or hub id [default: the model's]
-    #[arg(long, value_name = "PATH")]
-    pub tokenizer: Option<String>,
-
-    /// Take this branch, tag or commit of a hub model [default: main]
-    #[arg(long)]
-    pub revision: Option<String>,
-
-    /// Keep downloaded models here [default: the hub cache]
-    #[arg(long, value_name = "DIRECTORY")]
-    pub download_dir: Option<PathBuf>,
-
-    /// Compute with this type; auto is bfloat16 for bfloat16 checkpoints, else float16
-    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
-    pub dtype: Dtype,
-
-    /// Limit prompt plus output to this many tokens: 8192, 8k, 8K, 25.6k, or auto for the most that fits [default: the model's]
-    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = parse_max_model_len)]
-    pub max_model_len: Option<MaxModelLen>,
-
-    /// Split the model over this many ranks
-    #[arg(
-        long,
-        value_name = "RANKS",
-        default_value_t = 1,
-        value_parser = parse_positive
-    )]
-    pub tensor_parallel_size: usize,
-
-    /// Compute with this many threads [default: the cores this process may use]
-    #[arg(long, value_name = "THREADS", value_parser = parse_positive)]
-    pub threads: Option<usize>,
-
-    /// Reserve this much memory for the KV cache, e.g. 4GiB [default: from the free memory]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub kv_cache_memory_bytes: Option<usize>,
-
-    /// Keep this many tokens in a KV block
-    #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = parse_positive)]
-    pub block_size: usize,
-
-    /// Run at most this many sequences at once
-    #[arg(long, value_name = "SEQUENCES", default_value_t = 256, value_parser = parse_positive)]
-    pub max_num_seqs: usize,
-
-    /// Compute at most this many tokens in a step
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = parse_positive)]
-    pub max_num_batched_tokens: usize,
-
-    /// Let at most this many sequences wait; more are answered with 429
-    #[arg(long, value_name = "SEQUENCES", default_value_t = 1024, value_parser = parse_positive)]
-    pub max_queued_requests: usize,
-
-    /// Reuse the KV blocks of equal prompt beginnings [default: on]
-    #[arg(
-        long,
-        action = ArgAction::SetTrue,
-        overrides_with = "no_enable_prefix_caching"
-    )]
-    pub enable_prefix_caching: bool,
-
-    /// Compute every prompt from its beginning [default: off]
-    #[arg(long, action = ArgAction::SetTrue)]
-    pub no_enable_prefix_caching: bool,
-
-    /// Run waiting requests in this order; priority runs lower values first
-    #[arg(long, value_enum, default_value_t = SchedulingPolicy::Fcfs)]
-    pub scheduling_policy: SchedulingPolicy,
-
-    /// Seed the engine's random numbers
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-}
-
-impl EngineArgs {
-    /// Returns whether prefix caching is on; the later of the two flags wins.
-    pub fn prefix_caching(&self) -> bool {
-        !self.no_enable_prefix_caching
-    }
-}
-
 /// How requests become prompts and answers.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "API")]
@@ -269,30 +190,6 @@ pub struct ApiArgs {
     pub return_tokens_as_token_ids: bool,
 }
 
-/// A number format for weights and activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// By checkpoint.
-    Auto,
-    /// IEEE half precision.
-    #[value(alias = "half")]
-    Float16,
-    /// Brain float.
-    Bfloat16,
-    /// IEEE single precision.
-    #[value(alias = "float")]
-    Float32,
-}
-
-/// Which waiting request runs first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum SchedulingPolicy {
-    /// First come, first served.
-    Fcfs,
-    /// Lowest `priority` first, then the order of arrival.
-    Priority,
-}
-
 /// How message content reaches the chat template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ContentFormat {
@@ -311,15 +208,6 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
-}
-
-/// The limit on prompt plus output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MaxModelLen {
-    /// The most that fits into memory.
-    Auto,
-    /// This many tokens.
-    Tokens(usize),
 }
 
 /// A JSON object given as a flag.
@@ -345,69 +233,6 @@ fn parse_positive(text: &str) -> Result<usize, String> {
         Ok(value) => Ok(value),
         Err(_) => Err(format!("expected a whole number, got `{text}`")),
     }
-}
-
-/// Reads `8192`, `8k` (8000), `8K` (8192), `25.6k`, `auto` or `-1`.
-fn parse_max_model_len(text: &str) -> Result<MaxModelLen, String> {
-    if text == "auto" || text == "-1" {
-        return Ok(MaxModelLen::Auto);
-    }
-    match scaled(text, &LENGTH_UNITS) {
-        Some(0) => Err("expected at least 1, got 0".to_owned()),
-        Some(tokens) => Ok(MaxModelLen::Tokens(tokens)),
-        None => Err(format!(
-            "expected a number such as 8192, 8k, 8K or auto, got `{text}`"
-        )),
-    }
-}
-
-/// Reads a number of bytes: `1073741824`, `4G` (decimal), `4GiB` (binary).
-fn parse_size(text: &str) -> Result<usize, String> {
-    scaled(text, &SIZE_UNITS)
-        .filter(|bytes| *bytes > 0)
-        .ok_or_else(|| format!("expected a size such as 512MiB or 4GiB, got `{text}`"))
-}
-
-/// vLLM's units: a small letter is decimal, a capital one binary.
-const LENGTH_UNITS: [(&str, f64); 7] = [
-    ("", 1.0),
-    ("k", 1e3),
-    ("K", 1024.0),
-    ("m", 1e6),
-    ("M", 1_048_576.0),
-    ("g", 1e9),
-    ("G", 1_073_741_824.0),
-];
-
-const SIZE_UNITS: [(&str, f64); 14] = [
-    ("", 1.0),
-    ("B", 1.0),
-    ("k", 1e3),
-    ("K", 1024.0),
-    ("KB", 1e3),
-    ("KiB", 1024.0),
-    ("m", 1e6),
-    ("M", 1_048_576.0),
-    ("MB", 1e6),
-    ("MiB", 1_048_576.0),
-    ("g", 1e9),
-    ("G", 1_073_741_824.0),
-    ("GB", 1e9),
-    ("GiB", 1_073_741_824.0),
-];
-
-/// Reads a number with a unit; only a unit may follow a fraction.
-fn scaled(text: &str, units: &[(&str, f64)]) -> Option<usize> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = &text[digits.len()..];
-    let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
-    if let Ok(whole) = digits.parse::<u64>() {
-        let value = (whole as f64 * factor).round();
-        return (value < u32::MAX as f64 * 65536.0).then_some(value as usize);
-    }
-    let number: f64 = digits.parse().ok()?;
-    let usable = !unit.is_empty() && number.is_finite() && (0.0..1e12).contains(&number);
-    usable.then_some((number * factor).round() as usize)
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! From flags to a running engine.
 
-use anyhow::bail;
+use anyhow::Context;
 use serde_json::Value;
 
 use crate::engine::EngineHandle;
 use crate::text::{
-    ChatTemplate, Tokenizer, fallback_template, fallback_template_for_architecture,
-    resolve_chat_template,
+    self, ChatTemplate, TextError, Tokenizer, fallback_template,
+    fallback_template_for_architecture, resolve_chat_template,
 };
+
+use crate::weights::{self, Checkpoint, TokenizerSource};
 
 use super::args::ServeArgs;
 use super::defaults;
@@ -66,10 +68,73 @@ impl LoadedModel {
     }
 }
 
-/// Loads the model that `args` names and starts its engine.
+/// Finds and opens the model that `args` names, then starts its engine.
 ///
 /// # Errors
 /// A model that can not be found, read or run.
 pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
-    bail!("the engine is not connected yet: {}", args.model())
+    let checkpoint = args.engine.open(args.model())?;
+    // The tokenizer first: a wrong one is found in moments, an engine takes longer to start.
+    let tokenizer = match &args.tokenizer {
+        Some(directory) => Tokenizer::from_dir(directory),
+        None => tokenizer_of(&checkpoint),
+    }
+    .context("loading the tokenizer")?;
+    let config = checkpoint.config().clone();
+    let generation_config = checkpoint.generation_config().cloned();
+    let root = checkpoint.path().display().to_string();
+    let engine = args.engine.start(checkpoint)?;
+    Ok(LoadedModel {
+        engine,
+        tokenizer,
+        config,
+        generation_config,
+        root,
+    })
+}
+
+fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Tokenizer, TextError> {
+    match checkpoint.tokenizer() {
+        TokenizerSource::Directory(directory) => Tokenizer::from_dir(&directory),
+        TokenizerSource::Gguf(vocabulary) => Tokenizer::from_vocabulary(to_text(*vocabulary)),
+    }
+}
+
+/// Hands a file's vocabulary to the text side, which knows no files.
+fn to_text(vocabulary: weights::GgufVocabulary) -> text::GgufVocabulary {
+    let weights::GgufVocabulary {
+        model,
+        pre,
+        tokens,
+        token_types,
+        merges,
+        scores,
+        bos,
+        eos,
+        eot,
+        unknown,
+        padding,
+        add_bos,
+        add_eos,
+        add_space_prefix,
+        chat_template,
+    } = vocabulary;
+    text::GgufVocabulary {
+        model,
+        pre,
+        tokens,
+        token_types,
+        merges,
+        scores,
+        bos,
+        eos,
+        eot,
+        unknown,
+        padding,
+        add_bos,
+        add_eos,
+        add_space_prefix,
+        chat_template,
+        named_chat_templates: Vec::new(),
+    }
 }

@@ -14,6 +14,7 @@ mod flags;
 mod foreign_flags;
 mod listen;
 mod load;
+mod local;
 mod metrics;
 mod observe;
 mod openai;
@@ -29,13 +30,11 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-pub use args::{
-    ApiArgs, ContentFormat, Dtype, EngineArgs, JsonObject, ListenArgs, LogFormat, MaxModelLen,
-    SchedulingPolicy, ServeArgs, StringList,
-};
+pub use args::{ApiArgs, ContentFormat, JsonObject, ListenArgs, LogFormat, ServeArgs, StringList};
 pub use flags::{PreparedArguments, prepare_arguments};
 pub use listen::{BoundSocket, Listener, StopSignal};
 pub use load::LoadedModel;
+pub use local::{LocalServer, start_local};
 pub use state::AppState;
 
 /// Threads that serve HTTP; the cores belong to the engine.
@@ -50,18 +49,22 @@ const STATS_INTERVAL: Duration = Duration::from_secs(10);
 /// # Errors
 /// An address in use, a model that can not be loaded, the death of the engine.
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
+    let runtime = http_runtime()?;
+    let result = run_on(&runtime, args);
+    // Work that is still in a thread must not hold up the end of the process.
+    runtime.shutdown_background();
+    result
+}
+
+fn http_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(num_cores.clamp(2, MAX_HTTP_THREADS))
         .max_blocking_threads(MAX_BLOCKING_THREADS)
         .thread_name("http")
         .enable_all()
         .build()
-        .context("start the HTTP threads")?;
-    let result = run_on(&runtime, args);
-    // Work that is still in a thread must not hold up the end of the process.
-    runtime.shutdown_background();
-    result
+        .context("start the HTTP threads")
 }
 
 fn run_on(runtime: &tokio::runtime::Runtime, args: &ServeArgs) -> anyhow::Result<()> {
