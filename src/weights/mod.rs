@@ -1,1 +1,19 @@
 //! Checkpoints: where they are found, what they hold, and their bytes. No tensor operation.
+//!
+//! [`Checkpoint`] opens a Hugging Face directory or a GGUF file and hands out [`StoredTensor`]s
+//! by Hugging Face name; a rank of a tensor-parallel group takes its [`Shard`] of each.
+
+mod checkpoint;
+mod directory;
+mod error;
+mod gguf;
+mod gguf_file;
+mod gguf_model;
+mod index;
+mod safetensors;
+mod tensor;
+
+pub use checkpoint::{Checkpoint, Format, TokenizerSource};
+pub use error::WeightsError;
+pub use gguf_model::GgufVocabulary;
+pub use tensor::{Shard, StoredTensor};
