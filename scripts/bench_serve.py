@@ -8,10 +8,12 @@ only, except that the llama.cpp side runs in a Python that has xllamacpp (--pyth
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import http.client
 import json
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
@@ -160,14 +162,29 @@ def measure(start, options, salt):
     return result
 
 
-def offline_bench(options):
-    """Returns what `infold bench --json` prints, or None where the command does not work."""
-    command = [infold_server.infold_binary(), "bench", options.model, "--threads", str(options.threads), "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+def http_overhead(options):
+    """Returns Markdown lines: output tok/s over HTTP beside `infold bench` on equal work (64 tokens in, 96 out)."""
+    sizes = (1, 8, 32)
+    command = [infold_server.infold_binary(), "bench", options.model, "--threads", options.threads, "--json"]
+    command += ["--batch-size", *sizes, "--input-len", 64, "--output-len", 96, "--max-model-len", 2048]
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if run.returncode != 0:
-        print(f"infold bench: exit status {run.returncode}: {run.stderr[-300:]}", file=sys.stderr)
-        return None
-    return json.loads(run.stdout)
+        raise RuntimeError(f"infold bench ended with {run.returncode}: {run.stderr[-500:]}")
+    offline = {case["batch_size"]: case["output_tok_s"] for case in json.loads(run.stdout)["cases"]}
+    lines = ["| requests at once | infold bench, tok/s | over HTTP, tok/s | HTTP adds |", "| ---: | ---: | ---: | ---: |"]
+    rng = random.Random(0)
+    with start_infold(options) as server:
+        for size in sizes:
+            rates = []
+            for _ in range(options.rounds + 1):
+                prompts = [[rng.randrange(10_000) for _ in range(64)] for _ in range(size)]
+                with concurrent.futures.ThreadPoolExecutor(size) as pool:
+                    started = time.perf_counter()
+                    counts = list(pool.map(lambda prompt: stream(server, prompt, 96)[1], prompts))
+                    rates.append(sum(counts) / (time.perf_counter() - started))
+            rate = statistics.median(rates[1:])
+            lines.append(f"| {size} | {offline[size]:.1f} | {rate:.1f} | {(offline[size] / rate - 1) * 100:.1f} % |")
+    return "\n".join(lines)
 
 
 def table(results):
@@ -203,12 +220,11 @@ def main():
             results[name].append(measure(programs[name], options, index * 1000))
             shown = {case: round(value, 2) for case, value in results[name][-1].items()}
             print(f"round {index + 1} {name}: {json.dumps(shown)}", file=sys.stderr, flush=True)
-    offline = offline_bench(options) if "infold" in programs else None
     if options.json:
-        options.json.write_text(json.dumps({**results, "infold bench": offline}, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
-    if offline:
-        print(f"\ninfold bench: {json.dumps(offline)}")
+    if "infold" in programs:
+        print("\n" + http_overhead(options))
 
 
 if __name__ == "__main__":
