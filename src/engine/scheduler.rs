@@ -228,7 +228,7 @@ impl Scheduler {
     /// Returns a sequence that was added and has not ended.
     ///
     /// # Panics
-    /// If there is none of this id; see [`Self::has`].
+    /// If there is none of this id.
     pub(super) fn sequence(&self, id: SequenceId) -> &Sequence {
         &self.sequences[&id]
     }
@@ -295,13 +295,9 @@ impl Scheduler {
     }
 
     /// Returns whether the sequence was added and has not ended.
+    #[cfg(test)]
     pub(super) fn has(&self, id: SequenceId) -> bool {
         self.sequences.contains_key(&id)
-    }
-
-    /// Returns the ids of all sequences, in no order.
-    pub(super) fn ids(&self) -> impl Iterator<Item = SequenceId> + '_ {
-        self.sequences.keys().copied()
     }
 
     /// Returns whether there is no sequence.
