@@ -1,0 +1,492 @@
+//! Decides which tokens of which sequences one engine step computes.
+//!
+//! There is no prefill or decode phase: each step hands out a budget of tokens, first to running
+//! sequences (one token to those that decode, a chunk to those whose prompt is unfinished), then
+//! to waiting ones. When blocks run out, the sequence that is served last loses its blocks and
+//! waits to be computed again. The policy is vLLM V1's (`vllm/v1/core/sched/scheduler.py`).
+//!
+//! Pure: knows no tensor, thread or clock. The engine thread calls [`Scheduler::schedule`], runs
+//! the batch, and reports back through [`Scheduler::update`].
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::block_manager::{BlockManager, OutOfBlocks, PrefixCaching};
+use super::request::{FinishReason, GenerateRequest};
+use super::sequence::{Sequence, SequenceId, SequenceStatus};
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+/// Which sequence is served first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    #[default]
+    Fcfs,
+    /// Lower priority values first, then in order of arrival.
+    Priority,
+}
+
+/// What bounds a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SchedulerConfig {
+    /// Most sequences that run at once.
+    pub(super) max_num_seqs: usize,
+    /// Most tokens of one step.
+    pub(super) max_num_batched_tokens: usize,
+    /// Most prompt and generated tokens of one sequence.
+    pub(super) max_model_len: usize,
+    /// KV blocks in all.
+    pub(super) num_blocks: usize,
+    /// Tokens a block holds.
+    pub(super) block_size: usize,
+    pub(super) policy: SchedulingPolicy,
+    pub(super) prefix_caching: PrefixCaching,
+    /// Most tokens of one sequence in one step; 0 is no limit.
+    pub(super) long_prefill_token_threshold: usize,
+}
+
+/// Why a request can not be scheduled, ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum AddError {
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    #[error(
+        "the prompt has {prompt_len} tokens and at least {min_output_len} must follow, \
+         but the model's length is {max_model_len}"
+    )]
+    PromptTooLong {
+        prompt_len: usize,
+        /// 1 where a token is to be drawn, 0 where none is.
+        min_output_len: usize,
+        max_model_len: usize,
+    },
+}
+
+/// A sequence's part of a step: the tokens from `num_computed_tokens` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ScheduledSequence {
+    pub(super) id: SequenceId,
+    /// Tokens to compute, at least 1.
+    pub(super) num_tokens: usize,
+}
+
+/// What one step computes. Running sequences come first, in the order of their admission.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct ScheduledBatch {
+    pub(super) sequences: Vec<ScheduledSequence>,
+    /// Sum over `sequences`.
+    pub(super) num_tokens: usize,
+}
+
+impl ScheduledBatch {
+    fn push(&mut self, id: SequenceId, num_tokens: usize) {
+        self.num_tokens += num_tokens;
+        self.sequences.push(ScheduledSequence { id, num_tokens });
+    }
+
+    fn remove(&mut self, id: SequenceId) {
+        if let Some(index) = self.sequences.iter().position(|entry| entry.id == id) {
+            self.num_tokens -= self.sequences.remove(index).num_tokens;
+        }
+    }
+}
+
+/// What a step meant for one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Update {
+    pub(super) id: SequenceId,
+    /// The token drawn; `None` when the request asked for no token.
+    pub(super) token_id: Option<u32>,
+    /// Whether the prompt is computed now and was not before; true once a sequence.
+    pub(super) prompt_done: bool,
+    /// Prompt tokens that the prefix cache gave.
+    pub(super) num_cached_tokens: usize,
+    /// Set when the sequence has ended; the scheduler does not know it any more.
+    pub(super) finish: Option<FinishReason>,
+}
+
+/// Counters since the start, and gauges.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct SchedulerCounters {
+    /// Prompt tokens looked up in the prefix cache, each sequence once.
+    pub(super) prefix_cache_queries: u64,
+    /// Prompt tokens found there.
+    pub(super) prefix_cache_hits: u64,
+    /// Prompt tokens of admitted sequences, each sequence once.
+    pub(super) prompt_tokens: u64,
+    pub(super) num_preemptions: u64,
+    pub(super) num_blocks_total: usize,
+    pub(super) num_blocks_used: usize,
+}
+
+/// Lower is served first. Arrival numbers are unique, so keys are too.
+type ServiceKey = (i64, u64);
+
+/// All sequences and all blocks.
+#[derive(Debug)]
+pub(super) struct Scheduler {
+    config: SchedulerConfig,
+    blocks: BlockManager,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// Admitted sequences in the order of admission.
+    running: Vec<SequenceId>,
+    /// A preempted sequence returns to its old place, which is the front unless priorities differ.
+    waiting: BTreeMap<ServiceKey, SequenceId>,
+    num_arrivals: u64,
+    counters: SchedulerCounters,
+}
+
+impl Scheduler {
+    /// Makes a scheduler without sequences.
+    ///
+    /// # Panics
+    /// If a limit is 0, or if one sequence of `max_model_len` tokens does not fit into all
+    /// blocks. Because it does fit, a sequence that runs alone can always go on, and with it the
+    /// whole queue: there is no deadlock to be found at run time.
+    pub(super) fn new(config: SchedulerConfig) -> Self {
+        assert!(
+            config.max_num_seqs > 0 && config.max_num_batched_tokens > 0,
+            "a step takes at least one token of one sequence"
+        );
+        assert!(
+            config.max_model_len <= config.num_blocks * config.block_size,
+            "{} blocks of {} tokens hold no sequence of {} tokens",
+            config.num_blocks,
+            config.block_size,
+            config.max_model_len
+        );
+        Self {
+            config,
+            blocks: BlockManager::new(config.num_blocks, config.block_size, config.prefix_caching),
+            sequences: HashMap::new(),
+            running: Vec::new(),
+            waiting: BTreeMap::new(),
+            num_arrivals: 0,
+            counters: SchedulerCounters::default(),
+        }
+    }
+
+    /// Puts a request into the queue.
+    ///
+    /// # Errors
+    /// [`AddError`] when the prompt is empty or leaves no room for what is asked.
+    ///
+    /// # Panics
+    /// If a sequence of this id is still there.
+    pub(super) fn add(&mut self, id: SequenceId, request: GenerateRequest) -> Result<(), AddError> {
+        let prompt_len = request.prompt_token_ids.len();
+        if prompt_len == 0 {
+            return Err(AddError::EmptyPrompt);
+        }
+        let min_output_len = request.sampling_params.max_tokens.min(1);
+        let max_model_len = self.config.max_model_len;
+        if prompt_len + min_output_len > max_model_len {
+            return Err(AddError::PromptTooLong {
+                prompt_len,
+                min_output_len,
+                max_model_len,
+            });
+        }
+        let sequence = Sequence::new(id, self.num_arrivals, request);
+        self.num_arrivals += 1;
+        self.waiting
+            .insert(service_key(self.config.policy, &sequence), id);
+        let previous = self.sequences.insert(id, sequence);
+        assert!(previous.is_none(), "sequence id {id} is in use");
+        Ok(())
+    }
+
+    /// Chooses the next step's tokens and gives their sequences blocks.
+    ///
+    /// The batch is empty only when no sequence can be computed, which is when there is none or
+    /// each one misses the token that the last [`Self::update`] should have brought.
+    pub(super) fn schedule(&mut self) -> ScheduledBatch {
+        let num_preemptions = self.counters.num_preemptions;
+        let mut batch = ScheduledBatch {
+            sequences: Vec::with_capacity(self.running.len() + self.waiting.len().min(16)),
+            num_tokens: 0,
+        };
+        self.schedule_running(&mut batch);
+        // Blocks just taken from a sequence are meant for those that run, not for newcomers.
+        if self.counters.num_preemptions == num_preemptions {
+            self.schedule_waiting(&mut batch);
+        }
+        batch
+    }
+
+    /// Returns a sequence that was added and has not ended.
+    ///
+    /// # Panics
+    /// If there is none of this id; see [`Self::has`].
+    pub(super) fn sequence(&self, id: SequenceId) -> &Sequence {
+        &self.sequences[&id]
+    }
+
+    /// Takes note of a step that ran: its tokens are computed, `sampled` tokens are appended.
+    ///
+    /// `sampled` holds one token for each sequence of the batch for which
+    /// [`Sequence::samples_after`] holds, best in the batch's order. One that fails in sampling
+    /// must be aborted: it is not computed further without its token. Sequences that were
+    /// aborted since `schedule` are passed over.
+    ///
+    /// Returns the sequences whose prompt is done or that have a new token, in the batch's order.
+    pub(super) fn update(
+        &mut self,
+        batch: &ScheduledBatch,
+        sampled: &[(SequenceId, u32)],
+    ) -> Vec<Update> {
+        let mut updates = Vec::with_capacity(sampled.len());
+        let mut next = 0;
+        for entry in &batch.sequences {
+            let Some(sequence) = self.sequences.get_mut(&entry.id) else {
+                continue;
+            };
+            mark_computed(&mut self.blocks, sequence, entry.num_tokens);
+            if sequence.num_uncomputed_tokens() > 0 {
+                continue;
+            }
+            let token_id = token_of(sampled, &mut next, entry.id);
+            let wants_token = sequence.sampling_params.max_tokens > 0;
+            if wants_token && token_id.is_none() {
+                continue;
+            }
+            // The first token is drawn from the logits of the prompt's end.
+            let prompt_done = sequence.num_output_tokens() == 0;
+            let token_id = token_id.filter(|_| wants_token);
+            sequence.token_ids.extend(token_id);
+            updates.push(Update {
+                id: entry.id,
+                token_id,
+                prompt_done,
+                num_cached_tokens: sequence.num_cached_tokens,
+                finish: sequence.finish_reason(self.config.max_model_len),
+            });
+        }
+        self.remove_finished(&updates);
+        updates
+    }
+
+    /// Drops a sequence and frees its blocks. An unknown id is passed over.
+    pub(super) fn abort(&mut self, id: SequenceId) {
+        let Some(mut sequence) = self.sequences.remove(&id) else {
+            return;
+        };
+        match sequence.status {
+            SequenceStatus::Waiting => {
+                self.waiting
+                    .remove(&service_key(self.config.policy, &sequence));
+            }
+            SequenceStatus::Running => {
+                self.running.retain(|&running| running != id);
+                self.blocks.free(&mut sequence.block_table);
+            }
+        }
+    }
+
+    /// Returns whether the sequence was added and has not ended.
+    pub(super) fn has(&self, id: SequenceId) -> bool {
+        self.sequences.contains_key(&id)
+    }
+
+    /// Returns the ids of all sequences, in no order.
+    pub(super) fn ids(&self) -> impl Iterator<Item = SequenceId> + '_ {
+        self.sequences.keys().copied()
+    }
+
+    /// Returns whether there is no sequence.
+    pub(super) fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Returns how many sequences are admitted.
+    pub(super) fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Returns how many sequences wait, the preempted ones included.
+    pub(super) fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Returns the present counters.
+    pub(super) fn counters(&self) -> SchedulerCounters {
+        SchedulerCounters {
+            num_blocks_total: self.blocks.num_blocks(),
+            num_blocks_used: self.blocks.num_used_blocks(),
+            ..self.counters
+        }
+    }
+
+    fn schedule_running(&mut self, batch: &mut ScheduledBatch) {
+        let mut index = 0;
+        while let Some(&id) = self.running.get(index) {
+            let budget = self.config.max_num_batched_tokens - batch.num_tokens;
+            if budget == 0 {
+                break;
+            }
+            let sequence = known(&mut self.sequences, id);
+            let num_tokens = self.config.chunk_len(sequence, budget);
+            if num_tokens == 0 {
+                index += 1;
+                continue;
+            }
+            let num_computed_tokens = sequence.num_computed_tokens + num_tokens;
+            if self
+                .blocks
+                .grow(num_computed_tokens, &mut sequence.block_table)
+                .is_ok()
+            {
+                batch.push(id, num_tokens);
+                index += 1;
+            } else if self.preempt_one(batch) < index {
+                // The victim stood before this sequence, which has moved up.
+                index -= 1;
+            }
+        }
+    }
+
+    fn schedule_waiting(&mut self, batch: &mut ScheduledBatch) {
+        while self.running.len() < self.config.max_num_seqs {
+            let budget = self.config.max_num_batched_tokens - batch.num_tokens;
+            if budget == 0 {
+                break;
+            }
+            // No other sequence may overtake the first one, or it could wait forever.
+            let Some((&key, &id)) = self.waiting.first_key_value() else {
+                break;
+            };
+            let Ok(num_tokens) = self.admit(id, budget) else {
+                break;
+            };
+            self.waiting.remove(&key);
+            self.running.push(id);
+            batch.push(id, num_tokens);
+        }
+    }
+
+    /// Gives a waiting sequence its cached blocks and room for all its tokens, and returns how
+    /// many of them the step computes.
+    ///
+    /// The room is for the whole prompt even if the step computes a chunk of it: otherwise
+    /// several long prompts could be admitted that then preempt each other half-way.
+    fn admit(&mut self, id: SequenceId, budget: usize) -> Result<usize, OutOfBlocks> {
+        let block_size = self.config.block_size;
+        let sequence = known(&mut self.sequences, id);
+        let reads_cache = self.config.prefix_caching == PrefixCaching::Enabled
+            && sequence.may_read_prefix_cache();
+        let num_cached_blocks = if reads_cache {
+            sequence.hash_full_blocks(block_size);
+            // The last token is computed in any case: drawing the next one needs its logits.
+            let num_readable = (sequence.token_ids.len() - 1) / block_size;
+            self.blocks
+                .num_cached_blocks(&sequence.block_hashes[..num_readable])
+        } else {
+            0
+        };
+        self.blocks.allocate(
+            &sequence.block_hashes[..num_cached_blocks],
+            sequence.token_ids.len(),
+            &mut sequence.block_table,
+        )?;
+        sequence.status = SequenceStatus::Running;
+        sequence.num_computed_tokens = num_cached_blocks * block_size;
+        if sequence.num_preemptions == 0 {
+            sequence.num_cached_tokens = sequence.num_computed_tokens;
+            self.counters.prompt_tokens += sequence.num_prompt_tokens as u64;
+            if reads_cache {
+                self.counters.prefix_cache_queries += sequence.num_prompt_tokens as u64;
+                self.counters.prefix_cache_hits += sequence.num_cached_tokens as u64;
+            }
+        }
+        Ok(self.config.chunk_len(sequence, budget))
+    }
+
+    /// Takes the blocks of the running sequence that is served last, drops it from the batch and
+    /// returns where it stood among the running ones.
+    fn preempt_one(&mut self, batch: &mut ScheduledBatch) -> usize {
+        let policy = self.config.policy;
+        let (index, _) = self
+            .running
+            .iter()
+            .enumerate()
+            .max_by_key(|(_, id)| service_key(policy, &self.sequences[*id]))
+            .expect("a sequence that lacks a block is running");
+        let id = self.running.remove(index);
+        batch.remove(id);
+        let sequence = known(&mut self.sequences, id);
+        self.blocks.free(&mut sequence.block_table);
+        sequence.num_computed_tokens = 0;
+        sequence.num_preemptions += 1;
+        sequence.status = SequenceStatus::Waiting;
+        self.waiting.insert(service_key(policy, sequence), id);
+        self.counters.num_preemptions += 1;
+        index
+    }
+
+    fn remove_finished(&mut self, updates: &[Update]) {
+        let num_sequences = self.sequences.len();
+        for update in updates.iter().filter(|update| update.finish.is_some()) {
+            if let Some(mut sequence) = self.sequences.remove(&update.id) {
+                self.blocks.free(&mut sequence.block_table);
+            }
+        }
+        if self.sequences.len() < num_sequences {
+            self.running.retain(|id| self.sequences.contains_key(id));
+        }
+    }
+}
+
+impl SchedulerConfig {
+    /// Returns how many of a sequence's tokens a step with `budget` tokens left computes.
+    fn chunk_len(&self, sequence: &Sequence, budget: usize) -> usize {
+        let limit = match self.long_prefill_token_threshold {
+            0 => budget,
+            threshold => budget.min(threshold),
+        };
+        sequence.num_uncomputed_tokens().min(limit)
+    }
+}
+
+fn service_key(policy: SchedulingPolicy, sequence: &Sequence) -> ServiceKey {
+    let priority = match policy {
+        SchedulingPolicy::Fcfs => 0,
+        SchedulingPolicy::Priority => sequence.priority,
+    };
+    (priority, sequence.arrival)
+}
+
+fn known(sequences: &mut HashMap<SequenceId, Sequence>, id: SequenceId) -> &mut Sequence {
+    sequences
+        .get_mut(&id)
+        .expect("ids in the queues are removed together with their sequence")
+}
+
+/// Advances a sequence by the tokens of a step and enters the blocks they filled into the cache.
+fn mark_computed(blocks: &mut BlockManager, sequence: &mut Sequence, num_tokens: usize) {
+    let block_size = blocks.block_size();
+    let num_full_before = sequence.num_computed_tokens / block_size;
+    sequence.num_computed_tokens += num_tokens;
+    let num_full = sequence.num_computed_tokens / block_size;
+    if num_full == num_full_before || blocks.prefix_caching() == PrefixCaching::Disabled {
+        return;
+    }
+    sequence.hash_full_blocks(block_size);
+    for index in num_full_before..num_full {
+        blocks.register(sequence.block_table[index], sequence.block_hashes[index]);
+    }
+}
+
+/// Finds a sequence's token, in one comparison if the tokens are in the order of the questions.
+fn token_of(sampled: &[(SequenceId, u32)], next: &mut usize, id: SequenceId) -> Option<u32> {
+    let is_wanted = |&(sampled_id, _): &(SequenceId, u32)| sampled_id == id;
+    let index = if sampled.get(*next).is_some_and(is_wanted) {
+        *next
+    } else {
+        sampled.iter().position(is_wanted)?
+    };
+    *next = index + 1;
+    Some(sampled[index].1)
+}
