@@ -6,7 +6,7 @@
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value, filters};
 
 use super::methods::{self, Ends};
 use super::python::{self, JsonStyle};
@@ -44,6 +44,11 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
     environment.add_filter("tojson", tojson);
     environment.add_filter("string", |value: &Value| python::to_str(value));
     environment.add_filter("trim", trim);
+    environment.add_filter("int", int);
+    environment.add_filter("float", float);
+    environment.add_test("iterable", |value: &Value| {
+        !value.is_none() && value.try_iter().is_ok()
+    });
     environment.add_test("sequence", is_sequence);
     environment.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
     Ok(environment)
@@ -72,6 +77,41 @@ fn raise_exception(message: &Value) -> Result<Value, Error> {
 fn trim(text: &Value, characters: Option<&str>) -> Result<String, Error> {
     let text = python::to_str(text)?;
     Ok(methods::strip(&text, characters, Ends::Both).to_owned())
+}
+
+/// Jinja2's filter: what is no number is the default.
+fn int(
+    state: &State,
+    value: &Value,
+    default: Option<Value>,
+    base: Option<u32>,
+    kwargs: Kwargs,
+) -> Result<Value, Error> {
+    let default = match default {
+        Some(default) => default,
+        None => kwargs
+            .get::<Option<Value>>("default")?
+            .unwrap_or(Value::from(0)),
+    };
+    let number = filters::int(state, value, Some(default.clone()), base, kwargs);
+    Ok(number.unwrap_or(default))
+}
+
+/// The same for floats.
+fn float(
+    state: &State,
+    value: &Value,
+    default: Option<Value>,
+    kwargs: Kwargs,
+) -> Result<Value, Error> {
+    let default = match default {
+        Some(default) => default,
+        None => kwargs
+            .get::<Option<Value>>("default")?
+            .unwrap_or(Value::from(0.0)),
+    };
+    let number = filters::float(state, value, Some(default.clone()), kwargs);
+    Ok(number.unwrap_or(default))
 }
 
 /// Jinja2's test: whatever has a length and can be indexed, strings and maps included.

@@ -10,6 +10,8 @@ mod methods;
 mod python;
 mod sources;
 mod strftime;
+#[cfg(test)]
+mod tests;
 
 use std::error::Error as _;
 
