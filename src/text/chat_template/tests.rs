@@ -108,7 +108,6 @@ fn endless_work_is_refused() {
         "{% set ns = namespace(s='x') %}{% for a in range(9) %}{% set ns.s = ns.s.replace('x', 'x' * 1000) %}{% endfor %}",
         "{% set ns = namespace(l=[1]) %}{% for a in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
         "{% set ns = namespace(l=[1]) %}{% for a in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}",
-        "{% set ns = namespace(l=[1]) %}{% for a in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l ~ '' }}",
         "{{ 'x'.ljust(99999999999) }}",
         "{{ 'x'.join(range(100000) | map('string')) | length }}{% for a in range(100000) %}{{ 'abc'.join(['d'] * 100000) }}{% endfor %}",
         "{{ '%99999999d' | format(1) }}{{ '%999999999d' | format(1) }}",
@@ -120,6 +119,17 @@ fn endless_work_is_refused() {
             "{source} rendered {} bytes",
             error.unwrap().len()
         );
+    }
+}
+
+#[test]
+fn deeply_nested_values_do_not_overflow_the_stack() {
+    for source in [
+        "{% set ns = namespace(l=[1]) %}{% for a in range(100000) %}{% set ns.l = [ns.l] %}{% endfor %}",
+        "{% set ns = namespace(l=[1]) %}{% for a in range(100000) %}{% set ns.l = {'a': ns.l} %}{% endfor %}",
+        "{% set ns = namespace(l=[1]) %}{% for a in range(100000) %}{% set ns.l = [ns.l] %}{% endfor %}{{ ns.l ~ '' }}",
+    ] {
+        let _ = render_in_thread(source);
     }
 }
 
