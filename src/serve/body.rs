@@ -10,7 +10,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use futures::StreamExt;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use super::error::ApiError;
 
@@ -105,6 +105,14 @@ pub(super) async fn off_workers<T: Send + 'static>(
 /// # Errors
 /// Malformed JSON, or a value of the wrong type with its place and both types.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    // Serde would read a struct from a list too, field by field.
+    let is_object = body.trim_ascii_start().first() == Some(&b'{');
+    if !is_object {
+        return Err(match serde_json::from_slice::<IgnoredAny>(body) {
+            Ok(_) => ApiError::malformed("type_error", &[], "expected a JSON object"),
+            Err(error) => json_invalid(&error),
+        });
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(describe)?;
     match deserializer.end() {

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use serde_norway::Value as Yaml;
 
+use super::foreign_flags::{FOREIGN_FLAGS, Fate, Takes};
+
 /// Arguments ready for clap, and what was left out of them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PreparedArguments {
@@ -36,328 +38,6 @@ pub fn prepare_arguments(
     }
     sort_out_foreign_flags(all)
 }
-
-/// What becomes of a flag that clap does not know.
-enum Fate {
-    /// No effect and no difference: the flag goes, with a warning.
-    Ignored(&'static str),
-    /// These values mean what this server does anyway; any other is refused with the hint.
-    OnlyAs(&'static [&'static str], &'static str),
-    /// Refused with the hint.
-    Refused(&'static str),
-}
-
-/// How many arguments follow a flag.
-#[derive(Clone, Copy, PartialEq)]
-enum Takes {
-    Nothing,
-    One,
-    Many,
-}
-
-use Fate::{Ignored, OnlyAs, Refused};
-use Takes::{Many, Nothing, One};
-
-const CPU: &str = "the CPU engine has no such setting";
-const ALWAYS: &str = "this server always works so";
-const REMOVED: &str = "vLLM removed it too";
-const NO_PYTHON: &str = "no Python code runs here";
-const ONE_ENGINE: &str = "run one server for each replica, or use --tensor-parallel-size";
-const NO_QUANTIZATION: &str =
-    "weights are computed as stored; serve a GGUF file for quantized weights";
-const NO_SPECULATION: &str = "speculative decoding is not built";
-const NO_LORA: &str = "merge the adapter into the model first";
-const NO_TOOLS: &str = "tool calls are not built; serve without the flag";
-const NO_REASONING: &str = "reasoning stays in the content; serve without the flag";
-const NO_TLS: &str = "put a reverse proxy such as nginx or caddy in front for TLS";
-const TEXT_ONLY: &str = "only text models that generate are served";
-
-const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
-    ("--swap-space", One, Ignored(REMOVED)),
-    (
-        "--disable-log-requests",
-        Nothing,
-        Ignored("prompts are logged only with --enable-log-requests"),
-    ),
-    (
-        "--no-enable-log-requests",
-        Nothing,
-        Ignored("prompts are logged only with --enable-log-requests"),
-    ),
-    ("--trust-remote-code", Nothing, Ignored(NO_PYTHON)),
-    ("--use-v2-block-manager", Nothing, Ignored(REMOVED)),
-    ("--num-scheduler-steps", One, Ignored(REMOVED)),
-    ("--multi-step-stream-outputs", One, Ignored(REMOVED)),
-    ("--num-lookahead-slots", One, Ignored(REMOVED)),
-    (
-        "--preemption-mode",
-        One,
-        Ignored("preempted sequences are recomputed"),
-    ),
-    ("--guided-decoding-backend", One, Ignored(REMOVED)),
-    (
-        "--distributed-executor-backend",
-        One,
-        Ignored("ranks are threads of this process"),
-    ),
-    (
-        "--worker-use-ray",
-        Nothing,
-        Ignored("ranks are threads of this process"),
-    ),
-    ("--uvicorn-log-level", One, Ignored("set RUST_LOG instead")),
-    (
-        "--gpu-memory-utilization",
-        One,
-        Ignored("set --kv-cache-memory-bytes instead"),
-    ),
-    ("--cpu-offload-gb", One, Ignored(CPU)),
-    (
-        "--max-parallel-loading-workers",
-        One,
-        Ignored("weights are memory-mapped"),
-    ),
-    ("--enforce-eager", Nothing, Ignored(ALWAYS)),
-    ("--no-enforce-eager", Nothing, Ignored(CPU)),
-    ("--cuda-graph-sizes", Many, Ignored(CPU)),
-    ("--max-seq-len-to-capture", One, Ignored(REMOVED)),
-    ("--compilation-config", One, Ignored(CPU)),
-    ("--optimization-level", One, Ignored(CPU)),
-    ("--disable-custom-all-reduce", Nothing, Ignored(CPU)),
-    ("--enable-chunked-prefill", Nothing, Ignored(ALWAYS)),
-    (
-        "--no-enable-chunked-prefill",
-        Nothing,
-        Ignored("prompts are always computed in chunks; answers are the same"),
-    ),
-    (
-        "--long-prefill-token-threshold",
-        One,
-        Ignored("the token budget of a step is shared by arrival"),
-    ),
-    (
-        "--max-num-partial-prefills",
-        One,
-        Ignored("the token budget of a step is shared by arrival"),
-    ),
-    (
-        "--max-long-partial-prefills",
-        One,
-        Ignored("the token budget of a step is shared by arrival"),
-    ),
-    ("--async-scheduling", Nothing, Ignored(CPU)),
-    ("--no-async-scheduling", Nothing, Ignored(ALWAYS)),
-    (
-        "--prefix-caching-hash-algo",
-        One,
-        Ignored("one hash is built in"),
-    ),
-    ("--calculate-kv-scales", Nothing, Ignored(CPU)),
-    ("--attention-backend", One, Ignored(CPU)),
-    (
-        "--enable-server-load-tracking",
-        Nothing,
-        Ignored("/load is always there"),
-    ),
-    (
-        "--enable-tokenizer-info-endpoint",
-        Nothing,
-        Ignored("the endpoint is not built"),
-    ),
-    (
-        "--disable-fastapi-docs",
-        Nothing,
-        Ignored("only /openapi.json is served"),
-    ),
-    (
-        "--disable-frontend-multiprocessing",
-        Nothing,
-        Ignored("one process serves all"),
-    ),
-    ("--api-server-count", One, Ignored("one process serves all")),
-    (
-        "--root-path",
-        One,
-        Ignored("routes are served without a prefix"),
-    ),
-    (
-        "--h11-max-incomplete-event-size",
-        One,
-        Ignored("header limits are built in"),
-    ),
-    (
-        "--h11-max-header-count",
-        One,
-        Ignored("header limits are built in"),
-    ),
-    (
-        "--log-config-file",
-        One,
-        Ignored("set RUST_LOG and --log-format instead"),
-    ),
-    (
-        "--otlp-traces-endpoint",
-        One,
-        Ignored("no traces are exported"),
-    ),
-    (
-        "--collect-detailed-traces",
-        Many,
-        Ignored("no traces are exported"),
-    ),
-    (
-        "--show-hidden-metrics-for-version",
-        One,
-        Ignored("no metric is hidden"),
-    ),
-    (
-        "--ignore-patterns",
-        Many,
-        Ignored("only files of known names are fetched"),
-    ),
-    (
-        "--use-tqdm-on-load",
-        Nothing,
-        Ignored("progress bars are shown on terminals"),
-    ),
-    (
-        "--hf-overrides",
-        One,
-        Refused("edit the model's config.json instead"),
-    ),
-    (
-        "--rope-scaling",
-        One,
-        Refused("edit rope_scaling in the model's config.json instead"),
-    ),
-    (
-        "--rope-theta",
-        One,
-        Refused("edit rope_theta in the model's config.json instead"),
-    ),
-    (
-        "--hf-config-path",
-        One,
-        Refused("put config.json beside the weights"),
-    ),
-    (
-        "--config-format",
-        One,
-        OnlyAs(&["auto", "hf"], "only Hugging Face configs are read"),
-    ),
-    (
-        "--load-format",
-        One,
-        OnlyAs(
-            &["auto", "safetensors", "hf", "gguf"],
-            "only safetensors and GGUF weights are read",
-        ),
-    ),
-    (
-        "--model-impl",
-        One,
-        OnlyAs(&["auto", "vllm"], "models are built in"),
-    ),
-    (
-        "--tokenizer-mode",
-        One,
-        OnlyAs(
-            &["auto", "hf", "fast"],
-            "only tokenizer.json and GGUF vocabularies are read",
-        ),
-    ),
-    (
-        "--tokenizer-revision",
-        One,
-        Refused("give a directory with --tokenizer instead"),
-    ),
-    (
-        "--skip-tokenizer-init",
-        Nothing,
-        Refused("the API needs the tokenizer"),
-    ),
-    ("--runner", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
-    ("--task", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
-    ("--convert", One, OnlyAs(&["auto", "none"], TEXT_ONLY)),
-    (
-        "--device",
-        One,
-        OnlyAs(&["auto", "cpu"], "this build runs on the CPU"),
-    ),
-    (
-        "--kv-cache-dtype",
-        One,
-        OnlyAs(&["auto"], "the KV cache is kept as the engine computes it"),
-    ),
-    (
-        "--quantization",
-        One,
-        OnlyAs(&["auto", "none", "None", "gguf"], NO_QUANTIZATION),
-    ),
-    (
-        "--logprobs-mode",
-        One,
-        OnlyAs(&["raw_logprobs"], "logprobs are those of the raw logits"),
-    ),
-    ("--pipeline-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
-    ("--data-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
-    (
-        "--decode-context-parallel-size",
-        One,
-        OnlyAs(&["1"], ONE_ENGINE),
-    ),
-    (
-        "--enable-expert-parallel",
-        Nothing,
-        Refused("mixtures of experts are not built"),
-    ),
-    ("--nnodes", One, OnlyAs(&["1"], ONE_ENGINE)),
-    ("--speculative-config", One, Refused(NO_SPECULATION)),
-    ("--speculative-model", One, Refused(NO_SPECULATION)),
-    ("--num-speculative-tokens", One, Refused(NO_SPECULATION)),
-    ("--enable-lora", Nothing, Refused(NO_LORA)),
-    ("--lora-modules", Many, Refused(NO_LORA)),
-    ("--max-lora-rank", One, Refused(NO_LORA)),
-    ("--max-loras", One, Refused(NO_LORA)),
-    ("--max-cpu-loras", One, Refused(NO_LORA)),
-    ("--fully-sharded-loras", Nothing, Refused(NO_LORA)),
-    ("--enable-auto-tool-choice", Nothing, Refused(NO_TOOLS)),
-    ("--tool-call-parser", One, Refused(NO_TOOLS)),
-    ("--tool-parser-plugin", One, Refused(NO_TOOLS)),
-    ("--tool-server", One, Refused(NO_TOOLS)),
-    ("--reasoning-parser", One, Refused(NO_REASONING)),
-    ("--enable-reasoning", Nothing, Refused(NO_REASONING)),
-    (
-        "--structured-outputs-config",
-        One,
-        Refused("structured output is not built"),
-    ),
-    ("--logits-processors", Many, Refused(NO_PYTHON)),
-    ("--logits-processor-pattern", One, Refused(NO_PYTHON)),
-    ("--middleware", One, Refused(NO_PYTHON)),
-    (
-        "--kv-transfer-config",
-        One,
-        Refused("KV transfer is not built"),
-    ),
-    (
-        "--kv-offloading-size",
-        One,
-        Refused("the KV cache stays in memory; set --kv-cache-memory-bytes"),
-    ),
-    ("--limit-mm-per-prompt", One, Refused(TEXT_ONLY)),
-    ("--prompt-adapter", Many, Refused(NO_LORA)),
-    (
-        "--disable-sliding-window",
-        Nothing,
-        Refused("limit --max-model-len to the window instead"),
-    ),
-    ("--ssl-keyfile", One, Refused(NO_TLS)),
-    ("--ssl-certfile", One, Refused(NO_TLS)),
-    ("--ssl-ca-certs", One, Refused(NO_TLS)),
-    ("--ssl-cert-reqs", One, Refused(NO_TLS)),
-    ("--enable-ssl-refresh", Nothing, Refused(NO_TLS)),
-];
 
 /// vLLM's short forms of more than one letter, which clap can not take.
 const SHORT_FORMS: &[(&str, &str)] = &[
@@ -507,28 +187,28 @@ fn sort_out_foreign_flags(all: Vec<OsString>) -> anyhow::Result<PreparedArgument
             continue;
         };
         let mut value = joined.map(str::to_owned);
-        if joined.is_none() && *takes != Nothing {
+        if joined.is_none() && *takes != Takes::Nothing {
             let is_value =
                 |next: &OsString| !next.to_str().is_some_and(|next| next.starts_with("--"));
             value = rest
                 .next_if(is_value)
                 .map(|next| next.to_string_lossy().into_owned());
-            while *takes == Many && rest.next_if(is_value).is_some() {}
+            while *takes == Takes::Many && rest.next_if(is_value).is_some() {}
         }
         match fate {
-            Ignored(reason) => prepared
+            Fate::Ignored(reason) => prepared
                 .warnings
                 .push(format!("{flag} has no effect: {reason}")),
-            OnlyAs(accepted, _)
+            Fate::OnlyAs(accepted, _)
                 if value
                     .as_deref()
                     .is_some_and(|value| accepted.contains(&value)) => {}
-            OnlyAs(accepted, hint) => bail!(
+            Fate::OnlyAs(accepted, hint) => bail!(
                 "{flag} {} is not supported (only {}): {hint}",
                 value.unwrap_or_default(),
                 accepted.join(", ")
             ),
-            Refused(hint) => bail!("{flag} is not supported: {hint}"),
+            Fate::Refused(hint) => bail!("{flag} is not supported: {hint}"),
         }
     }
     Ok(prepared)

@@ -11,6 +11,7 @@ mod body;
 mod defaults;
 mod error;
 mod flags;
+mod foreign_flags;
 mod listen;
 mod load;
 mod local;
@@ -158,3 +159,6 @@ async fn log_stats(state: Arc<AppState>) {
         before = now;
     }
 }
+
+#[cfg(test)]
+mod tests;

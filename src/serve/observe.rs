@@ -3,8 +3,8 @@
 //! A request counts as in flight until its response body is dropped, so a stream is logged with
 //! its whole duration and all its tokens, and a shutdown waits for it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::body::{Body, HttpBody};
@@ -27,11 +27,18 @@ const MAX_REQUEST_ID_LEN: usize = 256;
 pub(super) struct RequestRecord {
     /// The id from the header, if one was sent or will be returned.
     pub(super) request_id: Option<String>,
+    /// The id that the answer carries.
+    response_id: OnceLock<String>,
     num_prompt_tokens: AtomicUsize,
     num_completion_tokens: AtomicUsize,
 }
 
 impl RequestRecord {
+    /// Notes the id of the answer.
+    pub(super) fn set_response_id(&self, id: &str) {
+        self.response_id.get_or_init(|| id.to_owned());
+    }
+
     /// Notes the length of all prompts.
     pub(super) fn set_prompt_tokens(&self, num_tokens: usize) {
         self.num_prompt_tokens.store(num_tokens, Ordering::Relaxed);
@@ -147,6 +154,12 @@ impl Drop for Observation {
             .metrics
             .count_http(self.method_label(), handler, &status.to_string());
         if self.state.options.access_log {
+            let request_id = self
+                .record
+                .response_id
+                .get()
+                .or(self.record.request_id.as_ref());
+            let request_id = request_id.map_or("", String::as_str);
             tracing::info!(
                 method = self.method.as_str(),
                 path = self.path,
@@ -154,7 +167,7 @@ impl Drop for Observation {
                 ms = self.start.elapsed().as_millis() as u64,
                 prompt_tokens = self.record.num_prompt_tokens.load(Ordering::Relaxed),
                 completion_tokens = self.record.num_completion_tokens.load(Ordering::Relaxed),
-                request_id = self.record.request_id.as_deref().unwrap_or_default(),
+                request_id,
                 "answered"
             );
         }

@@ -13,12 +13,13 @@ use super::super::error::ApiError;
 use super::super::observe::RequestRecord;
 use super::super::state::AppState;
 use super::choice::{ChoiceUpdate, Delta, DrawnToken, FinishedChoice, collect, merge};
-use super::convert::{Generation, check_model, encode, fit_context, render_chat};
+use super::convert::{Generation, check_model, encode, fit_context};
 use super::responses::{
     AnswerMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs,
     Usage,
 };
 use super::stream::{event_stream, push_event};
+use super::template::render_chat;
 use super::types::{ChatFields, SamplingFields, TemplateFields};
 use super::unions::RefusedFields;
 use super::usage::{UsageCounter, keep_best, usage_of};

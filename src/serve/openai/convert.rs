@@ -1,24 +1,23 @@
-//! Checked fields to engine requests: template, tokens, context length, choices.
+//! Checked fields to engine requests: tokens, context length, choices.
+//!
+//! The last place that sees the wire's fields; behind [`Generation::submit`] there are only
+//! token ids and events.
 
 use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
-
 use crate::engine::{GenerateRequest, SamplingParams};
 use crate::text::{
-    AddSpecialTokens, ChatTemplate, Detokenizer, IncludeStopString, RenderInput, SkipSpecialTokens,
-    StopStrings, TextError, Tokenizer,
+    AddSpecialTokens, Detokenizer, IncludeStopString, SkipSpecialTokens, StopStrings, TextError,
+    Tokenizer,
 };
 
-use super::super::args::ContentFormat;
 use super::super::error::ApiError;
 use super::super::metrics::RequestTimer;
 use super::super::observe::RequestRecord;
 use super::super::state::{AppState, unix_seconds};
 use super::choice::{Choice, ChoiceText, EndingToken};
 use super::logprobs::{LogprobWriter, TokenSpelling};
-use super::types::{ChatMessage, SamplingFields, TemplateFields};
-use super::unions::{ContentPart, MessageContent};
+use super::types::SamplingFields;
 use super::validate::Checked;
 
 /// A request ready for the engine.
@@ -107,8 +106,10 @@ impl Generation {
         let id = id.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
         let num_prompt_tokens = prompts.iter().map(|prompt| prompt.token_ids.len()).sum();
         record.set_prompt_tokens(num_prompt_tokens);
+        let id = format!("{kind}-{id}");
+        record.set_response_id(&id);
         Ok(Self {
-            id: format!("{kind}-{id}"),
+            id,
             model: fields
                 .model
                 .clone()
@@ -344,152 +345,8 @@ pub(super) fn fit_context(
     })
 }
 
-/// Renders a chat to the prompt's text.
-///
-/// # Errors
-/// No template, a template of the request without permission, parts that are not text, and all
-/// that the template itself raises.
-pub(in crate::serve) fn render_chat(
-    state: &AppState,
-    messages: &[ChatMessage],
-    fields: &TemplateFields,
-) -> Result<String, ApiError> {
-    if messages.is_empty() {
-        return Err(ApiError::invalid("messages", "messages must not be empty."));
-    }
-    let of_request = request_template(state, fields)?;
-    let Some(template) = of_request.as_ref().or(state.chat_template.as_ref()) else {
-        let message = "The model has no chat template; start the server with --chat-template, or \
-                       use /v1/completions.";
-        return Err(ApiError::invalid("messages", message));
-    };
-    let continue_final_message = fields.continue_final_message.unwrap_or(false);
-    let add_generation_prompt = fields.add_generation_prompt.unwrap_or(true);
-    if continue_final_message && add_generation_prompt {
-        let message =
-            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.";
-        return Err(ApiError::invalid("continue_final_message", message));
-    }
-    let messages = template_messages(state, messages)?;
-    let kwargs = template_kwargs(state, fields);
-    let input = RenderInput {
-        messages: &messages,
-        add_generation_prompt,
-        continue_final_message,
-        kwargs: Some(&kwargs),
-        ..RenderInput::default()
-    };
-    template
-        .render(&input)
-        .map_err(|error| text_error("messages", &error))
-}
-
-fn request_template(
-    state: &AppState,
-    fields: &TemplateFields,
-) -> Result<Option<ChatTemplate>, ApiError> {
-    let Some(source) = &fields.chat_template else {
-        return Ok(None);
-    };
-    if !state.options.trust_request_chat_template {
-        let message = "Chat template is passed with request, but --trust-request-chat-template is \
-                       not set. Refused request with untrusted chat template.";
-        return Err(ApiError::invalid("chat_template", message));
-    }
-    ChatTemplate::compile(source, state.tokenizer.named_tokens())
-        .map(Some)
-        .map_err(|error| text_error("chat_template", &error))
-}
-
-fn template_kwargs(state: &AppState, fields: &TemplateFields) -> Map<String, Value> {
-    let mut kwargs = state.options.chat_template_kwargs.clone();
-    kwargs.extend(fields.chat_template_kwargs.clone().unwrap_or_default());
-    kwargs
-}
-
-fn template_messages(state: &AppState, messages: &[ChatMessage]) -> Result<Vec<Value>, ApiError> {
-    let convert = |(index, message)| template_message(state, index, message);
-    messages.iter().enumerate().map(convert).collect()
-}
-
-/// Writes a message as templates expect it: absent fields are absent, not null.
-fn template_message(
-    state: &AppState,
-    index: usize,
-    message: &ChatMessage,
-) -> Result<Value, ApiError> {
-    let ChatMessage {
-        role,
-        content,
-        name,
-        tool_calls,
-        tool_call_id,
-        reasoning_content,
-    } = message;
-    if let Some(MessageContent::Parts(parts)) = content {
-        check_parts(index, parts)?;
-    }
-    let mut object = Map::new();
-    object.insert("role".to_owned(), json!(role));
-    let content = match (content, state.options.content_format) {
-        (None, _) => json!(""),
-        (Some(content), ContentFormat::Openai) => content.parts(),
-        (Some(content), ContentFormat::Auto | ContentFormat::String) => json!(content.text()),
-    };
-    object.insert("content".to_owned(), content);
-    let texts = [
-        ("name", name),
-        ("tool_call_id", tool_call_id),
-        ("reasoning_content", reasoning_content),
-    ];
-    for (key, value) in texts {
-        if let Some(value) = value {
-            object.insert(key.to_owned(), json!(value));
-        }
-    }
-    if let Some(calls) = tool_calls.as_ref().filter(|calls| !calls.is_empty()) {
-        object.insert(
-            "tool_calls".to_owned(),
-            calls.iter().map(with_parsed_arguments).collect(),
-        );
-    }
-    Ok(Value::Object(object))
-}
-
-/// Turns a call's arguments from JSON text into JSON, the form that templates iterate over.
-fn with_parsed_arguments(call: &Value) -> Value {
-    let mut call = call.clone();
-    if let Some(arguments) = call.pointer_mut("/function/arguments")
-        && let Some(parsed) = arguments
-            .as_str()
-            .and_then(|text| serde_json::from_str(text).ok())
-    {
-        *arguments = parsed;
-    }
-    call
-}
-
-fn check_parts(index: usize, parts: &[ContentPart]) -> Result<(), ApiError> {
-    let param = format!("messages.{index}.content");
-    for part in parts {
-        if part.kind != "text" {
-            let message = format!(
-                "content parts of type `{}` are not supported by this server, only `text`.",
-                part.kind.escape_debug()
-            );
-            return Err(ApiError::invalid(&param, message));
-        }
-        if part.text.is_none() {
-            return Err(ApiError::invalid(
-                &param,
-                "a content part of type `text` needs a text.",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn text_error(param: &str, error: &TextError) -> ApiError {
+/// Turns a failure of the text folder into an answer; `param` is the field at fault.
+pub(super) fn text_error(param: &str, error: &TextError) -> ApiError {
     if error.is_user_error() {
         ApiError::invalid(param, error.to_string())
     } else {

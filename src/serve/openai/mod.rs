@@ -12,6 +12,7 @@ mod convert;
 mod logprobs;
 mod responses;
 mod stream;
+mod template;
 mod types;
 mod unions;
 mod usage;
@@ -19,8 +20,9 @@ mod validate;
 
 pub(super) use chat::chat_completions;
 pub(super) use completions::completions;
-pub(super) use convert::{check_model, check_token_ids, encode, render_chat};
+pub(super) use convert::{check_model, check_token_ids, encode};
 pub(super) use responses::{ChatCompletion, Completion};
+pub(super) use template::render_chat;
 pub(super) use types::{
     ChatFields, CompletionFields, DetokenizeRequest, SamplingFields, TemplateFields,
     TokenizeRequest,

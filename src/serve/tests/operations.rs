@@ -1,0 +1,235 @@
+//! The endpoints around generation, keys, ids, CORS, draining and metrics.
+
+use serde_json::json;
+
+use super::*;
+
+#[tokio::test]
+async fn models_are_listed_under_every_name() {
+    let server = TestServer::with_flags("--served-model-name tiny org/other", |_| Vec::new());
+    let mut list = server.get("/v1/models").await.json();
+    assert_eq!(list["data"][1]["id"], "org/other");
+    let permission = list["data"][0]["permission"][0].as_object_mut().unwrap();
+    permission.insert("id".to_owned(), json!("modelperm-x"));
+    permission.insert("created".to_owned(), json!(0));
+    list["data"][0]["created"] = json!(0);
+    insta::assert_snapshot!(list["data"][0], @"");
+    let one = server.get("/v1/models/org/other").await;
+    assert_eq!((one.status, &one.json()["id"]), (200, &json!("org/other")));
+}
+
+#[tokio::test]
+async fn small_endpoints_answer() {
+    let server = TestServer::answering("Yo");
+    for path in ["/health", "/ping"] {
+        let reply = server.get(path).await;
+        assert_eq!((reply.status, reply.text.as_str()), (200, ""));
+    }
+    assert_eq!(server.post("/ping", json!({})).await.status, 200);
+    assert_eq!(
+        server.get("/version").await.json(),
+        json!({"version": env!("CARGO_PKG_VERSION")})
+    );
+    assert_eq!(server.get("/load").await.json(), json!({"server_load": 0}));
+    assert_eq!(server.get("/openapi.json").await.json()["openapi"], "3.1.0");
+}
+
+#[tokio::test]
+async fn texts_and_chats_are_tokenized_and_back() {
+    let server = TestServer::answering("Yo");
+    let reply = server
+        .post(
+            "/tokenize",
+            json!({"prompt": "a €", "return_token_strs": true}),
+        )
+        .await;
+    insta::assert_snapshot!(reply.text, @"");
+    let chat =
+        json!({"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": false});
+    let reply = server.post("/tokenize", chat).await.json();
+    assert_eq!(
+        reply["tokens"],
+        json!([256, 117, 115, 101, 114, 10, 120, 257, 10])
+    );
+    let back = server
+        .post("/detokenize", json!({"tokens": reply["tokens"]}))
+        .await;
+    assert_eq!(
+        back.json(),
+        json!({"prompt": "<|im_start|>user\nx<|im_end|>\n"})
+    );
+}
+
+#[tokio::test]
+async fn keys_guard_v1_only() {
+    let server = TestServer::with_flags("--api-key one two", |request| answer(request, "Yo"));
+    let with_key = |key: &str| {
+        Request::get("/v1/models")
+            .header("authorization", key)
+            .body(Body::empty())
+            .unwrap()
+    };
+    for key in ["Bearer one", "Bearer two", "bearer one"] {
+        assert_eq!(server.call(with_key(key)).await.status, 200, "{key}");
+    }
+    for key in [
+        "Bearer three",
+        "Bearer ",
+        "one",
+        "Basic one",
+        "Bearer onetwo",
+    ] {
+        let reply = server.call(with_key(key)).await;
+        assert_eq!(
+            (reply.status, reply.text.as_str()),
+            (401, r#"{"error":"Unauthorized"}"#),
+            "{key}"
+        );
+    }
+    assert_eq!(server.get("/v1/models").await.status, 401);
+    assert_eq!(server.get("/v1/made-up").await.status, 401);
+    for open in ["/health", "/metrics", "/version"] {
+        assert_eq!(server.get(open).await.status, 200);
+    }
+    let preflight = Request::options("/v1/models")
+        .header("origin", "http://x")
+        .header("access-control-request-method", "GET")
+        .body(Body::empty())
+        .unwrap();
+    assert_eq!(server.call(preflight).await.status, 200);
+}
+
+#[tokio::test]
+async fn request_ids_come_back_when_asked_for() {
+    let server = TestServer::answering("Yo");
+    assert!(
+        !server
+            .chat(json!({}))
+            .await
+            .headers
+            .contains_key("x-request-id")
+    );
+    let server = TestServer::with_flags("--enable-request-id-headers", |request| {
+        answer(request, "Yo")
+    });
+    let reply = server.chat(json!({})).await;
+    assert_eq!(reply.headers["x-request-id"], "test");
+    assert_eq!(reply.json()["id"], "chatcmpl-test");
+    assert_eq!(
+        server.get("/version").await.headers["x-request-id"].len(),
+        32
+    );
+}
+
+#[tokio::test]
+async fn a_request_id_in_the_body_counts_without_a_header() {
+    let server = TestServer::answering("Yo");
+    let request = Request::post("/v1/completions")
+        .header("content-type", "application/json")
+        .body(Body::from(r#"{"prompt": "a", "request_id": "mine"}"#))
+        .unwrap();
+    assert_eq!(server.call(request).await.json()["id"], "cmpl-mine");
+}
+
+#[tokio::test]
+async fn browsers_of_allowed_origins_may_call() {
+    let origin_of = async |flags: &str, origin: &str| {
+        let server = TestServer::with_flags(flags, |_| Vec::new());
+        let request = Request::get("/version")
+            .header("origin", origin)
+            .body(Body::empty())
+            .unwrap();
+        let reply = server.call(request).await;
+        reply
+            .headers
+            .get("access-control-allow-origin")
+            .map(|value| value.to_str().unwrap().to_owned())
+    };
+    assert_eq!(origin_of("", "http://a").await.as_deref(), Some("*"));
+    assert_eq!(
+        origin_of("--allow-credentials", "http://a")
+            .await
+            .as_deref(),
+        Some("http://a")
+    );
+    let only_a = r#"--allowed-origins ["http://a"]"#;
+    assert_eq!(
+        origin_of(only_a, "http://a").await.as_deref(),
+        Some("http://a")
+    );
+    assert_eq!(origin_of(only_a, "http://b").await, None);
+}
+
+#[tokio::test]
+async fn a_draining_server_takes_no_new_work() {
+    let server = TestServer::answering("Yo");
+    server.state.lifecycle.start_draining();
+    let reply = server.chat(json!({})).await;
+    assert_eq!(
+        reply.error(),
+        "503 ServiceUnavailableError -: the server is shutting down"
+    );
+    assert_eq!(server.get("/health").await.status, 503);
+    assert_eq!(server.get("/metrics").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_sequences() {
+    let server = TestServer::with_flags("", |_| {
+        vec![TokenEvent::Token {
+            token_id: 65,
+            logprobs: None,
+            finish: None,
+        }]
+    });
+    let body = json!({"prompt": "ab", "stream": true, "n": 2, "temperature": 1}).to_string();
+    let response = server
+        .start(post_request("/v1/completions", body.clone()))
+        .await;
+    assert_eq!(server.state.lifecycle.num_in_flight(), 1);
+    drop(response);
+    assert_eq!(server.state.lifecycle.num_in_flight(), 0);
+    let metrics = server.get("/metrics").await.text;
+    assert!(
+        metrics.contains("finished_reason=\"abort\",model_name=\"tiny\"} 2"),
+        "{metrics}"
+    );
+
+    // The same without a stream, where the handler itself is dropped.
+    let body = body.replace("\"stream\":true,", "");
+    let request = server.start(post_request("/v1/completions", body));
+    tokio::select! {
+        biased;
+        _ = request => panic!("the engine never finishes"),
+        () = async { while server.requests.lock().unwrap().len() < 4 { tokio::task::yield_now().await; } } => {}
+    }
+    assert_eq!(server.state.lifecycle.num_in_flight(), 0);
+    let metrics = server.get("/metrics").await.text;
+    assert!(
+        metrics.contains("finished_reason=\"abort\",model_name=\"tiny\"} 4"),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn requests_are_measured() {
+    let server = TestServer::answering("Yo");
+    server.chat(json!({"max_tokens": 2})).await;
+    server.get("/made/up").await;
+    let metrics = server.get("/metrics").await;
+    assert_eq!(metrics.headers["content-type"], "text/plain; version=0.0.4");
+    for line in [
+        "infold:http_requests_total{engine=\"0\",handler=\"/v1/chat/completions\",method=\"POST\",model_name=\"tiny\",status=\"200\"} 1",
+        "infold:http_requests_total{engine=\"0\",handler=\"none\",method=\"GET\",model_name=\"tiny\",status=\"404\"} 1",
+        "infold:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"tiny\"} 1",
+        "infold:request_generation_tokens_sum{engine=\"0\",model_name=\"tiny\"} 2",
+        "infold:request_params_max_tokens_sum{engine=\"0\",model_name=\"tiny\"} 2",
+        "infold:num_requests_waiting{engine=\"0\",model_name=\"tiny\"} 0",
+    ] {
+        assert!(
+            metrics.text.contains(line),
+            "{line}\nis not in\n{}",
+            metrics.text
+        );
+    }
+}
