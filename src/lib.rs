@@ -12,6 +12,8 @@
 //! - [`weights`]: checkpoints in (safetensors, GGUF, hub).
 //! - [`text`]: tokenizer, chat template, incremental detokenisation.
 
+pub mod bench;
+pub mod chat;
 pub mod distributed;
 pub mod engine;
 pub mod kernels;

@@ -1,6 +1,97 @@
 //! The program `infold`: one command line for all verbs.
 
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use infold::{bench, chat, serve};
+use tracing_subscriber::EnvFilter;
+
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() {}
+/// Serve language models over an OpenAI-compatible API, without Python
+#[derive(Parser)]
+#[command(name = "infold", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Serve(Box<serve::ServeArgs>),
+    Bench(Box<bench::BenchArgs>),
+    Chat(chat::ChatArgs),
+}
+
+/// The exit code for a wrong command line, as clap's own.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let (arguments, warnings) = match prepare(std::env::args_os().collect()) {
+        Ok(prepared) => prepared,
+        Err(error) => return fail(&error, EXIT_USAGE),
+    };
+    let cli = Cli::parse_from(arguments);
+    start_log(&cli.command);
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let result = match &cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Chat(args) => run_chat(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, 1),
+    }
+}
+
+/// Rewrites the flags of the verbs that take vLLM's into clap's spelling, with warnings.
+fn prepare(mut arguments: Vec<OsString>) -> anyhow::Result<(Vec<OsString>, Vec<String>)> {
+    let takes_engine_flags = arguments
+        .get(1)
+        .is_some_and(|verb| verb == "serve" || verb == "bench");
+    if !takes_engine_flags {
+        return Ok((arguments, Vec::new()));
+    }
+    let prepared = serve::prepare_arguments(arguments.split_off(2))?;
+    arguments.extend(prepared.arguments);
+    Ok((arguments, prepared.warnings))
+}
+
+fn start_log(command: &Command) {
+    let (format, default_level) = match command {
+        Command::Serve(args) => (args.listen.log_format, "info"),
+        Command::Bench(_) | Command::Chat(_) => (serve::LogFormat::Text, "warn"),
+    };
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_level));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false);
+    match format {
+        serve::LogFormat::Json => log.json().init(),
+        serve::LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
+    }
+}
+
+/// Talks to the named server, or serves the named model on a free port and talks to that.
+fn run_chat(args: &chat::ChatArgs) -> anyhow::Result<()> {
+    if args.is_url() {
+        return chat::run(args, &args.target);
+    }
+    let server = serve::start_local(&args.target).context("starting the model")?;
+    chat::run(args, server.base_url())
+}
+
+fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
+    // The log may not have started yet, so the reason goes to stderr as it is.
+    eprintln!("infold: {error:#}");
+    ExitCode::from(code)
+}

@@ -1,1 +1,184 @@
-//! distributed.
+//! Ranks and their collectives.
+//!
+//! A rank is one thread that owns its device, its part of the model and its [`Comm`]. Nothing but
+//! the values that a collective exchanges crosses ranks. Knows nothing of layers or engines.
+
+mod local;
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+
+use local::LocalGroup;
+
+/// One rank's end of a group: its place, and the collectives of the group.
+///
+/// Every rank of a group must call the same collectives in the same order.
+pub struct Comm {
+    rank: usize,
+    world_size: usize,
+    /// `None` for a group of one, whose collectives are the identity.
+    group: Option<Arc<LocalGroup>>,
+}
+
+impl Comm {
+    /// Returns the only rank of a group of one.
+    pub fn single() -> Self {
+        Self {
+            rank: 0,
+            world_size: 1,
+            group: None,
+        }
+    }
+
+    /// Returns the ranks of a group inside this process, to be moved to one thread each.
+    pub fn local_group(world_size: usize) -> Vec<Self> {
+        if world_size == 1 {
+            return vec![Self::single()];
+        }
+        let group = Arc::new(LocalGroup::new(world_size));
+        (0..world_size)
+            .map(|rank| Self {
+                rank,
+                world_size,
+                group: Some(Arc::clone(&group)),
+            })
+            .collect()
+    }
+
+    /// Returns this rank's place in the group, from 0.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Returns the number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    /// Returns the sum over ranks of `tensor` (f32, the same shape on each), added in rank order.
+    ///
+    /// # Errors
+    /// When another rank has ended or shapes differ.
+    pub fn all_reduce(&self, tensor: &Tensor) -> Result<Tensor> {
+        let Some(group) = &self.group else {
+            return Ok(tensor.clone());
+        };
+        let parts = group.exchange(self.rank, to_values(tensor)?)?;
+        let mut sum = vec![0f32; tensor.elem_count()];
+        for part in parts.iter() {
+            if part.len() != sum.len() {
+                candle_core::bail!(
+                    "all_reduce: {} values on one rank, {} on another",
+                    part.len(),
+                    sum.len()
+                );
+            }
+            for (total, value) in sum.iter_mut().zip(part.iter()) {
+                *total += value;
+            }
+        }
+        Tensor::from_vec(sum, tensor.shape(), tensor.device())
+    }
+
+    /// Returns the ranks' `[rows, cols_i]` tensors (f32) side by side in rank order: `[rows, Σ cols_i]`.
+    ///
+    /// # Errors
+    /// When another rank has ended or `tensor` is not two-dimensional.
+    pub fn all_gather_columns(&self, tensor: &Tensor) -> Result<Tensor> {
+        let Some(group) = &self.group else {
+            return Ok(tensor.clone());
+        };
+        let (rows, _) = tensor.dims2()?;
+        let parts = group.exchange(self.rank, to_values(tensor)?)?;
+        let num_cols: usize = parts.iter().map(|part| part.len() / rows).sum();
+        let mut gathered = Vec::with_capacity(rows * num_cols);
+        for row in 0..rows {
+            for part in parts.iter() {
+                let cols = part.len() / rows;
+                gathered.extend_from_slice(&part[row * cols..(row + 1) * cols]);
+            }
+        }
+        Tensor::from_vec(gathered, (rows, num_cols), tensor.device())
+    }
+}
+
+impl Drop for Comm {
+    /// Wakes the other ranks with an error: a rank that left can not answer a collective.
+    fn drop(&mut self) {
+        if let Some(group) = &self.group {
+            group.leave(self.rank);
+        }
+    }
+}
+
+fn to_values(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1::<f32>()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn on_ranks<T: Send>(world_size: usize, body: impl Fn(Comm) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = Comm::local_group(world_size)
+                .into_iter()
+                .map(|comm| scope.spawn(|| body(comm)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
+        })
+    }
+
+    #[test]
+    fn all_reduce_sums_over_ranks_many_times() {
+        let sums = on_ranks(4, |comm| {
+            (0..100)
+                .map(|step| {
+                    let value = (comm.rank() * 100 + step) as f32;
+                    let tensor = Tensor::from_vec(vec![value, 1.0], 2, &Device::Cpu).unwrap();
+                    comm.all_reduce(&tensor).unwrap().to_vec1::<f32>().unwrap()
+                })
+                .collect::<Vec<_>>()
+        });
+        for rank in sums {
+            for (step, sum) in rank.iter().enumerate() {
+                assert_eq!(sum, &[600.0 + 4.0 * step as f32, 4.0]);
+            }
+        }
+    }
+
+    #[test]
+    fn all_gather_columns_keeps_rows_and_rank_order_with_unequal_parts() {
+        let gathered = on_ranks(2, |comm| {
+            let cols = comm.rank() + 1;
+            let values = (0..2 * cols)
+                .map(|i| (comm.rank() * 10 + i) as f32)
+                .collect();
+            let tensor = Tensor::from_vec(values, (2, cols), &Device::Cpu).unwrap();
+            comm.all_gather_columns(&tensor)
+                .unwrap()
+                .to_vec2::<f32>()
+                .unwrap()
+        });
+        assert_eq!(gathered[0], [[0.0, 10.0, 11.0], [1.0, 12.0, 13.0]]);
+        assert_eq!(gathered[0], gathered[1]);
+    }
+
+    #[test]
+    fn a_rank_that_left_is_an_error_on_the_others_not_a_hang() {
+        let errors = on_ranks(2, |comm| {
+            if comm.rank() == 1 {
+                return String::new();
+            }
+            let tensor = Tensor::from_vec(vec![1f32], 1, &Device::Cpu).unwrap();
+            comm.all_reduce(&tensor).unwrap_err().to_string()
+        });
+        assert!(errors[0].contains("rank 1 has ended"), "{}", errors[0]);
+    }
+}

@@ -3,13 +3,31 @@
 //! One thread owns all state (scheduler, KV blocks, model ranks); the rest of the program holds
 //! an [`EngineHandle`], which is a sender plus shared counters. Knows no HTTP and no text.
 
+mod args;
+mod batch;
 mod block_manager;
+mod config;
+mod core;
 mod handle;
+mod model_runner;
 mod request;
+mod sampler;
 mod scheduler;
 mod sequence;
 mod stats;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Instant;
+
+use candle_core::DType;
+use candle_core::quantized::GgmlDType;
+
+use crate::models::{ModelConfig, ModelError};
+use crate::weights::{Checkpoint, WeightsError};
+
+pub use args::{Dtype, EngineArgs, parse_size};
+pub use config::{EngineOptions, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
 pub use scheduler::SchedulingPolicy;
@@ -17,3 +35,271 @@ pub use stats::Stats;
 
 #[cfg(test)]
 pub(crate) use handle::mock_engine;
+
+use self::core::EngineCore;
+use block_manager::PrefixCaching;
+use config::{KvPlan, available_memory, plan_kv_cache};
+use handle::{Command, Shared};
+use model_runner::{Ranks, RunnerConfig};
+use scheduler::{Scheduler, SchedulerConfig};
+use stats::SharedStats;
+
+/// Why an engine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// An option has a value that can not work.
+    #[error("--{option} must be {wanted}, found {found}")]
+    InvalidOption {
+        /// The flag's name.
+        option: &'static str,
+        /// What it may be.
+        wanted: String,
+        /// What it is.
+        found: usize,
+    },
+    /// The KV cache can not hold one sequence of the wanted length.
+    #[error(
+        "a sequence of {max_model_len} tokens needs {needed_bytes} bytes of KV cache, {available_bytes} are \
+         available; --max-model-len {fitting_len} would fit, or raise --kv-cache-memory-bytes"
+    )]
+    KvCacheTooSmall {
+        /// The wanted length.
+        max_model_len: usize,
+        /// Bytes it needs.
+        needed_bytes: u64,
+        /// Bytes there are.
+        available_bytes: u64,
+        /// The longest that fits.
+        fitting_len: usize,
+    },
+    /// The model's description is wrong or asks for too much.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The checkpoint is damaged.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A layer did not get its weights.
+    #[error(transparent)]
+    Layer(#[from] crate::layers::LayerError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// The system gave no thread.
+    #[error("no thread could be started: {source}")]
+    Thread {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The engine ended while it started.
+    #[error("the engine ended while starting: {reason}")]
+    Died {
+        /// What ended it.
+        reason: String,
+    },
+}
+
+impl EngineError {
+    fn died(reason: impl Into<String>) -> Self {
+        Self::Died {
+            reason: reason.into(),
+        }
+    }
+
+    /// Returns whether the user can mend this: a wrong option, model or file.
+    pub fn is_user_error(&self) -> bool {
+        !matches!(
+            self,
+            Self::Tensor(_) | Self::Thread { .. } | Self::Died { .. }
+        )
+    }
+}
+
+/// Starts engines.
+pub struct Engine;
+
+impl Engine {
+    /// Checks, plans memory, loads the model on all ranks and starts the engine thread.
+    ///
+    /// Returns when the engine is ready to take requests.
+    ///
+    /// # Errors
+    /// [`EngineError`]; head counts that the ranks do not divide are found before loading.
+    pub fn start(
+        checkpoint: Arc<Checkpoint>,
+        options: &EngineOptions,
+    ) -> Result<EngineHandle, EngineError> {
+        options.check()?;
+        let model = ModelConfig::from_json(checkpoint.config())?;
+        model.check_tensor_parallel(options.tensor_parallel_size)?;
+        let kv_dtype = kv_dtype(&checkpoint, options.kv_cache_dtype);
+        // Mapped weights count as available memory until they are read, so take them off.
+        let available = available_memory().saturating_sub(checkpoint.size_bytes());
+        let plan = plan_kv_cache(options, &model, kv_dtype.size_in_bytes(), available)?;
+        log_plan(&checkpoint, &model, &plan, kv_dtype, options);
+
+        let (ready, started) = mpsc::channel();
+        let (commands, receiver) = mpsc::channel();
+        let thread = EngineThread {
+            checkpoint,
+            model,
+            plan,
+            kv_dtype,
+            options: options.clone(),
+        };
+        std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || thread.run(receiver, &ready))
+            .map_err(|source| EngineError::Thread { source })?;
+        let shared = started
+            .recv()
+            .unwrap_or_else(|_| Err(EngineError::died("its thread panicked")))?;
+        Ok(EngineHandle::new(commands, shared))
+    }
+}
+
+/// What the engine thread is made of before it runs.
+struct EngineThread {
+    checkpoint: Arc<Checkpoint>,
+    model: ModelConfig,
+    plan: KvPlan,
+    kv_dtype: DType,
+    options: EngineOptions,
+}
+
+impl EngineThread {
+    fn run(
+        self,
+        commands: mpsc::Receiver<Command>,
+        ready: &mpsc::Sender<Result<Arc<Shared>, EngineError>>,
+    ) {
+        let start = Instant::now();
+        let ranks = match self.load() {
+            Ok(ranks) => ranks,
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        tracing::info!(seconds = start.elapsed().as_secs_f32(), "weights loaded");
+        let shared = Arc::new(Shared {
+            info: self.info(),
+            stats: SharedStats::default(),
+            death: OnceLock::new(),
+        });
+        let scheduler = Scheduler::new(self.scheduler_config());
+        let mut core = EngineCore::new(
+            scheduler,
+            ranks,
+            commands,
+            Arc::clone(&shared),
+            self.options.seed,
+        );
+        if ready.send(Ok(Arc::clone(&shared))).is_err() {
+            return;
+        }
+        // The core is not used after a panic: it is dropped and the process is told to end.
+        let reason = match catch_unwind(AssertUnwindSafe(|| core.run())) {
+            Ok(Ok(())) => "it was stopped".to_owned(),
+            Ok(Err(error)) => format!("a step failed: {error}"),
+            Err(panic) => format!("the engine thread panicked: {}", panic_message(&*panic)),
+        };
+        let _ = shared.death.set(reason);
+    }
+
+    fn load(&self) -> Result<Ranks, EngineError> {
+        let size = self.options.tensor_parallel_size;
+        let num_threads = self.options.num_threads.unwrap_or_else(default_num_threads);
+        let config = RunnerConfig {
+            checkpoint: Arc::clone(&self.checkpoint),
+            model: self.model.clone(),
+            max_model_len: self.plan.max_model_len,
+            num_threads: (num_threads / size).max(1),
+            num_blocks: self.plan.num_blocks,
+            block_size: self.options.block_size,
+            kv_dtype: self.kv_dtype,
+        };
+        Ranks::load(&config, size)
+    }
+
+    fn info(&self) -> EngineInfo {
+        EngineInfo {
+            max_model_len: self.plan.max_model_len,
+            vocab_size: self.model.vocab_size,
+            max_num_seqs: self.options.max_num_seqs,
+            max_num_batched_tokens: self.options.max_num_batched_tokens,
+            block_size: self.options.block_size,
+            max_num_waiting: self.options.max_num_waiting,
+        }
+    }
+
+    fn scheduler_config(&self) -> SchedulerConfig {
+        SchedulerConfig {
+            max_num_seqs: self.options.max_num_seqs,
+            max_num_batched_tokens: self.options.max_num_batched_tokens,
+            max_model_len: self.plan.max_model_len,
+            num_blocks: self.plan.num_blocks,
+            block_size: self.options.block_size,
+            policy: self.options.scheduling_policy,
+            prefix_caching: if self.options.prefix_caching {
+                PrefixCaching::Enabled
+            } else {
+                PrefixCaching::Disabled
+            },
+            long_prefill_token_threshold: self.options.long_prefill_token_threshold,
+        }
+    }
+}
+
+/// Returns the number of cores this process may use.
+fn default_num_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn kv_dtype(checkpoint: &Checkpoint, wanted: KvCacheDtype) -> DType {
+    match wanted {
+        KvCacheDtype::F32 => DType::F32,
+        KvCacheDtype::F16 => DType::F16,
+        KvCacheDtype::Auto => match model_runner::weight_dtype(checkpoint) {
+            Some(GgmlDType::F32) | None => DType::F32,
+            Some(_) => DType::F16,
+        },
+    }
+}
+
+fn log_plan(
+    checkpoint: &Checkpoint,
+    model: &ModelConfig,
+    plan: &KvPlan,
+    kv_dtype: DType,
+    options: &EngineOptions,
+) {
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let dtype = model_runner::weight_dtype(checkpoint)
+        .map_or_else(|| "?".to_owned(), |dtype| format!("{dtype:?}"));
+    tracing::info!(
+        "model {}: {} with {} layers, {:.1} M parameters, {dtype} weights of {:.2} GiB",
+        model_runner::display_name(checkpoint.path()),
+        model.architecture.name(),
+        model.num_layers,
+        checkpoint.num_parameters() as f64 / 1e6,
+        gib(checkpoint.size_bytes()),
+    );
+    tracing::info!(
+        "KV cache: {} blocks of {} tokens, {kv_dtype:?}, {:.2} GiB at most; max model length {} tokens; {} threads, \
+         tensor parallel size {}",
+        plan.num_blocks,
+        options.block_size,
+        gib(plan.size_bytes),
+        plan.max_model_len,
+        options.num_threads.unwrap_or_else(default_num_threads),
+        options.tensor_parallel_size,
+    );
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "without a message".to_owned())
+}

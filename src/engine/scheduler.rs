@@ -20,7 +20,7 @@ mod simulation;
 mod tests;
 
 /// Which sequence is served first.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum SchedulingPolicy {
     /// First come, first served.
     #[default]

@@ -1,1 +1,451 @@
 //! One safe function an operation, on the CPU now, on CUDA later.
+//!
+//! [`Kernels`] is one rank's handle: its threads and its instruction set. Every method checks
+//! dtypes, contiguity, shapes and indices before any unsafe code runs. Activations are `f32`
+//! candle tensors `[tokens, width]`; weights are [`Matrix`], in the checkpoint's precision or in
+//! GGML blocks; keys and values live in [`KvBlocks`], one for each layer. It knows nothing of
+//! layers or ranks; `layers` and `engine` call it.
+//!
+//! A row's result has the same bits alone and in any batch, for every method: sums run in an
+//! order that depends on the row's own shape and positions only.
+
+mod check;
+mod cpu;
+
+use bytes::Bytes;
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use check::F32View;
+use cpu::{AttentionInputs, Cpu, CpuKv, CpuMatrix, CpuRuntime, KvType, RopeInputs};
+use std::sync::Arc;
+
+pub use cpu::SimdLevel;
+
+/// One rank's kernels and its threads. Cheap to clone.
+#[derive(Clone)]
+pub struct Kernels {
+    runtime: Arc<CpuRuntime>,
+    device: Device,
+}
+
+/// Weights `[rows, cols]` in the form that the kernels read: dense ones as they lie in the file,
+/// blocks repacked, without loss.
+pub struct Matrix(CpuMatrix);
+
+impl Matrix {
+    /// Returns the number of rows, a linear layer's outputs.
+    pub fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    /// Returns the number of columns, a linear layer's inputs.
+    pub fn cols(&self) -> usize {
+        self.0.cols
+    }
+}
+
+/// Keys and values of one layer, in blocks of tokens.
+pub struct KvBlocks(CpuKv);
+
+impl KvBlocks {
+    /// Returns the number of blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.0.num_blocks
+    }
+
+    /// Returns the tokens of a block.
+    pub fn block_size(&self) -> usize {
+        self.0.block_size
+    }
+}
+
+/// What [`Kernels::rope_and_cache`] needs besides the activations and the cache.
+pub struct RopeAndCache<'a> {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Elements of a head; even.
+    pub head_dim: usize,
+    /// Weight `[head_dim]` of the queries' norm (Qwen3).
+    pub q_norm: Option<&'a Tensor>,
+    /// Weight `[head_dim]` of the keys' norm (Qwen3).
+    pub k_norm: Option<&'a Tensor>,
+    /// Epsilon of both norms.
+    pub eps: f32,
+    /// Cosines `[max_positions, head_dim / 2]`.
+    pub cos: &'a Tensor,
+    /// Sines `[max_positions, head_dim / 2]`.
+    pub sin: &'a Tensor,
+    /// Position of each token.
+    pub positions: &'a [u32],
+    /// Cache slot of each token, `block * block_size + offset`; all distinct.
+    pub slot_mapping: &'a [u32],
+}
+
+/// One batch of prefill chunks and decodes, mixed: n sequences, m tokens.
+#[derive(Debug, Clone, Default)]
+pub struct AttentionBatch {
+    /// Where each sequence's tokens begin; n + 1.
+    pub cu_seqlens_q: Vec<u32>,
+    /// Tokens of each sequence in the cache, this step's included; n.
+    pub context_lens: Vec<u32>,
+    /// Blocks of all sequences, one after the other.
+    pub block_tables: Vec<u32>,
+    /// Where each sequence's blocks begin in `block_tables`; n + 1.
+    pub cu_blocks: Vec<u32>,
+    /// Position of each token; m.
+    pub positions: Vec<u32>,
+    /// Cache slot of each token; m.
+    pub slot_mapping: Vec<u32>,
+}
+
+impl Kernels {
+    /// Starts the kernels of one rank on the CPU: the calling thread and `num_threads - 1`
+    /// workers, with the machine's best instruction set.
+    ///
+    /// # Errors
+    ///
+    /// When `num_threads` is 0 or a thread cannot be started.
+    pub fn cpu(num_threads: usize) -> Result<Self> {
+        Self::cpu_with(num_threads, SimdLevel::detect())
+    }
+
+    /// As [`Kernels::cpu`], with a chosen instruction set.
+    ///
+    /// # Errors
+    ///
+    /// Also when the machine lacks the instruction set.
+    pub fn cpu_with(num_threads: usize, level: SimdLevel) -> Result<Self> {
+        Ok(Self {
+            runtime: Arc::new(CpuRuntime::new(num_threads, level)?),
+            device: Device::Cpu,
+        })
+    }
+
+    /// Returns the device of all tensors that come and go.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Returns the number of threads, the calling one included.
+    pub fn num_threads(&self) -> usize {
+        self.runtime.num_threads()
+    }
+
+    fn get(&self) -> Cpu<'_> {
+        self.runtime.get()
+    }
+
+    fn tensor(&self, data: Vec<f32>, dims: [usize; 2]) -> Result<Tensor> {
+        Tensor::from_vec(data, &dims, &self.device)
+    }
+
+    /// Loads a row-major matrix `[rows, cols]`. `data` may be a slice of a memory map, at any
+    /// alignment; dense types keep it, block types (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K,
+    /// Q6_K) copy it into tiles.
+    ///
+    /// # Errors
+    ///
+    /// When the type has no kernel, `cols` is not a multiple of its block, or `data` has another
+    /// length.
+    pub fn load_matrix(
+        &self,
+        dtype: GgmlDType,
+        rows: usize,
+        cols: usize,
+        data: Bytes,
+    ) -> Result<Matrix> {
+        CpuMatrix::load(self.get(), dtype, [rows, cols], data).map(Matrix)
+    }
+
+    /// Loads a vector of `len` elements of any type that [`Kernels::load_matrix`] takes, as `f32`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernels::load_matrix`].
+    pub fn load_vector(&self, dtype: GgmlDType, len: usize, data: &[u8]) -> Result<Tensor> {
+        let row = self.load_matrix(dtype, 1, len, Bytes::copy_from_slice(data))?;
+        let values = cpu::embedding(self.get(), &[0], &row.0, 0);
+        Tensor::from_vec(values, len, &self.device)
+    }
+
+    /// Returns `x Wᵀ + bias`, `[m, Σ rows]`, for `x: [m, cols]`, the row-wise concatenation W of
+    /// `parts` and `bias: [Σ rows]`. Parts may differ in type. Block formats multiply `x`
+    /// quantised to 8 bits by blocks of 32.
+    ///
+    /// # Errors
+    ///
+    /// When shapes or dtypes disagree, or there are no parts.
+    pub fn matmul(&self, x: &Tensor, parts: &[&Matrix], bias: Option<&Tensor>) -> Result<Tensor> {
+        let Some(first) = parts.first() else {
+            bail!("a matmul needs at least one matrix");
+        };
+        let cols = first.cols();
+        if let Some(other) = parts.iter().find(|part| part.cols() != cols) {
+            bail!(
+                "matrices of {cols} and {} columns in one matmul",
+                other.cols()
+            );
+        }
+        let num_rows = check::rows_of("x", x, cols)?;
+        let width = parts.iter().map(|part| part.rows()).sum();
+        let x = F32View::new("x", x)?;
+        let bias = bias
+            .map(|bias| F32View::shaped("bias", bias, &[width]))
+            .transpose()?;
+        let matrices: Vec<&CpuMatrix> = parts.iter().map(|part| &part.0).collect();
+        let bias = bias.as_ref().map(F32View::get);
+        let out = cpu::matmul(self.get(), x.get(), &matrices, bias);
+        self.tensor(out, [num_rows, width])
+    }
+
+    /// Returns the rows of `table` for `ids` in `vocab_start..vocab_start + rows`, `[ids, cols]`;
+    /// other ids give zeros, so that ranks that share a vocabulary can add their results.
+    ///
+    /// # Errors
+    ///
+    /// When the tensor cannot be made.
+    pub fn embedding(&self, ids: &[u32], table: &Matrix, vocab_start: usize) -> Result<Tensor> {
+        let out = cpu::embedding(self.get(), ids, &table.0, vocab_start);
+        self.tensor(out, [ids.len(), table.cols()])
+    }
+
+    /// Returns `x / sqrt(mean(x²) + eps) * weight` for each row of `x: [m, width]`, with
+    /// `weight: [width]`.
+    ///
+    /// # Errors
+    ///
+    /// When shapes or dtypes disagree.
+    pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        let width = weight.elem_count();
+        let num_rows = check::rows_of("x", x, width)?;
+        let (x, weight) = (F32View::new("x", x)?, norm_weight(weight, width)?);
+        let out = cpu::rms_norm(self.get(), x.get(), weight.get(), eps);
+        self.tensor(out, [num_rows, width])
+    }
+
+    /// Returns the norm of `x + residual` as [`Kernels::rms_norm`], and `x + residual`.
+    ///
+    /// # Errors
+    ///
+    /// When shapes or dtypes disagree.
+    pub fn add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        let width = weight.elem_count();
+        let num_rows = check::rows_of("x", x, width)?;
+        let residual = F32View::shaped("residual", residual, x.dims())?;
+        let (x, weight) = (F32View::new("x", x)?, norm_weight(weight, width)?);
+        let (out, sum) = cpu::add_rms_norm(self.get(), x.get(), residual.get(), weight.get(), eps);
+        let dims = [num_rows, width];
+        Ok((self.tensor(out, dims)?, self.tensor(sum, dims)?))
+    }
+
+    /// Returns silu(gate) * up, `[m, i]`, for `gate_up: [m, 2 i]`, gates before ups in a row.
+    ///
+    /// # Errors
+    ///
+    /// When the width is odd, or the tensor is not `f32` and contiguous.
+    pub fn silu_and_mul(&self, gate_up: &Tensor) -> Result<Tensor> {
+        let (num_rows, width) = gate_up.dims2()?;
+        if !width.is_multiple_of(2) || width == 0 {
+            bail!("gate_up must have an even width, got {width}");
+        }
+        let gate_up = F32View::new("gate_up", gate_up)?;
+        let out = cpu::silu_and_mul(self.get(), gate_up.get(), width / 2);
+        self.tensor(out, [num_rows, width / 2])
+    }
+
+    /// Returns `a + b`, of one shape.
+    ///
+    /// # Errors
+    ///
+    /// When shapes or dtypes disagree.
+    pub fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let b = F32View::shaped("b", b, a.dims())?;
+        let out = cpu::add(self.get(), F32View::new("a", a)?.get(), b.get());
+        Tensor::from_vec(out, a.dims(), &self.device)
+    }
+
+    /// Returns the given rows of `x: [m, width]`, in the given order.
+    ///
+    /// # Errors
+    ///
+    /// When a row does not exist.
+    pub fn gather_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let (num_rows, width) = x.dims2()?;
+        check::all_below("row", rows, num_rows)?;
+        let out = cpu::gather_rows(F32View::new("x", x)?.get(), width, rows);
+        self.tensor(out, [rows.len(), width])
+    }
+
+    /// Reserves the keys and values of one layer, zeroed, in `f32` or `f16`. The operating
+    /// system provides the memory when it is first written.
+    ///
+    /// # Errors
+    ///
+    /// When `block_size` is not a multiple of 16, a size is 0 or `dtype` is another.
+    pub fn new_kv_blocks(
+        &self,
+        num_blocks: usize,
+        block_size: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        dtype: DType,
+    ) -> Result<KvBlocks> {
+        if !block_size.is_multiple_of(16) {
+            bail!("block_size must be a multiple of 16, got {block_size}");
+        }
+        let sizes = [num_blocks, block_size, num_kv_heads, head_dim];
+        if sizes.contains(&0) {
+            bail!("a KV cache of [blocks, block_size, kv_heads, head_dim] = {sizes:?}");
+        }
+        let dtype = match dtype {
+            DType::F32 => KvType::F32,
+            DType::F16 => KvType::F16,
+            other => bail!("the KV cache on the CPU is f32 or f16, got {other:?}"),
+        };
+        Ok(KvBlocks(CpuKv::new(sizes, dtype)))
+    }
+
+    /// Takes `qkv: [m, (num_heads + 2 num_kv_heads) head_dim]`, norms queries and keys where a
+    /// norm is given, rotates both (half-split form), writes keys and values to their slots and
+    /// returns the queries, `[m, num_heads * head_dim]`.
+    ///
+    /// # Errors
+    ///
+    /// When shapes or dtypes disagree, a position has no row in the tables, or a slot does not
+    /// exist or occurs twice.
+    pub fn rope_and_cache(
+        &self,
+        qkv: &Tensor,
+        args: &RopeAndCache<'_>,
+        kv: &mut KvBlocks,
+    ) -> Result<Tensor> {
+        let &RopeAndCache {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            eps,
+            ..
+        } = args;
+        let kv = &mut kv.0;
+        if (num_kv_heads, head_dim) != (kv.num_kv_heads, kv.head_dim) || head_dim % 2 == 1 {
+            let (heads, dim) = (kv.num_kv_heads, kv.head_dim);
+            bail!("{num_kv_heads} kv heads of {head_dim} for a cache of {heads} of {dim}");
+        }
+        let num_tokens = check::rows_of("qkv", qkv, (num_heads + 2 * num_kv_heads) * head_dim)?;
+        check::has_len("positions", args.positions.len(), num_tokens)?;
+        check::has_len("slot_mapping", args.slot_mapping.len(), num_tokens)?;
+        let (max_positions, half) = args.cos.dims2()?;
+        check::all_below("position", args.positions, max_positions)?;
+        check::all_below("slot", args.slot_mapping, kv.num_slots())?;
+        check::all_distinct("slot", args.slot_mapping)?;
+        if half != head_dim / 2 {
+            bail!("cos must have {} columns, got {half}", head_dim / 2);
+        }
+        let qkv = F32View::new("qkv", qkv)?;
+        let cos = F32View::new("cos", args.cos)?;
+        let sin = F32View::shaped("sin", args.sin, args.cos.dims())?;
+        let q_norm = args
+            .q_norm
+            .map(|norm| norm_weight(norm, head_dim))
+            .transpose()?;
+        let k_norm = args
+            .k_norm
+            .map(|norm| norm_weight(norm, head_dim))
+            .transpose()?;
+        let inputs = RopeInputs {
+            qkv: qkv.get(),
+            num_heads,
+            q_norm: q_norm.as_ref().map(F32View::get),
+            k_norm: k_norm.as_ref().map(F32View::get),
+            eps,
+            cos: cos.get(),
+            sin: sin.get(),
+            positions: args.positions,
+            slot_mapping: args.slot_mapping,
+        };
+        let out = cpu::rope_and_cache(self.get(), &inputs, kv);
+        self.tensor(out, [num_tokens, num_heads * head_dim])
+    }
+
+    /// Returns causal attention of `q: [m, num_heads * head_dim]` over the cached keys and
+    /// values: a token at position p sees positions 0 to p of its sequence. Query heads share
+    /// kv heads in equal consecutive groups.
+    ///
+    /// # Errors
+    ///
+    /// When shapes or dtypes disagree, a position is not below its sequence's context length, or
+    /// a sequence has too few blocks or one that does not exist.
+    pub fn paged_attention(
+        &self,
+        q: &Tensor,
+        kv: &KvBlocks,
+        batch: &AttentionBatch,
+        num_heads: usize,
+        scale: f32,
+    ) -> Result<Tensor> {
+        let kv = &kv.0;
+        if num_heads == 0 || !num_heads.is_multiple_of(kv.num_kv_heads) {
+            bail!(
+                "{num_heads} heads cannot share {} kv heads",
+                kv.num_kv_heads
+            );
+        }
+        let width = num_heads * kv.head_dim;
+        let num_tokens = check::rows_of("q", q, width)?;
+        check_batch(batch, kv, num_tokens)?;
+        let q = F32View::new("q", q)?;
+        let inputs = AttentionInputs {
+            q: q.get(),
+            num_heads,
+            scale,
+            cu_seqlens_q: &batch.cu_seqlens_q,
+            block_tables: &batch.block_tables,
+            cu_blocks: &batch.cu_blocks,
+            positions: &batch.positions,
+        };
+        let out = cpu::paged_attention(self.get(), &inputs, kv);
+        self.tensor(out, [num_tokens, width])
+    }
+}
+
+fn norm_weight(weight: &Tensor, width: usize) -> Result<F32View<'_>> {
+    F32View::shaped("the norm's weight", weight, &[width])
+}
+
+fn check_batch(batch: &AttentionBatch, kv: &CpuKv, num_tokens: usize) -> Result<()> {
+    let num_sequences = batch.context_lens.len();
+    let num_table_blocks = batch.block_tables.len();
+    check::is_offsets(
+        "cu_seqlens_q",
+        &batch.cu_seqlens_q,
+        num_sequences,
+        num_tokens,
+    )?;
+    check::is_offsets(
+        "cu_blocks",
+        &batch.cu_blocks,
+        num_sequences,
+        num_table_blocks,
+    )?;
+    check::has_len("positions", batch.positions.len(), num_tokens)?;
+    check::all_below("block", &batch.block_tables, kv.num_blocks)?;
+    let tokens = batch.cu_seqlens_q.windows(2);
+    let blocks = batch.cu_blocks.windows(2);
+    for ((tokens, blocks), &context_len) in tokens.zip(blocks).zip(&batch.context_lens) {
+        let positions = &batch.positions[tokens[0] as usize..tokens[1] as usize];
+        check::all_below("position", positions, context_len as usize)?;
+        let num_slots = (blocks[1] - blocks[0]) as usize * kv.block_size;
+        if num_slots < context_len as usize {
+            bail!("a context of {context_len} tokens in blocks of {num_slots}");
+        }
+    }
+    Ok(())
+}

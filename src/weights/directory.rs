@@ -86,8 +86,10 @@ struct Shards {
     index: Option<Index>,
 }
 
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The weights, when they are in one file.
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
+/// Says which file has which tensor, when there are several.
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 fn shard_names(path: &Path, names: &[String]) -> Result<Shards, WeightsError> {
     let has = |name: &str| names.iter().any(|found| found == name);
@@ -98,12 +100,7 @@ fn shard_names(path: &Path, names: &[String]) -> Result<Shards, WeightsError> {
         });
     }
     if !has(INDEX_FILE) {
-        // Mistral's `consolidated*` repeat the weights under other names.
-        let names = names.iter().filter(|name| {
-            has_extension(Path::new(name), "safetensors")
-                && !name.starts_with("adapter_")
-                && !name.starts_with("consolidated")
-        });
+        let names = names.iter().filter(|name| is_shard(name));
         return Ok(Shards {
             names: names.cloned().collect(),
             index: None,
@@ -128,6 +125,24 @@ fn shard_names(path: &Path, names: &[String]) -> Result<Shards, WeightsError> {
         names: shards,
         index: Some(index),
     })
+}
+
+/// Returns whether a file name is that of weights of the model.
+pub(super) fn is_shard(name: &str) -> bool {
+    // Mistral's `consolidated*` repeat the weights under other names.
+    has_extension(Path::new(name), "safetensors")
+        && !name.starts_with("adapter_")
+        && !name.starts_with("consolidated")
+}
+
+/// Returns the files that the index of the directory `path` names and that are not there.
+pub(super) fn missing_shards(path: &Path) -> Result<Vec<String>, WeightsError> {
+    let index: Index = read_json(&path.join(INDEX_FILE))?;
+    let mut shards: Vec<String> = index.weight_map.into_values().collect();
+    shards.sort();
+    shards.dedup();
+    shards.retain(|shard| !path.join(shard).exists());
+    Ok(shards)
 }
 
 fn add_shard(
@@ -198,7 +213,7 @@ fn adapter_only(path: &Path) -> Result<WeightsError, WeightsError> {
 }
 
 /// Returns the names of the files in a directory, sorted.
-fn file_names(path: &Path) -> Result<Vec<String>, WeightsError> {
+pub(super) fn file_names(path: &Path) -> Result<Vec<String>, WeightsError> {
     let io_error = |source| WeightsError::Io {
         path: path.to_owned(),
         source,

@@ -262,6 +262,100 @@ pub enum WeightsError {
         /// One past the last column wanted.
         end: usize,
     },
+    /// A model is neither a path nor a hub id.
+    #[error("there is no file or directory {spec:?}, and it is not a hub id (owner/name)")]
+    UnknownModel {
+        /// What was given.
+        spec: String,
+    },
+    /// A hub model is not in the cache and the hub may not be asked.
+    #[error(
+        "{model} is not (completely) in the cache {}, and HF_HUB_OFFLINE forbids to download it",
+        cache.display()
+    )]
+    NotCached {
+        /// What was given.
+        model: String,
+        /// The cache that was searched.
+        cache: PathBuf,
+    },
+    /// A repository has nothing that infold can load.
+    #[error("{repo} cannot be served: {reason}")]
+    NothingToLoad {
+        /// `owner/name`.
+        repo: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A repository has several GGUF files and it is not clear which one is meant.
+    #[error("{repo} does not have one GGUF file {wanted:?}: add \":FILE\", one of {}", files.join(", "))]
+    WhichGguf {
+        /// `owner/name`.
+        repo: String,
+        /// The file or part of a name that was asked for.
+        wanted: String,
+        /// The files there are.
+        files: Vec<String>,
+    },
+    /// The hub refuses access.
+    #[error("the hub refuses access to {repo} (status {status}): {advice}")]
+    HubDenied {
+        /// `owner/name`.
+        repo: String,
+        /// HTTP status.
+        status: u16,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The hub does not have what was asked for.
+    #[error("the hub does not have {repo} at this revision, or not {what}")]
+    HubNotFound {
+        /// `owner/name`.
+        repo: String,
+        /// The file.
+        what: String,
+    },
+    /// The hub answered with another error.
+    #[error("the hub answered with status {status} when asked for {what} of {repo}")]
+    HubStatus {
+        /// `owner/name`.
+        repo: String,
+        /// The file.
+        what: String,
+        /// HTTP status.
+        status: u16,
+    },
+    /// The hub could not be reached, or the transfer kept breaking off.
+    #[error(
+        "cannot get {what} of {repo} from {endpoint} (a local directory works without a network, \
+         HF_ENDPOINT names a mirror)"
+    )]
+    HubUnreachable {
+        /// Address of the hub.
+        endpoint: String,
+        /// `owner/name`.
+        repo: String,
+        /// The file.
+        what: String,
+        /// What went wrong last.
+        source: Box<hf_hub::api::sync::ApiError>,
+    },
+    /// A download could not be written.
+    #[error("cannot store {what} below {} (--download-dir, HF_HOME)", path.display())]
+    HubDisk {
+        /// The file.
+        what: String,
+        /// The cache.
+        path: PathBuf,
+        /// Disk full, no permission, …
+        source: io::Error,
+    },
+    /// Another process is downloading the same file.
+    #[error("another process is downloading this model, its lock is {}", path.display())]
+    HubLocked {
+        /// The lock file.
+        path: PathBuf,
+    },
 }
 
 impl WeightsError {
@@ -273,6 +367,7 @@ impl WeightsError {
                 source.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
             ),
+            Self::HubStatus { .. } | Self::HubUnreachable { .. } | Self::HubDisk { .. } => false,
             _ => true,
         }
     }

@@ -132,15 +132,24 @@ pub(super) fn split_of(name: &str) -> Option<Split<'_>> {
     })
 }
 
-/// Returns all parts of the file that `path` is a part of, or `path` alone.
-fn part_paths(path: &Path) -> Vec<PathBuf> {
-    let name = path.file_name().and_then(|name| name.to_str());
-    let Some(Split { stem, count, .. }) = name.and_then(split_of) else {
-        return vec![path.to_owned()];
+/// Returns the names of all parts of the file that `name` is a part of, or `name` alone.
+pub(super) fn all_parts(name: &str) -> Vec<String> {
+    let Some(Split { stem, count, .. }) = split_of(name) else {
+        return vec![name.to_owned()];
     };
     (1..=count)
-        .map(|number| path.with_file_name(format!("{stem}-{number:05}-of-{count:05}.gguf")))
+        .map(|number| format!("{stem}-{number:05}-of-{count:05}.gguf"))
         .collect()
+}
+
+/// Returns the paths of all parts of the file that `path` is a part of, or `path` alone.
+fn part_paths(path: &Path) -> Vec<PathBuf> {
+    match path.file_name().and_then(|name| name.to_str()) {
+        Some(name) if split_of(name).is_some() => (all_parts(name).iter())
+            .map(|part| path.with_file_name(part))
+            .collect(),
+        _ => vec![path.to_owned()],
+    }
 }
 
 /// Refuses a part of a split file whose name does not lead to the others.

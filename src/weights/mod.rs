@@ -2,13 +2,16 @@
 //!
 //! [`Checkpoint`] opens a Hugging Face directory or a GGUF file and hands out [`StoredTensor`]s
 //! by Hugging Face name; a rank of a tensor-parallel group takes its [`Shard`] of each.
+//! [`resolve_model`] finds the path of a model that is named by its hub id, and downloads it.
 
 mod checkpoint;
 mod directory;
+mod download;
 mod error;
 mod gguf;
 mod gguf_file;
 mod gguf_model;
+mod hub;
 mod index;
 mod safetensors;
 mod tensor;
@@ -16,4 +19,5 @@ mod tensor;
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
+pub use hub::{HubOptions, Network, resolve_model};
 pub use tensor::{Shard, StoredTensor};

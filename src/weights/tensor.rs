@@ -60,7 +60,7 @@ impl StoredTensor {
             world_size,
         } = *shard;
         let size = self.shape.get(dim).copied().unwrap_or(0);
-        if size == 0 || world_size == 0 || size % world_size != 0 {
+        if size == 0 || world_size == 0 || !size.is_multiple_of(world_size) {
             return Err(WeightsError::UnevenShard {
                 tensor: self.name.clone(),
                 dim,
@@ -112,7 +112,7 @@ impl StoredTensor {
     /// Returns where the elements `range` of one row lie in it, in bytes.
     fn bytes_of(&self, range: &Range<usize>) -> Result<Range<usize>, WeightsError> {
         let block_size = self.dtype.block_size();
-        if range.start % block_size != 0 || range.end % block_size != 0 {
+        if !range.start.is_multiple_of(block_size) || !range.end.is_multiple_of(block_size) {
             return Err(WeightsError::SplitBlock {
                 tensor: self.name.clone(),
                 dtype: format!("{:?}", self.dtype),

@@ -1,6 +1,8 @@
-//! The one integration test binary.
+//! The integration tests: one binary, one module a subject.
 
 mod engine_invariance;
+mod hub;
 mod models_golden;
 mod openai_sdk;
 mod tiny_engine;
+mod weights;

@@ -1,0 +1,229 @@
+//! The flags that every command with an engine takes: vLLM's names, spellings and defaults.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use crate::weights::{Checkpoint, HubOptions, resolve_model};
+
+use super::{
+    Engine, EngineError, EngineHandle, EngineOptions, KvCacheDtype, MaxModelLen, SchedulingPolicy,
+};
+
+/// What the engine is built with.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// Take this branch, tag or commit of a hub model [default: main]
+    #[arg(long)]
+    pub revision: Option<String>,
+
+    /// Keep downloaded models here [default: the hub cache]
+    #[arg(long, value_name = "DIRECTORY")]
+    pub download_dir: Option<PathBuf>,
+
+    /// Compute with this type; auto is bfloat16 for bfloat16 checkpoints, else float16
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+
+    /// Limit prompt plus output to this many tokens: 8192, 8k, 8K, 25.6k, or auto for the most that fits [default: the model's]
+    #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = parse_max_model_len)]
+    pub max_model_len: Option<MaxModelLen>,
+
+    /// Split the model over this many ranks
+    #[arg(
+        long,
+        value_name = "RANKS",
+        default_value_t = 1,
+        value_parser = parse_positive
+    )]
+    pub tensor_parallel_size: usize,
+
+    /// Compute with this many threads [default: the cores this process may use]
+    #[arg(long, value_name = "THREADS", value_parser = parse_positive)]
+    pub threads: Option<usize>,
+
+    /// Reserve this much memory for the KV cache, e.g. 4GiB [default: from the free memory]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub kv_cache_memory_bytes: Option<usize>,
+
+    /// Store keys and values as this type; auto is float32 beside float32 weights, else float16
+    #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
+    pub kv_cache_dtype: KvCacheDtype,
+
+    /// Keep this many tokens in a KV block
+    #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = parse_positive)]
+    pub block_size: usize,
+
+    /// Run at most this many sequences at once
+    #[arg(long, value_name = "SEQUENCES", default_value_t = 256, value_parser = parse_positive)]
+    pub max_num_seqs: usize,
+
+    /// Compute at most this many tokens in a step
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = parse_positive)]
+    pub max_num_batched_tokens: usize,
+
+    /// Let at most this many sequences wait; more are answered with 429
+    #[arg(long, value_name = "SEQUENCES", default_value_t = 1024, value_parser = parse_positive)]
+    pub max_queued_requests: usize,
+
+    /// Reuse the KV blocks of equal prompt beginnings [default: on]
+    #[arg(
+        long,
+        action = ArgAction::SetTrue,
+        overrides_with = "no_enable_prefix_caching"
+    )]
+    pub enable_prefix_caching: bool,
+
+    /// Compute every prompt from its beginning [default: off]
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub no_enable_prefix_caching: bool,
+
+    /// Run waiting requests in this order; priority runs lower values first
+    #[arg(long, value_enum, default_value_t = SchedulingPolicy::Fcfs)]
+    pub scheduling_policy: SchedulingPolicy,
+
+    /// Seed the engine's random numbers
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl EngineArgs {
+    /// Finds the model, downloads it where it is a hub id, and opens its checkpoint.
+    ///
+    /// # Errors
+    /// [`EngineError::Weights`] naming the file or the hub's answer.
+    pub fn open(&self, model: &str) -> Result<Arc<Checkpoint>, EngineError> {
+        let path = resolve_model(model, &self.hub_options())?;
+        Ok(Arc::new(Checkpoint::open(&path)?))
+    }
+
+    /// Starts an engine on an open checkpoint.
+    ///
+    /// # Errors
+    /// See [`Engine::start`].
+    pub fn start(&self, checkpoint: Arc<Checkpoint>) -> Result<EngineHandle, EngineError> {
+        if self.dtype == Dtype::Float16 {
+            tracing::info!(
+                "activations are float32 on a CPU, so --dtype half can not overflow here"
+            );
+        }
+        Engine::start(checkpoint, &self.options())
+    }
+
+    /// Returns where and how models are looked up on the hub.
+    pub fn hub_options(&self) -> HubOptions {
+        let mut options = HubOptions::from_vars(|name| std::env::var(name).ok());
+        options.revision.clone_from(&self.revision);
+        if let Some(directory) = &self.download_dir {
+            options.cache_dir.clone_from(directory);
+        }
+        options
+    }
+
+    fn options(&self) -> EngineOptions {
+        EngineOptions {
+            tensor_parallel_size: self.tensor_parallel_size,
+            num_threads: self.threads,
+            max_model_len: self.max_model_len.unwrap_or(MaxModelLen::FromModel),
+            max_num_seqs: self.max_num_seqs,
+            // As vLLM: a budget below the number of sequences could not give each its token.
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            block_size: self.block_size,
+            kv_cache_memory_bytes: self.kv_cache_memory_bytes.map(|bytes| bytes as u64),
+            kv_cache_dtype: self.kv_cache_dtype,
+            prefix_caching: !self.no_enable_prefix_caching,
+            scheduling_policy: self.scheduling_policy,
+            long_prefill_token_threshold: 0,
+            seed: self.seed,
+            max_num_waiting: self.max_queued_requests,
+        }
+    }
+}
+
+/// A number format for weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// By checkpoint.
+    Auto,
+    /// IEEE half precision.
+    #[value(alias = "half")]
+    Float16,
+    /// Brain float.
+    Bfloat16,
+    /// IEEE single precision.
+    #[value(alias = "float")]
+    Float32,
+}
+
+fn parse_positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("expected at least 1, got 0".to_owned()),
+        Ok(value) => Ok(value),
+        Err(_) => Err(format!("expected a whole number, got `{text}`")),
+    }
+}
+
+/// Reads `8192`, `8k` (8000), `8K` (8192), `25.6k`, `auto` or `-1`.
+fn parse_max_model_len(text: &str) -> Result<MaxModelLen, String> {
+    if text == "auto" || text == "-1" {
+        return Ok(MaxModelLen::Auto);
+    }
+    match scaled(text, &LENGTH_UNITS) {
+        Some(0) => Err("expected at least 1, got 0".to_owned()),
+        Some(tokens) => Ok(MaxModelLen::Tokens(tokens)),
+        None => Err(format!(
+            "expected a number such as 8192, 8k, 8K or auto, got `{text}`"
+        )),
+    }
+}
+
+/// Reads a number of bytes: `1073741824`, `4G` (decimal), `4GiB` (binary).
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    scaled(text, &SIZE_UNITS)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| format!("expected a size such as 512MiB or 4GiB, got `{text}`"))
+}
+
+/// vLLM's units: a small letter is decimal, a capital one binary.
+const LENGTH_UNITS: [(&str, f64); 7] = [
+    ("", 1.0),
+    ("k", 1e3),
+    ("K", 1024.0),
+    ("m", 1e6),
+    ("M", 1_048_576.0),
+    ("g", 1e9),
+    ("G", 1_073_741_824.0),
+];
+
+const SIZE_UNITS: [(&str, f64); 14] = [
+    ("", 1.0),
+    ("B", 1.0),
+    ("k", 1e3),
+    ("K", 1024.0),
+    ("KB", 1e3),
+    ("KiB", 1024.0),
+    ("m", 1e6),
+    ("M", 1_048_576.0),
+    ("MB", 1e6),
+    ("MiB", 1_048_576.0),
+    ("g", 1e9),
+    ("G", 1_073_741_824.0),
+    ("GB", 1e9),
+    ("GiB", 1_073_741_824.0),
+];
+
+/// Reads a number with a unit; only a unit may follow a fraction.
+fn scaled(text: &str, units: &[(&str, f64)]) -> Option<usize> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = &text[digits.len()..];
+    let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
+    if let Ok(whole) = digits.parse::<u64>() {
+        let value = (whole as f64 * factor).round();
+        return (value < u32::MAX as f64 * 65536.0).then_some(value as usize);
+    }
+    let number: f64 = digits.parse().ok()?;
+    let usable = !unit.is_empty() && number.is_finite() && (0.0..1e12).contains(&number);
+    usable.then_some((number * factor).round() as usize)
+}

@@ -1,0 +1,103 @@
+//! A scheduled batch laid out as the integers that the model reads: plain vectors, no tensor.
+
+use crate::kernels::AttentionBatch;
+
+use super::scheduler::{ScheduledBatch, Scheduler};
+use super::sequence::{Sequence, SequenceId};
+
+/// One step's input, the same on every rank.
+pub(super) struct StepInput {
+    /// Token ids `[tokens]`.
+    pub(super) input_ids: Vec<u32>,
+    /// Positions, slots and block tables.
+    pub(super) attention: AttentionBatch,
+    /// Rows of the hidden states that logits are needed of, ascending.
+    pub(super) logits_rows: Vec<u32>,
+    /// What each of these logits is for.
+    pub(super) logits_uses: Vec<LogitsUse>,
+}
+
+/// What a row of logits is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LogitsUse {
+    /// Draw the sequence's next token.
+    Sample(SequenceId),
+    /// Report the logprob of the prompt token that follows.
+    PromptLogprob {
+        /// The sequence.
+        id: SequenceId,
+        /// Place of the prompt token.
+        position: usize,
+        /// The prompt token.
+        token_id: u32,
+    },
+}
+
+impl StepInput {
+    /// Lays out `batch`; blocks for its tokens are already in the sequences' tables.
+    pub(super) fn new(batch: &ScheduledBatch, scheduler: &Scheduler, block_size: usize) -> Self {
+        let mut input = Self {
+            input_ids: Vec::with_capacity(batch.num_tokens),
+            attention: AttentionBatch {
+                cu_seqlens_q: vec![0],
+                context_lens: Vec::with_capacity(batch.sequences.len()),
+                block_tables: Vec::new(),
+                cu_blocks: vec![0],
+                positions: Vec::with_capacity(batch.num_tokens),
+                slot_mapping: Vec::with_capacity(batch.num_tokens),
+            },
+            logits_rows: Vec::new(),
+            logits_uses: Vec::new(),
+        };
+        for scheduled in &batch.sequences {
+            input.push(
+                scheduler.sequence(scheduled.id),
+                scheduled.num_tokens,
+                block_size,
+            );
+        }
+        input
+    }
+
+    fn push(&mut self, sequence: &Sequence, num_tokens: usize, block_size: usize) {
+        let start = sequence.num_computed_tokens;
+        let end = start + num_tokens;
+        let first_row = self.input_ids.len();
+        self.input_ids
+            .extend_from_slice(&sequence.token_ids[start..end]);
+        let attention = &mut self.attention;
+        for position in start..end {
+            let block = sequence.block_table[position / block_size] as usize;
+            attention.positions.push(position as u32);
+            attention
+                .slot_mapping
+                .push((block * block_size + position % block_size) as u32);
+        }
+        attention.cu_seqlens_q.push(self.input_ids.len() as u32);
+        attention.context_lens.push(end as u32);
+        let num_blocks = end.div_ceil(block_size);
+        attention
+            .block_tables
+            .extend_from_slice(&sequence.block_table[..num_blocks]);
+        attention
+            .cu_blocks
+            .push(attention.block_tables.len() as u32);
+
+        // A preempted sequence that has drawn tokens already reported its prompt.
+        if sequence.sampling_params.prompt_logprobs.is_some() && sequence.num_output_tokens() == 0 {
+            // The logits at a position speak of the token after it.
+            for position in start..end.min(sequence.num_prompt_tokens - 1) {
+                self.logits_rows.push((first_row + position - start) as u32);
+                self.logits_uses.push(LogitsUse::PromptLogprob {
+                    id: sequence.id,
+                    position: position + 1,
+                    token_id: sequence.token_ids[position + 1],
+                });
+            }
+        }
+        if sequence.samples_after(num_tokens) {
+            self.logits_rows.push((first_row + num_tokens - 1) as u32);
+            self.logits_uses.push(LogitsUse::Sample(sequence.id));
+        }
+    }
+}

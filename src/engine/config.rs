@@ -1,0 +1,245 @@
+//! How an engine runs, and the memory plan that follows from it.
+
+use crate::models::ModelConfig;
+
+use super::EngineError;
+use super::scheduler::SchedulingPolicy;
+
+/// Longest sequence to serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MaxModelLen {
+    /// What the model was made for.
+    FromModel,
+    /// The largest that fits in the KV cache, at most what the model was made for.
+    Auto,
+    /// This many tokens.
+    Tokens(usize),
+}
+
+/// Type of the stored keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvCacheDtype {
+    /// f32 beside f32 weights, f16 beside all others.
+    Auto,
+    /// 4 bytes a value.
+    #[value(name = "float32")]
+    F32,
+    /// 2 bytes a value.
+    #[value(name = "float16")]
+    F16,
+}
+
+/// Options of [`super::Engine::start`]; defaults are vLLM's where it has them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineOptions {
+    /// Ranks that share each layer.
+    pub tensor_parallel_size: usize,
+    /// CPU threads in all; the cores this process may use when absent.
+    pub num_threads: Option<usize>,
+    /// Longest sequence.
+    pub max_model_len: MaxModelLen,
+    /// Most sequences in one batch.
+    pub max_num_seqs: usize,
+    /// Most tokens in one step.
+    pub max_num_batched_tokens: usize,
+    /// Tokens a KV block holds, a multiple of 16.
+    pub block_size: usize,
+    /// Bytes of all ranks' KV caches together; planned from free memory when absent.
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Type of keys and values.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Whether prompts reuse blocks of earlier ones.
+    pub prefix_caching: bool,
+    /// Which request goes first.
+    pub scheduling_policy: SchedulingPolicy,
+    /// Prompt tokens of one sequence a step; 0 is no limit but the budget.
+    pub long_prefill_token_threshold: usize,
+    /// Seed of requests that bring none.
+    pub seed: u64,
+    /// Requests that may wait before new ones are refused.
+    pub max_num_waiting: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            tensor_parallel_size: 1,
+            num_threads: None,
+            max_model_len: MaxModelLen::FromModel,
+            max_num_seqs: 256,
+            max_num_batched_tokens: 2048,
+            block_size: 16,
+            kv_cache_memory_bytes: None,
+            kv_cache_dtype: KvCacheDtype::Auto,
+            prefix_caching: true,
+            scheduling_policy: SchedulingPolicy::Fcfs,
+            long_prefill_token_threshold: 0,
+            seed: 0,
+            max_num_waiting: 1024,
+        }
+    }
+}
+
+impl EngineOptions {
+    /// Checks what does not depend on the model.
+    pub(super) fn check(&self) -> Result<(), EngineError> {
+        let invalid = |option: &'static str, wanted: String, found: usize| {
+            Err(EngineError::InvalidOption {
+                option,
+                wanted,
+                found,
+            })
+        };
+        if self.block_size == 0 || !self.block_size.is_multiple_of(16) {
+            return invalid(
+                "block-size",
+                "a positive multiple of 16".to_owned(),
+                self.block_size,
+            );
+        }
+        if self.max_num_seqs == 0 {
+            return invalid("max-num-seqs", "at least 1".to_owned(), 0);
+        }
+        if self.max_num_batched_tokens < self.max_num_seqs {
+            let wanted = format!("at least max-num-seqs ({})", self.max_num_seqs);
+            return invalid(
+                "max-num-batched-tokens",
+                wanted,
+                self.max_num_batched_tokens,
+            );
+        }
+        if self.num_threads == Some(0) {
+            return invalid("threads", "at least 1".to_owned(), 0);
+        }
+        Ok(())
+    }
+}
+
+/// What the KV cache will hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KvPlan {
+    pub(super) num_blocks: usize,
+    pub(super) max_model_len: usize,
+    /// Bytes of all blocks on all ranks.
+    pub(super) size_bytes: u64,
+}
+
+/// Most bytes taken for the KV cache when nobody says how many: what vLLM takes on a CPU.
+const DEFAULT_KV_CACHE_BYTES: u64 = 4 << 30;
+
+/// Plans the KV cache: `bytes_per_value` is 4 or 2, `available_bytes` what the machine has free
+/// beside the weights.
+pub(super) fn plan_kv_cache(
+    options: &EngineOptions,
+    model: &ModelConfig,
+    bytes_per_value: usize,
+    available_bytes: u64,
+) -> Result<KvPlan, EngineError> {
+    // With more ranks than KV heads each rank still keeps one.
+    let num_kv_heads = model.num_kv_heads.max(options.tensor_parallel_size);
+    let token_bytes = 2 * model.num_layers * num_kv_heads * model.head_dim * bytes_per_value;
+    let block_bytes = (token_bytes * options.block_size) as u64;
+    let wanted_len = match options.max_model_len {
+        MaxModelLen::Tokens(tokens) => tokens,
+        MaxModelLen::FromModel | MaxModelLen::Auto => model.max_position_embeddings,
+    };
+    let blocks_for = |tokens: usize| tokens.div_ceil(options.block_size) as u64;
+    // More than every sequence at its longest would never be used.
+    let most = blocks_for(wanted_len) * options.max_num_seqs as u64;
+    let budget = options
+        .kv_cache_memory_bytes
+        .unwrap_or_else(|| DEFAULT_KV_CACHE_BYTES.min(available_bytes / 2));
+    let num_blocks = (budget / block_bytes)
+        .min(most)
+        .min(u64::from(u32::MAX) / options.block_size as u64);
+    let fitting_len = num_blocks as usize * options.block_size;
+    let max_model_len = match options.max_model_len {
+        MaxModelLen::Auto => wanted_len.min(fitting_len),
+        MaxModelLen::FromModel | MaxModelLen::Tokens(_) => wanted_len,
+    };
+    if max_model_len == 0 || fitting_len < max_model_len {
+        return Err(EngineError::KvCacheTooSmall {
+            max_model_len: wanted_len,
+            needed_bytes: blocks_for(wanted_len) * block_bytes,
+            available_bytes: budget,
+            fitting_len,
+        });
+    }
+    Ok(KvPlan {
+        num_blocks: num_blocks as usize,
+        max_model_len,
+        size_bytes: num_blocks * block_bytes,
+    })
+}
+
+/// Returns the bytes that this process may still take: free memory of the machine, or what its
+/// control group leaves.
+pub(super) fn available_memory() -> u64 {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let machine = read("/proc/meminfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .map_or(8 << 30, |kib| kib * 1024);
+    let limit = read("/sys/fs/cgroup/memory.max").trim().parse::<u64>().ok();
+    let used = read("/sys/fs/cgroup/memory.current")
+        .trim()
+        .parse::<u64>()
+        .unwrap_or(0);
+    limit.map_or(machine, |limit| machine.min(limit.saturating_sub(used)))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn model() -> ModelConfig {
+        ModelConfig::from_json(&json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 1024,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_cache_too_small_names_the_length_that_would_fit() {
+        // 2 · 2 layers · 2 heads · 16 dims · 4 bytes = 512 bytes a token, 8 KiB a block.
+        let options = EngineOptions {
+            kv_cache_memory_bytes: Some(10 * 8192),
+            ..EngineOptions::default()
+        };
+        let error = plan_kv_cache(&options, &model(), 4, 0).unwrap_err();
+        assert!(error.to_string().contains("--max-model-len 160"), "{error}");
+    }
+
+    #[test]
+    fn auto_shortens_to_what_fits() {
+        let options = EngineOptions {
+            kv_cache_memory_bytes: Some(10 * 8192),
+            max_model_len: MaxModelLen::Auto,
+            ..EngineOptions::default()
+        };
+        let plan = plan_kv_cache(&options, &model(), 4, 0).unwrap();
+        assert_eq!(
+            plan,
+            KvPlan {
+                num_blocks: 10,
+                max_model_len: 160,
+                size_bytes: 10 * 8192
+            }
+        );
+    }
+
+    #[test]
+    fn no_more_blocks_than_all_sequences_can_fill() {
+        let options = EngineOptions {
+            max_num_seqs: 2,
+            max_num_batched_tokens: 64,
+            ..EngineOptions::default()
+        };
+        let plan = plan_kv_cache(&options, &model(), 4, 64 << 30).unwrap();
+        assert_eq!(plan.num_blocks, 2 * 1024 / 16);
+    }
+}

@@ -1,0 +1,320 @@
+//! The engine thread: takes commands, runs steps, sends events. Owns all engine state.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::batch::{LogitsUse, StepInput};
+use super::handle::{Command, Shared};
+use super::model_runner::Ranks;
+use super::request::{GenerateRequest, TokenEvent, TokenLogprobs};
+use super::sampler::{SampleError, Sampled, SequenceSampler, token_logprobs};
+use super::scheduler::{ScheduledBatch, Scheduler, Update};
+use super::sequence::SequenceId;
+
+/// A sequence that somebody listens to.
+struct ActiveSequence {
+    events: UnboundedSender<TokenEvent>,
+    sampler: SequenceSampler,
+    /// Number of tokens drawn so far: the index into the sampler's random stream.
+    num_sampled: usize,
+    /// How many alternatives each prompt token is reported with, when asked for.
+    num_prompt_logprobs: Option<usize>,
+    prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    /// Whether it has left the waiting queue once.
+    admitted: bool,
+}
+
+/// What became of the rows of one step.
+#[derive(Default)]
+struct StepOutcome {
+    sampled: Vec<(SequenceId, u32)>,
+    logprobs: HashMap<SequenceId, TokenLogprobs>,
+    failed: Vec<(SequenceId, String)>,
+    /// The row being drawn from.
+    row: Vec<f32>,
+}
+
+impl StepOutcome {
+    fn fail(&mut self, id: SequenceId, error: &SampleError) {
+        self.failed.push((id, error.to_string()));
+    }
+}
+
+/// Scheduler, ranks and the sequences' channels.
+pub(super) struct EngineCore {
+    scheduler: Scheduler,
+    ranks: Ranks,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    active: HashMap<SequenceId, ActiveSequence>,
+    next_id: SequenceId,
+    seed: u64,
+}
+
+impl EngineCore {
+    /// Puts the parts together; nothing runs before [`Self::run`].
+    pub(super) fn new(
+        scheduler: Scheduler,
+        ranks: Ranks,
+        commands: mpsc::Receiver<Command>,
+        shared: Arc<Shared>,
+        seed: u64,
+    ) -> Self {
+        Self {
+            scheduler,
+            ranks,
+            commands,
+            shared,
+            active: HashMap::new(),
+            next_id: 0,
+            seed,
+        }
+    }
+
+    /// Serves until told to stop or until no handle is left.
+    ///
+    /// # Errors
+    /// When a step fails: the state of the ranks is then unknown and the engine must end.
+    pub(super) fn run(&mut self) -> candle_core::Result<()> {
+        while self.take_commands() {
+            self.drop_abandoned();
+            if !self.scheduler.is_idle() {
+                self.step()?;
+            }
+            self.publish_stats();
+        }
+        for (_, sequence) in self.active.drain() {
+            let _ = sequence.events.send(TokenEvent::Failed {
+                message: "the server is shutting down".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Takes all commands that are there, waiting for one while idle. False ends the engine.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            let command = if self.scheduler.is_idle() {
+                self.publish_stats();
+                self.commands
+                    .recv()
+                    .map_err(|_| mpsc::TryRecvError::Disconnected)
+            } else {
+                self.commands.try_recv()
+            };
+            match command {
+                Ok(Command::Submit(request, events)) => self.admit(*request, events),
+                Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
+                Err(mpsc::TryRecvError::Empty) => return true,
+            }
+        }
+    }
+
+    fn admit(&mut self, request: GenerateRequest, events: UnboundedSender<TokenEvent>) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let params = &request.sampling_params;
+        // Unseeded requests still differ from each other, and repeat when the server restarts.
+        let seed = params
+            .seed
+            .unwrap_or_else(|| splitmix64(self.seed.wrapping_add(id)));
+        let vocab_size = self.shared.info.vocab_size;
+        let sampler = SequenceSampler::new(params, seed, &request.prompt_token_ids, vocab_size);
+        let active = ActiveSequence {
+            events,
+            sampler,
+            num_sampled: 0,
+            num_prompt_logprobs: params.prompt_logprobs,
+            // The first prompt token has nothing before it, so its entry stays.
+            prompt_logprobs: vec![None; request.prompt_token_ids.len()],
+            admitted: false,
+        };
+        self.active.insert(id, active);
+        if let Err(error) = self.scheduler.add(id, request)
+            && let Some(refused) = self.end(id)
+        {
+            let _ = refused.events.send(TokenEvent::Failed {
+                message: error.to_string(),
+            });
+        }
+    }
+
+    /// Ends the sequences that nobody listens to any more.
+    fn drop_abandoned(&mut self) {
+        let abandoned: Vec<SequenceId> = self
+            .active
+            .iter()
+            .filter(|(_, active)| active.events.is_closed())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in abandoned {
+            self.end(id);
+            self.scheduler.abort(id);
+        }
+    }
+
+    fn step(&mut self) -> candle_core::Result<()> {
+        let batch = self.scheduler.schedule();
+        if batch.sequences.is_empty() {
+            candle_core::bail!(
+                "the scheduler has {} waiting sequences and runs none",
+                self.scheduler.num_waiting()
+            );
+        }
+        self.count_admissions(&batch);
+        let input = StepInput::new(&batch, &self.scheduler, self.shared.info.block_size);
+        let uses = input.logits_uses.clone();
+        let (active, vocab_size) = (&mut self.active, self.shared.info.vocab_size);
+        let mut outcome = StepOutcome::default();
+        self.ranks.run(input, |rows, logits| {
+            read_logits(active, &uses[rows], logits, vocab_size, &mut outcome);
+        })?;
+        for (id, message) in outcome.failed.drain(..) {
+            if let Some(sequence) = self.end(id) {
+                let _ = sequence.events.send(TokenEvent::Failed { message });
+            }
+            self.scheduler.abort(id);
+        }
+        for update in self.scheduler.update(&batch, &outcome.sampled) {
+            self.send_update(&update, outcome.logprobs.remove(&update.id));
+        }
+        self.shared.stats.num_steps.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn count_admissions(&mut self, batch: &ScheduledBatch) {
+        for scheduled in &batch.sequences {
+            let Some(active) = self.active.get_mut(&scheduled.id) else {
+                continue;
+            };
+            if !active.admitted {
+                active.admitted = true;
+                self.shared
+                    .stats
+                    .num_requests_waiting
+                    .fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Tells the listener what the step brought and forgets finished sequences.
+    fn send_update(&mut self, update: &Update, logprobs: Option<TokenLogprobs>) {
+        let Some(active) = self.active.get_mut(&update.id) else {
+            return;
+        };
+        if update.prompt_done {
+            let prompt_logprobs = active
+                .num_prompt_logprobs
+                .is_some()
+                .then(|| std::mem::take(&mut active.prompt_logprobs));
+            let _ = active.events.send(TokenEvent::Prompt {
+                num_cached_tokens: update.num_cached_tokens,
+                logprobs: prompt_logprobs,
+                finish: update.finish.filter(|_| update.token_id.is_none()),
+            });
+        }
+        if let Some(token_id) = update.token_id {
+            let _ = active.events.send(TokenEvent::Token {
+                token_id,
+                logprobs,
+                finish: update.finish,
+            });
+            self.shared
+                .stats
+                .generation_tokens
+                .fetch_add(1, Ordering::Relaxed);
+        }
+        if update.finish.is_some() {
+            self.end(update.id);
+        }
+    }
+
+    /// Forgets a sequence's channel and takes it out of the waiting count if it is still there.
+    fn end(&mut self, id: SequenceId) -> Option<ActiveSequence> {
+        let active = self.active.remove(&id)?;
+        if !active.admitted {
+            self.shared
+                .stats
+                .num_requests_waiting
+                .fetch_sub(1, Ordering::Relaxed);
+        }
+        Some(active)
+    }
+
+    fn publish_stats(&self) {
+        let (stats, order) = (&self.shared.stats, Ordering::Relaxed);
+        let counters = self.scheduler.counters();
+        stats
+            .num_requests_running
+            .store(self.scheduler.num_running(), order);
+        stats
+            .num_blocks_total
+            .store(counters.num_blocks_total, order);
+        stats.num_blocks_used.store(counters.num_blocks_used, order);
+        stats
+            .prefix_cache_queries
+            .store(counters.prefix_cache_queries, order);
+        stats
+            .prefix_cache_hits
+            .store(counters.prefix_cache_hits, order);
+        stats.prompt_tokens.store(counters.prompt_tokens, order);
+        stats.num_preemptions.store(counters.num_preemptions, order);
+    }
+}
+
+/// Draws from and reports on rows of logits: `logits` is `[uses, vocab_size]` flat.
+fn read_logits(
+    active: &mut HashMap<SequenceId, ActiveSequence>,
+    uses: &[LogitsUse],
+    logits: &[f32],
+    vocab_size: usize,
+    outcome: &mut StepOutcome,
+) {
+    for (row, logits_use) in logits.chunks_exact(vocab_size).zip(uses) {
+        match *logits_use {
+            LogitsUse::PromptLogprob {
+                id,
+                position,
+                token_id,
+            } => {
+                let Some(active) = active.get_mut(&id) else {
+                    continue;
+                };
+                let num_top = active.num_prompt_logprobs.unwrap_or(0);
+                match token_logprobs(row, token_id, num_top) {
+                    Ok(logprobs) => active.prompt_logprobs[position] = Some(logprobs),
+                    Err(error) => outcome.fail(id, &error),
+                }
+            }
+            LogitsUse::Sample(id) => {
+                let Some(active) = active.get_mut(&id) else {
+                    continue;
+                };
+                // The sampler changes its row; the tensor's values are only lent.
+                outcome.row.clear();
+                outcome.row.extend_from_slice(row);
+                match active.sampler.sample(&mut outcome.row, active.num_sampled) {
+                    Ok(Sampled { token_id, logprobs }) => {
+                        active.num_sampled += 1;
+                        outcome.sampled.push((id, token_id));
+                        outcome
+                            .logprobs
+                            .extend(logprobs.map(|logprobs| (id, logprobs)));
+                    }
+                    Err(error) => outcome.fail(id, &error),
+                }
+            }
+        }
+    }
+}
+
+/// Steele's splitmix64: spreads consecutive numbers over all 64 bits.
+fn splitmix64(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,56 @@
+//! Root-mean-square normalisation, whole on every rank.
+
+use candle_core::{Result, Tensor};
+
+use crate::kernels::Kernels;
+
+use super::{LayerError, Loader};
+
+/// `x / sqrt(mean(x²) + eps) · weight` over the last dimension.
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// Loads `weight` of `size` values.
+    ///
+    /// # Errors
+    /// [`LayerError`] naming the tensor.
+    pub fn load(
+        loader: &Loader<'_>,
+        size: usize,
+        eps: f32,
+    ) -> std::result::Result<Self, LayerError> {
+        Ok(Self {
+            weight: loader.vector("weight", size, 0..size)?,
+            eps,
+        })
+    }
+
+    /// Returns the scale, f32 `[size]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// Normalises `x` f32 `[tokens, size]`.
+    ///
+    /// # Errors
+    /// When `x` has another shape.
+    pub fn forward(&self, kernels: &Kernels, x: &Tensor) -> Result<Tensor> {
+        kernels.rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// Returns `(norm(x + residual), x + residual)`.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn forward_add(
+        &self,
+        kernels: &Kernels,
+        x: &Tensor,
+        residual: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        kernels.add_rms_norm(x, residual, &self.weight, self.eps)
+    }
+}

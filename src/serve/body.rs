@@ -1,0 +1,176 @@
+//! Request bodies: bytes off the wire, then JSON, then typed fields.
+//!
+//! Written by hand instead of with axum's extractors for three reasons: every failure has to
+//! come back in vLLM's error body, a client that sends slowly or too much must not tie up the
+//! server, and one body is read by several field structs.
+
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::Request;
+use axum::http::{HeaderMap, header};
+use futures::StreamExt;
+use serde::de::DeserializeOwned;
+
+use super::error::ApiError;
+
+/// Longest pause between two pieces of a body.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time for a whole body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(300);
+/// Bodies above this size are worked on outside the async workers.
+const LARGE_BODY: usize = 16 * 1024;
+/// How much of a body that is too large is read and thrown away, so that a client which only
+/// reads after it has sent everything still gets the answer.
+const DISCARD_FACTOR: usize = 8;
+/// Longest part of an error text that repeats what the client sent.
+const MAX_ERROR_CHARS: usize = 500;
+
+/// Reads the body of a JSON request.
+///
+/// # Errors
+/// Another content type, a body above `max_body_size` bytes, or one that stops coming.
+pub(super) async fn read_json_body(
+    request: Request,
+    max_body_size: usize,
+) -> Result<Bytes, ApiError> {
+    if !is_json(request.headers()) {
+        return Err(ApiError::wrong_content_type());
+    }
+    let declared = declared_length(request.headers());
+    let waits_for_consent = request.headers().contains_key(header::EXPECT);
+    let too_large = declared.is_some_and(|length| length > max_body_size as u64);
+    if too_large && waits_for_consent {
+        return Err(ApiError::body_too_large(max_body_size));
+    }
+    let read = read_limited(request.into_body(), max_body_size);
+    match tokio::time::timeout(BODY_TIMEOUT, read).await {
+        Ok(result) => result,
+        Err(_) => Err(ApiError::body_incomplete("The request body took too long.")),
+    }
+}
+
+async fn read_limited(body: Body, max_body_size: usize) -> Result<Bytes, ApiError> {
+    let mut pieces = body.into_data_stream();
+    let mut bytes = Vec::new();
+    let mut num_read = 0usize;
+    loop {
+        let piece = match tokio::time::timeout(PIECE_TIMEOUT, pieces.next()).await {
+            Ok(Some(Ok(piece))) => piece,
+            Ok(Some(Err(_))) => {
+                return Err(ApiError::body_incomplete("The request body broke off."));
+            }
+            Ok(None) => break,
+            Err(_) => {
+                return Err(ApiError::body_incomplete(
+                    "The request body stopped coming.",
+                ));
+            }
+        };
+        num_read = num_read.saturating_add(piece.len());
+        if num_read <= max_body_size {
+            bytes.extend_from_slice(&piece);
+        } else {
+            bytes = Vec::new();
+        }
+        if num_read > max_body_size.saturating_mul(DISCARD_FACTOR) {
+            break;
+        }
+    }
+    if num_read > max_body_size {
+        return Err(ApiError::body_too_large(max_body_size));
+    }
+    Ok(Bytes::from(bytes))
+}
+
+/// Runs work on a body; large bodies do not hold up the async workers.
+///
+/// # Errors
+/// What `work` returns, or an internal error when it panics.
+pub(super) async fn off_workers<T: Send + 'static>(
+    num_bytes: usize,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if num_bytes <= LARGE_BODY {
+        return work();
+    }
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(_) => Err(ApiError::internal("The request could not be prepared.")),
+    }
+}
+
+/// Reads the fields of one struct from a body; other fields are skipped.
+///
+/// # Errors
+/// Malformed JSON, or a value of the wrong type with its place and both types.
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(describe)?;
+    match deserializer.end() {
+        Ok(()) => Ok(value),
+        Err(error) => Err(json_invalid(&error)),
+    }
+}
+
+fn describe(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
+    let path: Vec<String> = error.path().iter().map(segment_text).collect();
+    let mut location: Vec<&str> = path.iter().map(String::as_str).collect();
+    let inner = error.inner();
+    if !inner.is_data() {
+        return json_invalid(inner);
+    }
+    let text = shortened(&inner.to_string());
+    if let Some(field) = text.strip_prefix("missing field `")
+        && let Some((field, _)) = field.split_once('`')
+    {
+        location.push(field);
+        return ApiError::malformed("missing", &location, "Field required");
+    }
+    ApiError::malformed("type_error", &location, &text)
+}
+
+fn segment_text(segment: &serde_path_to_error::Segment) -> String {
+    use serde_path_to_error::Segment;
+    match segment {
+        Segment::Seq { index } => index.to_string(),
+        Segment::Map { key } => key.clone(),
+        Segment::Enum { variant } => variant.clone(),
+        Segment::Unknown => "?".to_owned(),
+    }
+}
+
+fn json_invalid(error: &serde_json::Error) -> ApiError {
+    let text = format!("JSON decode error: {}", shortened(&error.to_string()));
+    ApiError::malformed("json_invalid", &[], &text)
+}
+
+/// Keeps an error text short that may repeat a whole value of the body.
+fn shortened(text: &str) -> String {
+    if text.chars().count() <= MAX_ERROR_CHARS {
+        return text.to_owned();
+    }
+    // The end names the expected type and the place.
+    let half = MAX_ERROR_CHARS / 2;
+    let start: String = text.chars().take(half).collect();
+    let mut end: Vec<char> = text.chars().rev().take(half).collect();
+    end.reverse();
+    format!("{start} … {}", end.into_iter().collect::<String>())
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let value = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let media_type = value.and_then(|value| value.split(';').next());
+    media_type.is_some_and(|media| media.trim().eq_ignore_ascii_case("application/json"))
+}
+
+fn declared_length(headers: &HeaderMap) -> Option<u64> {
+    headers
+        .get(header::CONTENT_LENGTH)?
+        .to_str()
+        .ok()?
+        .parse()
+        .ok()
+}

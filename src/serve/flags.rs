@@ -1,0 +1,627 @@
+//! The command line before clap sees it: underscores, short forms, the YAML file, foreign flags.
+//!
+//! People paste commands made for vLLM. Flags that make no difference here are taken out with a
+//! warning, flags that would change the answers are refused with a way out, so that nothing is
+//! dropped in silence. Called by `main.rs` on the arguments after `serve`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use serde_norway::Value as Yaml;
+
+/// Arguments ready for clap, and what was left out of them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PreparedArguments {
+    /// The arguments without program name and verb.
+    pub arguments: Vec<OsString>,
+    /// One line for each flag that has no effect.
+    pub warnings: Vec<String>,
+}
+
+/// Rewrites the arguments that follow `infold serve` into the form that clap knows.
+///
+/// Spells `--some_flag` as `--some-flag`, expands `-tp`, reads `--config FILE` (flags on the
+/// command line win over the file's), and takes out vLLM's flags that have no meaning here.
+///
+/// # Errors
+/// A flag that would change the answers and is not built, or a config file that can not be read.
+pub fn prepare_arguments(
+    arguments: impl IntoIterator<Item = OsString>,
+) -> anyhow::Result<PreparedArguments> {
+    let typed: Vec<OsString> = arguments.into_iter().map(spell_as_clap).collect();
+    let mut all = typed.clone();
+    if let Some(path) = config_path(&typed) {
+        all.extend(arguments_of_file(&path, &typed)?);
+    }
+    sort_out_foreign_flags(all)
+}
+
+/// What becomes of a flag that clap does not know.
+enum Fate {
+    /// No effect and no difference: the flag goes, with a warning.
+    Ignored(&'static str),
+    /// These values mean what this server does anyway; any other is refused with the hint.
+    OnlyAs(&'static [&'static str], &'static str),
+    /// Refused with the hint.
+    Refused(&'static str),
+}
+
+/// How many arguments follow a flag.
+#[derive(Clone, Copy, PartialEq)]
+enum Takes {
+    Nothing,
+    One,
+    Many,
+}
+
+use Fate::{Ignored, OnlyAs, Refused};
+use Takes::{Many, Nothing, One};
+
+const CPU: &str = "the CPU engine has no such setting";
+const ALWAYS: &str = "this server always works so";
+const REMOVED: &str = "vLLM removed it too";
+const NO_PYTHON: &str = "no Python code runs here";
+const ONE_ENGINE: &str = "run one server for each replica, or use --tensor-parallel-size";
+const NO_QUANTIZATION: &str =
+    "weights are computed as stored; serve a GGUF file for quantized weights";
+const NO_SPECULATION: &str = "speculative decoding is not built";
+const NO_LORA: &str = "merge the adapter into the model first";
+const NO_TOOLS: &str = "tool calls are not built; serve without the flag";
+const NO_REASONING: &str = "reasoning stays in the content; serve without the flag";
+const NO_TLS: &str = "put a reverse proxy such as nginx or caddy in front for TLS";
+const TEXT_ONLY: &str = "only text models that generate are served";
+
+const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
+    ("--swap-space", One, Ignored(REMOVED)),
+    (
+        "--disable-log-requests",
+        Nothing,
+        Ignored("prompts are logged only with --enable-log-requests"),
+    ),
+    (
+        "--no-enable-log-requests",
+        Nothing,
+        Ignored("prompts are logged only with --enable-log-requests"),
+    ),
+    ("--trust-remote-code", Nothing, Ignored(NO_PYTHON)),
+    ("--use-v2-block-manager", Nothing, Ignored(REMOVED)),
+    ("--num-scheduler-steps", One, Ignored(REMOVED)),
+    ("--multi-step-stream-outputs", One, Ignored(REMOVED)),
+    ("--num-lookahead-slots", One, Ignored(REMOVED)),
+    (
+        "--preemption-mode",
+        One,
+        Ignored("preempted sequences are recomputed"),
+    ),
+    ("--guided-decoding-backend", One, Ignored(REMOVED)),
+    (
+        "--distributed-executor-backend",
+        One,
+        Ignored("ranks are threads of this process"),
+    ),
+    (
+        "--worker-use-ray",
+        Nothing,
+        Ignored("ranks are threads of this process"),
+    ),
+    ("--uvicorn-log-level", One, Ignored("set RUST_LOG instead")),
+    (
+        "--gpu-memory-utilization",
+        One,
+        Ignored("set --kv-cache-memory-bytes instead"),
+    ),
+    ("--cpu-offload-gb", One, Ignored(CPU)),
+    (
+        "--max-parallel-loading-workers",
+        One,
+        Ignored("weights are memory-mapped"),
+    ),
+    ("--enforce-eager", Nothing, Ignored(ALWAYS)),
+    ("--no-enforce-eager", Nothing, Ignored(CPU)),
+    ("--cuda-graph-sizes", Many, Ignored(CPU)),
+    ("--max-seq-len-to-capture", One, Ignored(REMOVED)),
+    ("--compilation-config", One, Ignored(CPU)),
+    ("--optimization-level", One, Ignored(CPU)),
+    ("--disable-custom-all-reduce", Nothing, Ignored(CPU)),
+    ("--enable-chunked-prefill", Nothing, Ignored(ALWAYS)),
+    (
+        "--no-enable-chunked-prefill",
+        Nothing,
+        Ignored("prompts are always computed in chunks; answers are the same"),
+    ),
+    (
+        "--long-prefill-token-threshold",
+        One,
+        Ignored("the token budget of a step is shared by arrival"),
+    ),
+    (
+        "--max-num-partial-prefills",
+        One,
+        Ignored("the token budget of a step is shared by arrival"),
+    ),
+    (
+        "--max-long-partial-prefills",
+        One,
+        Ignored("the token budget of a step is shared by arrival"),
+    ),
+    ("--async-scheduling", Nothing, Ignored(CPU)),
+    ("--no-async-scheduling", Nothing, Ignored(ALWAYS)),
+    (
+        "--prefix-caching-hash-algo",
+        One,
+        Ignored("one hash is built in"),
+    ),
+    ("--calculate-kv-scales", Nothing, Ignored(CPU)),
+    ("--attention-backend", One, Ignored(CPU)),
+    (
+        "--enable-server-load-tracking",
+        Nothing,
+        Ignored("/load is always there"),
+    ),
+    (
+        "--enable-tokenizer-info-endpoint",
+        Nothing,
+        Ignored("the endpoint is not built"),
+    ),
+    (
+        "--disable-fastapi-docs",
+        Nothing,
+        Ignored("only /openapi.json is served"),
+    ),
+    (
+        "--disable-frontend-multiprocessing",
+        Nothing,
+        Ignored("one process serves all"),
+    ),
+    ("--api-server-count", One, Ignored("one process serves all")),
+    (
+        "--root-path",
+        One,
+        Ignored("routes are served without a prefix"),
+    ),
+    (
+        "--h11-max-incomplete-event-size",
+        One,
+        Ignored("header limits are built in"),
+    ),
+    (
+        "--h11-max-header-count",
+        One,
+        Ignored("header limits are built in"),
+    ),
+    (
+        "--log-config-file",
+        One,
+        Ignored("set RUST_LOG and --log-format instead"),
+    ),
+    (
+        "--otlp-traces-endpoint",
+        One,
+        Ignored("no traces are exported"),
+    ),
+    (
+        "--collect-detailed-traces",
+        Many,
+        Ignored("no traces are exported"),
+    ),
+    (
+        "--show-hidden-metrics-for-version",
+        One,
+        Ignored("no metric is hidden"),
+    ),
+    (
+        "--ignore-patterns",
+        Many,
+        Ignored("only files of known names are fetched"),
+    ),
+    (
+        "--use-tqdm-on-load",
+        Nothing,
+        Ignored("progress bars are shown on terminals"),
+    ),
+    (
+        "--hf-overrides",
+        One,
+        Refused("edit the model's config.json instead"),
+    ),
+    (
+        "--rope-scaling",
+        One,
+        Refused("edit rope_scaling in the model's config.json instead"),
+    ),
+    (
+        "--rope-theta",
+        One,
+        Refused("edit rope_theta in the model's config.json instead"),
+    ),
+    (
+        "--hf-config-path",
+        One,
+        Refused("put config.json beside the weights"),
+    ),
+    (
+        "--config-format",
+        One,
+        OnlyAs(&["auto", "hf"], "only Hugging Face configs are read"),
+    ),
+    (
+        "--load-format",
+        One,
+        OnlyAs(
+            &["auto", "safetensors", "hf", "gguf"],
+            "only safetensors and GGUF weights are read",
+        ),
+    ),
+    (
+        "--model-impl",
+        One,
+        OnlyAs(&["auto", "vllm"], "models are built in"),
+    ),
+    (
+        "--tokenizer-mode",
+        One,
+        OnlyAs(
+            &["auto", "hf", "fast"],
+            "only tokenizer.json and GGUF vocabularies are read",
+        ),
+    ),
+    (
+        "--tokenizer-revision",
+        One,
+        Refused("give a directory with --tokenizer instead"),
+    ),
+    (
+        "--skip-tokenizer-init",
+        Nothing,
+        Refused("the API needs the tokenizer"),
+    ),
+    ("--runner", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
+    ("--task", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
+    ("--convert", One, OnlyAs(&["auto", "none"], TEXT_ONLY)),
+    (
+        "--device",
+        One,
+        OnlyAs(&["auto", "cpu"], "this build runs on the CPU"),
+    ),
+    (
+        "--kv-cache-dtype",
+        One,
+        OnlyAs(&["auto"], "the KV cache is kept as the engine computes it"),
+    ),
+    (
+        "--quantization",
+        One,
+        OnlyAs(&["auto", "none", "None", "gguf"], NO_QUANTIZATION),
+    ),
+    (
+        "--logprobs-mode",
+        One,
+        OnlyAs(&["raw_logprobs"], "logprobs are those of the raw logits"),
+    ),
+    ("--pipeline-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
+    ("--data-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
+    (
+        "--decode-context-parallel-size",
+        One,
+        OnlyAs(&["1"], ONE_ENGINE),
+    ),
+    (
+        "--enable-expert-parallel",
+        Nothing,
+        Refused("mixtures of experts are not built"),
+    ),
+    ("--nnodes", One, OnlyAs(&["1"], ONE_ENGINE)),
+    ("--speculative-config", One, Refused(NO_SPECULATION)),
+    ("--speculative-model", One, Refused(NO_SPECULATION)),
+    ("--num-speculative-tokens", One, Refused(NO_SPECULATION)),
+    ("--enable-lora", Nothing, Refused(NO_LORA)),
+    ("--lora-modules", Many, Refused(NO_LORA)),
+    ("--max-lora-rank", One, Refused(NO_LORA)),
+    ("--max-loras", One, Refused(NO_LORA)),
+    ("--max-cpu-loras", One, Refused(NO_LORA)),
+    ("--fully-sharded-loras", Nothing, Refused(NO_LORA)),
+    ("--enable-auto-tool-choice", Nothing, Refused(NO_TOOLS)),
+    ("--tool-call-parser", One, Refused(NO_TOOLS)),
+    ("--tool-parser-plugin", One, Refused(NO_TOOLS)),
+    ("--tool-server", One, Refused(NO_TOOLS)),
+    ("--reasoning-parser", One, Refused(NO_REASONING)),
+    ("--enable-reasoning", Nothing, Refused(NO_REASONING)),
+    (
+        "--structured-outputs-config",
+        One,
+        Refused("structured output is not built"),
+    ),
+    ("--logits-processors", Many, Refused(NO_PYTHON)),
+    ("--logits-processor-pattern", One, Refused(NO_PYTHON)),
+    ("--middleware", One, Refused(NO_PYTHON)),
+    (
+        "--kv-transfer-config",
+        One,
+        Refused("KV transfer is not built"),
+    ),
+    (
+        "--kv-offloading-size",
+        One,
+        Refused("the KV cache stays in memory; set --kv-cache-memory-bytes"),
+    ),
+    ("--limit-mm-per-prompt", One, Refused(TEXT_ONLY)),
+    ("--prompt-adapter", Many, Refused(NO_LORA)),
+    (
+        "--disable-sliding-window",
+        Nothing,
+        Refused("limit --max-model-len to the window instead"),
+    ),
+    ("--ssl-keyfile", One, Refused(NO_TLS)),
+    ("--ssl-certfile", One, Refused(NO_TLS)),
+    ("--ssl-ca-certs", One, Refused(NO_TLS)),
+    ("--ssl-cert-reqs", One, Refused(NO_TLS)),
+    ("--enable-ssl-refresh", Nothing, Refused(NO_TLS)),
+];
+
+/// vLLM's short forms of more than one letter, which clap can not take.
+const SHORT_FORMS: &[(&str, &str)] = &[
+    ("-tp", "--tensor-parallel-size"),
+    ("-pp", "--pipeline-parallel-size"),
+    ("-dp", "--data-parallel-size"),
+    ("-dcp", "--decode-context-parallel-size"),
+    ("-ep", "--enable-expert-parallel"),
+    ("-q", "--quantization"),
+    ("-sc", "--speculative-config"),
+    ("-cc", "--compilation-config"),
+    ("-n", "--nnodes"),
+];
+
+/// Spells one argument as clap expects it; values and positionals stay as they are.
+fn spell_as_clap(argument: OsString) -> OsString {
+    let Some(text) = argument.to_str() else {
+        return argument;
+    };
+    let (name, value) = split_value(text);
+    let long = SHORT_FORMS.iter().find(|(short, _)| *short == name);
+    let name = match long {
+        Some((_, long)) => (*long).to_owned(),
+        None if name.starts_with("--") => name.replace('_', "-"),
+        None => return argument,
+    };
+    match value {
+        Some(value) => format!("{name}={value}").into(),
+        None => name.into(),
+    }
+}
+
+/// Splits `--flag=value`.
+fn split_value(text: &str) -> (&str, Option<&str>) {
+    match text.split_once('=') {
+        Some((name, value)) => (name, Some(value)),
+        None => (text, None),
+    }
+}
+
+fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let text = argument.to_str().unwrap_or_default();
+        match split_value(text) {
+            ("--config", Some(path)) => return Some(path.into()),
+            ("--config", None) => return arguments.next().map(PathBuf::from),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Turns a YAML mapping into flags, without those that were typed.
+fn arguments_of_file(path: &PathBuf, typed: &[OsString]) -> anyhow::Result<Vec<OsString>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("read the config file {}", path.display()))?;
+    let yaml: Yaml = serde_norway::from_str(&text)
+        .with_context(|| format!("parse the config file {}", path.display()))?;
+    let Yaml::Mapping(entries) = yaml else {
+        bail!(
+            "the config file {} is not a mapping of flags to values",
+            path.display()
+        );
+    };
+    let is_typed = |flag: &str| {
+        let same = |argument: &OsString| argument.to_str().map(|text| split_value(text).0 == flag);
+        typed.iter().any(|argument| same(argument) == Some(true))
+    };
+    // A positional model can only come first: every later bare word is some flag's value.
+    let model_is_typed = is_typed("--model")
+        || typed
+            .first()
+            .and_then(|first| first.to_str())
+            .is_some_and(|first| !first.starts_with('-'));
+    let mut arguments = Vec::new();
+    for (key, value) in entries {
+        let Yaml::String(key) = key else {
+            bail!(
+                "the config file {} has a key that is no string",
+                path.display()
+            );
+        };
+        let flag = format!("--{}", key.trim_start_matches('-').replace('_', "-"));
+        let overruled =
+            is_typed(&flag) || (key.starts_with("model") && key.len() == 5 && model_is_typed);
+        if flag != "--config" && !overruled {
+            push_yaml(&mut arguments, flag, value)
+                .with_context(|| format!("key `{key}` of the config file {}", path.display()))?;
+        }
+    }
+    Ok(arguments)
+}
+
+/// Writes one YAML entry as arguments: `true` is a switch, a list repeats, a mapping is JSON.
+fn push_yaml(arguments: &mut Vec<OsString>, flag: String, value: Yaml) -> anyhow::Result<()> {
+    match value {
+        Yaml::Null => {}
+        Yaml::Bool(true) => arguments.push(flag.into()),
+        Yaml::Bool(false) => {
+            // Only switches that are on by default have an off form; the others stay unset.
+            if flag == "--enable-prefix-caching" {
+                arguments.push("--no-enable-prefix-caching".into());
+            }
+        }
+        Yaml::Sequence(values) if takes_json(&flag) => {
+            arguments.push(format!("{flag}={}", serde_json::to_string(&values)?).into());
+        }
+        Yaml::Sequence(values) => {
+            arguments.push(flag.into());
+            for value in values {
+                arguments.push(scalar(value)?.into());
+            }
+        }
+        Yaml::Mapping(mapping) => {
+            arguments.push(format!("{flag}={}", serde_json::to_string(&mapping)?).into());
+        }
+        other => arguments.push(format!("{flag}={}", scalar(other)?).into()),
+    }
+    Ok(())
+}
+
+/// Returns whether a flag's value is itself a JSON list.
+fn takes_json(flag: &str) -> bool {
+    flag.starts_with("--allowed-")
+}
+
+fn scalar(value: Yaml) -> anyhow::Result<String> {
+    Ok(match value {
+        Yaml::String(text) => text,
+        Yaml::Number(number) => number.to_string(),
+        Yaml::Bool(value) => value.to_string(),
+        other => bail!("expected a plain value, got {other:?}"),
+    })
+}
+
+/// Takes out the flags of [`FOREIGN_FLAGS`] with their values.
+fn sort_out_foreign_flags(all: Vec<OsString>) -> anyhow::Result<PreparedArguments> {
+    let mut prepared = PreparedArguments::default();
+    let mut rest = all.into_iter().peekable();
+    while let Some(argument) = rest.next() {
+        let text = argument.to_str().unwrap_or_default();
+        let (name, joined) = split_value(text);
+        let Some((flag, takes, fate)) = FOREIGN_FLAGS.iter().find(|(flag, ..)| *flag == name)
+        else {
+            prepared.arguments.push(argument);
+            continue;
+        };
+        let mut value = joined.map(str::to_owned);
+        if joined.is_none() && *takes != Nothing {
+            let is_value =
+                |next: &OsString| !next.to_str().is_some_and(|next| next.starts_with("--"));
+            value = rest
+                .next_if(is_value)
+                .map(|next| next.to_string_lossy().into_owned());
+            while *takes == Many && rest.next_if(is_value).is_some() {}
+        }
+        match fate {
+            Ignored(reason) => prepared
+                .warnings
+                .push(format!("{flag} has no effect: {reason}")),
+            OnlyAs(accepted, _)
+                if value
+                    .as_deref()
+                    .is_some_and(|value| accepted.contains(&value)) => {}
+            OnlyAs(accepted, hint) => bail!(
+                "{flag} {} is not supported (only {}): {hint}",
+                value.unwrap_or_default(),
+                accepted.join(", ")
+            ),
+            Refused(hint) => bail!("{flag} is not supported: {hint}"),
+        }
+    }
+    Ok(prepared)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prepare(line: &str) -> anyhow::Result<PreparedArguments> {
+        prepare_arguments(line.split_whitespace().map(OsString::from))
+    }
+
+    fn arguments(line: &str) -> Vec<OsString> {
+        prepare(line).unwrap().arguments
+    }
+
+    #[test]
+    fn underscores_and_short_forms_become_long_flags() {
+        assert_eq!(
+            arguments("my_model --max_model_len=8k -tp 4 --served-model-name a_b"),
+            [
+                "my_model",
+                "--max-model-len=8k",
+                "--tensor-parallel-size",
+                "4",
+                "--served-model-name",
+                "a_b"
+            ]
+        );
+    }
+
+    #[test]
+    fn flags_without_meaning_leave_a_warning() {
+        let prepared =
+            prepare("m --swap-space 4 --enforce-eager --port 1 --trust_remote_code").unwrap();
+        assert_eq!(prepared.arguments, ["m", "--port", "1"]);
+        insta::assert_snapshot!(prepared.warnings.join("\n"), @r"
+        --swap-space has no effect: vLLM removed it too
+        --enforce-eager has no effect: this server always works so
+        --trust-remote-code has no effect: no Python code runs here
+        ");
+    }
+
+    #[test]
+    fn flags_that_would_change_answers_are_refused_with_a_way_out() {
+        let message = |line: &str| prepare(line).unwrap_err().to_string();
+        insta::assert_snapshot!(message("m --quantization awq"), @"--quantization awq is not supported (only auto, none, None, gguf): weights are computed as stored; serve a GGUF file for quantized weights");
+        insta::assert_snapshot!(message("m --lora-modules a=b c=d"), @"--lora-modules is not supported: merge the adapter into the model first");
+        assert!(
+            prepare("m --kv-cache-dtype auto -pp 1")
+                .unwrap()
+                .warnings
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serve.yaml");
+        std::fs::write(
+            &path,
+            "model: other\nport: 12\nserved_model_name: [a, b]\nenable_prefix_caching: false\n\
+             allowed-origins: [x]\noverride-generation-config: {top_k: 3}\nswap-space: 1\n\
+             dtype: half\n",
+        )
+        .unwrap();
+        let prepared = prepare(&format!("m --port 99 --config {}", path.display())).unwrap();
+        let path = path.to_str().unwrap();
+        assert_eq!(
+            prepared.arguments,
+            [
+                "m",
+                "--port",
+                "99",
+                "--config",
+                path,
+                "--served-model-name",
+                "a",
+                "b",
+                "--no-enable-prefix-caching",
+                "--allowed-origins=[\"x\"]",
+                "--override-generation-config={\"top_k\":3}",
+                "--dtype=half",
+            ]
+        );
+        assert_eq!(prepared.warnings.len(), 1);
+    }
+
+    #[test]
+    fn a_broken_file_is_named() {
+        let error = prepare("m --config /nowhere/serve.yaml").unwrap_err();
+        assert!(format!("{error:#}").contains("/nowhere/serve.yaml"));
+    }
+}

@@ -1,0 +1,498 @@
+//! Checked fields to engine requests: template, tokens, context length, choices.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use crate::engine::{GenerateRequest, SamplingParams};
+use crate::text::{
+    AddSpecialTokens, ChatTemplate, Detokenizer, IncludeStopString, RenderInput, SkipSpecialTokens,
+    StopStrings, TextError, Tokenizer,
+};
+
+use super::super::args::ContentFormat;
+use super::super::error::ApiError;
+use super::super::metrics::RequestTimer;
+use super::super::observe::RequestRecord;
+use super::super::state::{AppState, unix_seconds};
+use super::choice::{Choice, ChoiceText, EndingToken};
+use super::logprobs::{LogprobWriter, TokenSpelling};
+use super::types::{ChatMessage, SamplingFields, TemplateFields};
+use super::unions::{ContentPart, MessageContent};
+use super::validate::Checked;
+
+/// A request ready for the engine.
+pub(super) struct Generation {
+    /// `chatcmpl-…` or `cmpl-…`.
+    pub(super) id: String,
+    /// Model name for the answer.
+    pub(super) model: String,
+    /// Seconds of the unix epoch.
+    pub(super) created: u64,
+    /// One or more prompts.
+    pub(super) prompts: Vec<PreparedPrompt>,
+    /// Checked values.
+    pub(super) checked: Checked,
+    /// What the answer contains.
+    pub(super) output: OutputOptions,
+    /// For the scheduler.
+    pub(super) priority: i64,
+}
+
+/// A prompt that fits the context.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PreparedPrompt {
+    /// Its tokens, not empty.
+    pub(super) token_ids: Vec<u32>,
+    /// Its text, for `echo`.
+    pub(super) text: String,
+    /// Most tokens to generate after it.
+    pub(super) max_tokens: usize,
+}
+
+/// What the answer contains.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OutputOptions {
+    pub(super) skip_special_tokens: SkipSpecialTokens,
+    pub(super) include_stop: IncludeStopString,
+    pub(super) token_spelling: TokenSpelling,
+    /// Whether token ids are returned.
+    pub(super) token_ids: bool,
+}
+
+impl OutputOptions {
+    fn new(fields: &SamplingFields, state: &AppState) -> Self {
+        let as_ids = fields.return_tokens_as_token_ids;
+        Self {
+            skip_special_tokens: match fields.skip_special_tokens {
+                Some(false) => SkipSpecialTokens::No,
+                _ => SkipSpecialTokens::Yes,
+            },
+            include_stop: match fields.include_stop_str_in_output {
+                Some(true) => IncludeStopString::Yes,
+                _ => IncludeStopString::No,
+            },
+            token_spelling: match as_ids.unwrap_or(state.options.tokens_as_token_ids) {
+                true => TokenSpelling::Id,
+                false => TokenSpelling::Text,
+            },
+            token_ids: fields.return_token_ids.unwrap_or(false),
+        }
+    }
+}
+
+impl Generation {
+    /// Puts a request together; `kind` is the prefix of its id.
+    pub(super) fn new(
+        kind: &str,
+        fields: &SamplingFields,
+        checked: Checked,
+        prompts: Vec<PreparedPrompt>,
+        state: &AppState,
+        record: &RequestRecord,
+    ) -> Result<Self, ApiError> {
+        let num_sequences = prompts.len().saturating_mul(checked.best_of);
+        let max_num_waiting = state.engine.info().max_num_waiting;
+        if num_sequences > max_num_waiting {
+            let message = format!(
+                "The request asks for {num_sequences} sequences, but this server takes at most \
+                 {max_num_waiting} at a time (--max-queued-requests)."
+            );
+            return Err(ApiError::invalid("n", message));
+        }
+        let id = record
+            .request_id
+            .clone()
+            .or_else(|| fields.request_id.clone());
+        let id = id.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
+        let num_prompt_tokens = prompts.iter().map(|prompt| prompt.token_ids.len()).sum();
+        record.set_prompt_tokens(num_prompt_tokens);
+        Ok(Self {
+            id: format!("{kind}-{id}"),
+            model: fields
+                .model
+                .clone()
+                .filter(|name| !name.is_empty())
+                .unwrap_or_else(|| state.model.name().to_owned()),
+            created: unix_seconds(),
+            prompts,
+            checked,
+            output: OutputOptions::new(fields, state),
+            priority: fields.priority.unwrap_or(0),
+        })
+    }
+
+    /// Queues all choices; choice `j` of prompt `i` has index `i * best_of + j`.
+    ///
+    /// # Errors
+    /// A full queue or a dead engine; choices queued before are dropped.
+    pub(super) fn submit(
+        &self,
+        state: &Arc<AppState>,
+        record: &Arc<RequestRecord>,
+    ) -> Result<Vec<Choice>, ApiError> {
+        let mut choices = Vec::new();
+        let stop: Arc<[String]> = self.checked.stop.clone().into();
+        for prompt in &self.prompts {
+            let num_prompt_tokens = prompt.token_ids.len();
+            state
+                .metrics
+                .observe_request(num_prompt_tokens, self.checked.n, prompt.max_tokens);
+            for nth in 0..self.checked.best_of {
+                let index = choices.len();
+                let tokens = state.engine.submit(self.request(prompt, nth, index))?;
+                choices.push(Choice {
+                    index,
+                    state: Arc::clone(state),
+                    tokens: Some(tokens),
+                    text: self.choice_text(state, prompt, &stop)?,
+                    timer: RequestTimer::start(),
+                    record: Arc::clone(record),
+                    finish_after_prompt: None,
+                    has_started: false,
+                });
+            }
+        }
+        Ok(choices)
+    }
+
+    fn request(&self, prompt: &PreparedPrompt, nth: usize, index: usize) -> GenerateRequest {
+        let params = &self.checked.params;
+        GenerateRequest {
+            request_id: match self.checked.best_of * self.prompts.len() {
+                1 => self.id.clone(),
+                _ => format!("{}-{index}", self.id),
+            },
+            prompt_token_ids: prompt.token_ids.clone(),
+            sampling_params: SamplingParams {
+                // The choices of one prompt must differ, and still be the same at every run.
+                seed: params.seed.map(|seed| seed.wrapping_add(nth as u64)),
+                max_tokens: prompt.max_tokens,
+                ..params.clone()
+            },
+            priority: self.priority,
+        }
+    }
+
+    fn choice_text(
+        &self,
+        state: &AppState,
+        prompt: &PreparedPrompt,
+        stop: &Arc<[String]>,
+    ) -> Result<ChoiceText, ApiError> {
+        let OutputOptions {
+            skip_special_tokens,
+            include_stop,
+            ..
+        } = self.output;
+        let tokenizer = &state.tokenizer;
+        Ok(ChoiceText {
+            detokenizer: Detokenizer::after_prompt(
+                tokenizer,
+                &prompt.token_ids,
+                skip_special_tokens,
+            ),
+            stop_strings: StopStrings::new(stop.to_vec(), include_stop)
+                .map_err(|error| text_error("stop", &error))?,
+            stop: Arc::clone(stop),
+            num_unchecked_tokens: self.checked.params.min_tokens,
+            ending_token: match include_stop {
+                IncludeStopString::Yes => EndingToken::Kept,
+                IncludeStopString::No => EndingToken::LeftOut,
+            },
+        })
+    }
+
+    /// Returns what writes this request's logprobs.
+    pub(super) fn logprob_writer<'a>(&self, tokenizer: &'a Tokenizer) -> LogprobWriter<'a> {
+        LogprobWriter {
+            tokenizer,
+            spelling: self.output.token_spelling,
+        }
+    }
+
+    /// Logs what will be generated, if the operator asked for it.
+    pub(super) fn log(&self, state: &AppState) {
+        if !state.options.log_requests {
+            return;
+        }
+        for prompt in &self.prompts {
+            let text: String = prompt
+                .text
+                .chars()
+                .take(state.options.max_log_len)
+                .collect();
+            tracing::info!(
+                request_id = self.id,
+                prompt = text,
+                num_prompt_tokens = prompt.token_ids.len(),
+                max_tokens = prompt.max_tokens,
+                params = ?self.checked.params,
+                "request"
+            );
+        }
+    }
+}
+
+/// Refuses a model that is not served; an absent or empty name means the served one.
+///
+/// # Errors
+/// 404 with the name.
+pub(in crate::serve) fn check_model(state: &AppState, model: Option<&str>) -> Result<(), ApiError> {
+    match model {
+        Some(name) if !name.is_empty() && !state.model.names.iter().any(|known| known == name) => {
+            Err(ApiError::model_not_found(name))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Checks token ids that a client sent.
+///
+/// # Errors
+/// The first id outside the vocabulary.
+pub(in crate::serve) fn check_token_ids(
+    state: &AppState,
+    param: &str,
+    token_ids: &[i64],
+) -> Result<Vec<u32>, ApiError> {
+    // The model may have more rows than the tokenizer has tokens; such ids have no text.
+    let vocab_size = state
+        .engine
+        .info()
+        .vocab_size
+        .max(state.tokenizer.vocab_size());
+    let known = |id: &i64| {
+        u32::try_from(*id)
+            .ok()
+            .filter(|id| (*id as usize) < vocab_size)
+    };
+    let check = |id: &i64| {
+        known(id).ok_or_else(|| {
+            let message =
+                format!("Token id {id} is out of vocabulary. Vocabulary size: {vocab_size}");
+            ApiError::invalid(param, message)
+        })
+    };
+    token_ids.iter().map(check).collect()
+}
+
+/// Encodes a text.
+///
+/// # Errors
+/// A text that the vocabulary can not express.
+pub(in crate::serve) fn encode(
+    state: &AppState,
+    text: &str,
+    add: AddSpecialTokens,
+) -> Result<Vec<u32>, ApiError> {
+    state
+        .tokenizer
+        .encode(text, add)
+        .map_err(|error| text_error("prompt", &error))
+}
+
+/// Cuts a prompt if asked to and bounds its output by the context.
+///
+/// `asked` is the number of output tokens the request names, `fallback` the endpoint's default;
+/// without either the rest of the context is used.
+///
+/// # Errors
+/// An empty prompt, or one that leaves no room.
+pub(super) fn fit_context(
+    state: &AppState,
+    checked: &Checked,
+    mut token_ids: Vec<u32>,
+    text: Option<String>,
+    fallback: Option<usize>,
+) -> Result<PreparedPrompt, ApiError> {
+    let max_model_len = state.engine.info().max_model_len;
+    let asked = checked.max_tokens.or(fallback);
+    let mut text = text;
+    if let Some(keep) = checked.truncate_prompt_tokens {
+        let room = max_model_len.saturating_sub(asked.unwrap_or(1).max(1));
+        let keep = keep.unwrap_or(room);
+        if token_ids.len() > keep {
+            token_ids.drain(..token_ids.len() - keep);
+            text = None;
+        }
+    }
+    if token_ids.is_empty() {
+        return Err(ApiError::invalid(
+            "prompt",
+            "The decoder prompt cannot be empty",
+        ));
+    }
+    let num_prompt_tokens = token_ids.len();
+    let requested = asked.unwrap_or(1);
+    if num_prompt_tokens.saturating_add(requested) > max_model_len {
+        return Err(ApiError::context_overflow(
+            max_model_len,
+            requested,
+            num_prompt_tokens,
+        ));
+    }
+    let defaults = &state.sampling_defaults;
+    let room = max_model_len - num_prompt_tokens;
+    let wanted = asked.or(defaults.max_tokens).unwrap_or(room);
+    let cap = defaults.max_tokens_cap.unwrap_or(room);
+    let text = text.unwrap_or_else(|| state.tokenizer.decode(&token_ids, SkipSpecialTokens::No));
+    Ok(PreparedPrompt {
+        token_ids,
+        text,
+        max_tokens: wanted.min(cap).min(room),
+    })
+}
+
+/// Renders a chat to the prompt's text.
+///
+/// # Errors
+/// No template, a template of the request without permission, parts that are not text, and all
+/// that the template itself raises.
+pub(in crate::serve) fn render_chat(
+    state: &AppState,
+    messages: &[ChatMessage],
+    fields: &TemplateFields,
+) -> Result<String, ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages", "messages must not be empty."));
+    }
+    let of_request = request_template(state, fields)?;
+    let Some(template) = of_request.as_ref().or(state.chat_template.as_ref()) else {
+        let message = "The model has no chat template; start the server with --chat-template, or \
+                       use /v1/completions.";
+        return Err(ApiError::invalid("messages", message));
+    };
+    let continue_final_message = fields.continue_final_message.unwrap_or(false);
+    let add_generation_prompt = fields.add_generation_prompt.unwrap_or(true);
+    if continue_final_message && add_generation_prompt {
+        let message =
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.";
+        return Err(ApiError::invalid("continue_final_message", message));
+    }
+    let messages = template_messages(state, messages)?;
+    let kwargs = template_kwargs(state, fields);
+    let input = RenderInput {
+        messages: &messages,
+        add_generation_prompt,
+        continue_final_message,
+        kwargs: Some(&kwargs),
+        ..RenderInput::default()
+    };
+    template
+        .render(&input)
+        .map_err(|error| text_error("messages", &error))
+}
+
+fn request_template(
+    state: &AppState,
+    fields: &TemplateFields,
+) -> Result<Option<ChatTemplate>, ApiError> {
+    let Some(source) = &fields.chat_template else {
+        return Ok(None);
+    };
+    if !state.options.trust_request_chat_template {
+        let message = "Chat template is passed with request, but --trust-request-chat-template is \
+                       not set. Refused request with untrusted chat template.";
+        return Err(ApiError::invalid("chat_template", message));
+    }
+    ChatTemplate::compile(source, state.tokenizer.named_tokens())
+        .map(Some)
+        .map_err(|error| text_error("chat_template", &error))
+}
+
+fn template_kwargs(state: &AppState, fields: &TemplateFields) -> Map<String, Value> {
+    let mut kwargs = state.options.chat_template_kwargs.clone();
+    kwargs.extend(fields.chat_template_kwargs.clone().unwrap_or_default());
+    kwargs
+}
+
+fn template_messages(state: &AppState, messages: &[ChatMessage]) -> Result<Vec<Value>, ApiError> {
+    let convert = |(index, message)| template_message(state, index, message);
+    messages.iter().enumerate().map(convert).collect()
+}
+
+/// Writes a message as templates expect it: absent fields are absent, not null.
+fn template_message(
+    state: &AppState,
+    index: usize,
+    message: &ChatMessage,
+) -> Result<Value, ApiError> {
+    let ChatMessage {
+        role,
+        content,
+        name,
+        tool_calls,
+        tool_call_id,
+        reasoning_content,
+    } = message;
+    if let Some(MessageContent::Parts(parts)) = content {
+        check_parts(index, parts)?;
+    }
+    let mut object = Map::new();
+    object.insert("role".to_owned(), json!(role));
+    let content = match (content, state.options.content_format) {
+        (None, _) => json!(""),
+        (Some(content), ContentFormat::Openai) => content.parts(),
+        (Some(content), ContentFormat::Auto | ContentFormat::String) => json!(content.text()),
+    };
+    object.insert("content".to_owned(), content);
+    let texts = [
+        ("name", name),
+        ("tool_call_id", tool_call_id),
+        ("reasoning_content", reasoning_content),
+    ];
+    for (key, value) in texts {
+        if let Some(value) = value {
+            object.insert(key.to_owned(), json!(value));
+        }
+    }
+    if let Some(calls) = tool_calls.as_ref().filter(|calls| !calls.is_empty()) {
+        object.insert(
+            "tool_calls".to_owned(),
+            calls.iter().map(with_parsed_arguments).collect(),
+        );
+    }
+    Ok(Value::Object(object))
+}
+
+/// Turns a call's arguments from JSON text into JSON, the form that templates iterate over.
+fn with_parsed_arguments(call: &Value) -> Value {
+    let mut call = call.clone();
+    if let Some(arguments) = call.pointer_mut("/function/arguments")
+        && let Some(parsed) = arguments
+            .as_str()
+            .and_then(|text| serde_json::from_str(text).ok())
+    {
+        *arguments = parsed;
+    }
+    call
+}
+
+fn check_parts(index: usize, parts: &[ContentPart]) -> Result<(), ApiError> {
+    let param = format!("messages.{index}.content");
+    for part in parts {
+        if part.kind != "text" {
+            let message = format!(
+                "content parts of type `{}` are not supported by this server, only `text`.",
+                part.kind.escape_debug()
+            );
+            return Err(ApiError::invalid(&param, message));
+        }
+        if part.text.is_none() {
+            return Err(ApiError::invalid(
+                &param,
+                "a content part of type `text` needs a text.",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn text_error(param: &str, error: &TextError) -> ApiError {
+    if error.is_user_error() {
+        ApiError::invalid(param, error.to_string())
+    } else {
+        ApiError::internal(error.to_string())
+    }
+}

@@ -1,0 +1,530 @@
+//! `resolve_model` against a small hub on loopback that answers as the real one does: listing,
+//! redirects to a file store, ranges, ETags, and, on demand, failures.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::{TcpListener, TcpStream},
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use infold::weights::{Checkpoint, HubOptions, Network, WeightsError, resolve_model};
+use serde_json::json;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What the hub does instead of answering, once each, to the next request for a file's bytes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    /// Sends so many bytes of the body, then closes the connection.
+    BreakAfter(usize),
+    /// Answers with this status.
+    Status(u16),
+}
+
+#[derive(Default)]
+struct HubState {
+    files: BTreeMap<String, Vec<u8>>,
+    /// By file name, used up from the front.
+    faults: BTreeMap<String, Vec<Fault>>,
+    /// Status for every request without this token.
+    token: Option<(String, u16)>,
+    /// `METHOD path range`, in order.
+    requests: Vec<String>,
+}
+
+struct FakeHub {
+    endpoint: String,
+    state: Arc<Mutex<HubState>>,
+    cache: tempfile::TempDir,
+}
+
+impl FakeHub {
+    fn new(files: &[(&str, Vec<u8>)]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
+        let endpoint = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let state = Arc::new(Mutex::new(HubState {
+            files: (files.iter().cloned())
+                .map(|(name, content)| (name.to_owned(), content))
+                .collect(),
+            ..HubState::default()
+        }));
+        let served = Arc::clone(&state);
+        let address = endpoint.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (state, address) = (Arc::clone(&served), address.clone());
+                // A client that goes away in mid-answer is part of the tests.
+                std::thread::spawn(move || drop(answer(stream, &state, &address)));
+            }
+        });
+        Self {
+            endpoint,
+            state,
+            cache: tempfile::tempdir().expect("the system has a temporary directory"),
+        }
+    }
+
+    fn options(&self) -> HubOptions {
+        HubOptions {
+            endpoint: self.endpoint.clone(),
+            cache_dir: self.cache.path().to_owned(),
+            token: None,
+            revision: None,
+            network: Network::Online,
+            max_retries: 3,
+            retry_delay: Duration::ZERO,
+        }
+    }
+
+    fn fail(&self, file: &str, faults: &[Fault]) {
+        let mut state = self.state.lock().expect("no thread panicked");
+        state.faults.insert(file.to_owned(), faults.to_vec());
+    }
+
+    fn requests(&self) -> Vec<String> {
+        let state = self.state.lock().expect("no thread panicked");
+        state.requests.clone()
+    }
+
+    /// Returns the ranges asked of the file store for one file, without the size queries.
+    fn ranges_of(&self, file: &str) -> Vec<String> {
+        let prefix = format!("GET /store/{file} ");
+        let ranges = self.requests().into_iter();
+        let ranges = ranges.filter_map(|line| Some(line.strip_prefix(&prefix)?.to_owned()));
+        ranges.filter(|range| range != "bytes=0-0").collect()
+    }
+}
+
+/// Answers one request; connections are not kept.
+fn answer(stream: TcpStream, state: &Mutex<HubState>, endpoint: &str) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut first = String::new();
+    reader.read_line(&mut first)?;
+    let (mut range, mut token) = (None, None);
+    for line in reader.lines() {
+        let line = line?;
+        let Some((name, value)) = line.split_once(": ") else {
+            break;
+        };
+        match name.to_ascii_lowercase().as_str() {
+            "range" => range = Some(value.to_owned()),
+            "authorization" => token = value.strip_prefix("Bearer ").map(str::to_owned),
+            _ => {}
+        }
+    }
+    let target = first.split(' ').nth(1).unwrap_or_default().to_owned();
+    let path = target.split('?').next().unwrap_or_default().to_owned();
+    let mut state = state.lock().expect("no thread panicked");
+    let range = range.unwrap_or_default();
+    state.requests.push(format!("GET {path} {range}"));
+    if let Some((wanted, status)) = &state.token
+        && token.as_ref() != Some(wanted)
+    {
+        return respond(stream, *status, &[], b"no");
+    }
+    if path.starts_with("/api/models/owner/model/revision/") {
+        let siblings = state.files.iter().map(
+            |(name, content)| json!({"rfilename": name, "size": content.len(), "blobId": "0"}),
+        );
+        let listing = json!({"sha": COMMIT, "siblings": siblings.collect::<Vec<_>>()});
+        return respond(stream, 200, &[], listing.to_string().as_bytes());
+    }
+    let resolve = format!("/owner/model/resolve/{COMMIT}/");
+    if let Some(name) = path.strip_prefix(&resolve) {
+        // Large files are in a store elsewhere, small ones behind a redirect on the same host.
+        let Some(content) = state.files.get(name) else {
+            return respond(stream, 404, &[], b"Entry not found");
+        };
+        let is_large = !name.ends_with(".json");
+        let host = if is_large { endpoint } else { "" };
+        let headers = [
+            ("Location", format!("{host}/store/{name}")),
+            ("X-Repo-Commit", COMMIT.to_owned()),
+            (
+                "X-Linked-Etag",
+                format!("\"{name}-etag\"").replace('/', "-"),
+            ),
+            ("X-Linked-Size", content.len().to_string()),
+        ];
+        return respond(stream, if is_large { 302 } else { 307 }, &headers, b"");
+    }
+    match path.strip_prefix("/store/") {
+        Some(name) => send_file(stream, &mut state, name, &range),
+        None => respond(stream, 404, &[], b"Repository not found"),
+    }
+}
+
+fn send_file(
+    mut stream: TcpStream,
+    state: &mut HubState,
+    name: &str,
+    range: &str,
+) -> std::io::Result<()> {
+    let fault = match state.faults.get_mut(name) {
+        Some(faults) if !faults.is_empty() && range != "bytes=0-0" => Some(faults.remove(0)),
+        _ => None,
+    };
+    if let Some(Fault::Status(status)) = fault {
+        return respond(stream, status, &[], b"busy");
+    }
+    let content = &state.files[name];
+    let bounds = range
+        .strip_prefix("bytes=")
+        .and_then(|range| range.split_once('-'));
+    let (start, end) = bounds.unwrap_or(("0", ""));
+    let start: usize = start.parse().expect("clients send numbers");
+    let end = end.parse().map_or(content.len(), |end: usize| end + 1);
+    if start >= content.len() {
+        return respond(stream, 416, &[], b"");
+    }
+    let headers = [
+        (
+            "Content-Range",
+            format!("bytes {start}-{}/{}", end - 1, content.len()),
+        ),
+        ("ETag", format!("\"{name}-etag\"").replace('/', "-")),
+        ("X-Repo-Commit", COMMIT.to_owned()),
+    ];
+    let body = &content[start..end];
+    if let Some(Fault::BreakAfter(bytes)) = fault {
+        write_head(&mut stream, 206, &headers, body.len())?;
+        return stream.write_all(&body[..bytes]);
+    }
+    respond(stream, 206, &headers, body)
+}
+
+fn respond(
+    mut stream: TcpStream,
+    status: u16,
+    headers: &[(&str, String)],
+    body: &[u8],
+) -> std::io::Result<()> {
+    write_head(&mut stream, status, headers, body.len())?;
+    stream.write_all(body)
+}
+
+fn write_head(
+    stream: &mut TcpStream,
+    status: u16,
+    headers: &[(&str, String)],
+    length: usize,
+) -> std::io::Result<()> {
+    let mut head =
+        format!("HTTP/1.1 {status} .\r\nConnection: close\r\nContent-Length: {length}\r\n");
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    stream.write_all(format!("{head}\r\n").as_bytes())
+}
+
+/// A safetensors file with one f32 vector of `elements` ones.
+fn weights(name: &str, elements: usize) -> Vec<u8> {
+    let data: Vec<u8> = std::iter::repeat_n(1_f32.to_le_bytes(), elements)
+        .flatten()
+        .collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![elements], &data)
+        .expect("size and shape agree");
+    safetensors::serialize([(name, view)], None).expect("it serialises")
+}
+
+fn small_model() -> Vec<(&'static str, Vec<u8>)> {
+    vec![
+        ("config.json", br#"{"model_type": "qwen2"}"#.to_vec()),
+        ("generation_config.json", b"{}".to_vec()),
+        ("tokenizer.json", b"{}".to_vec()),
+        ("README.md", b"not needed".to_vec()),
+        ("pytorch_model.bin", vec![0; 64]),
+        ("model.safetensors", weights("w", 1000)),
+    ]
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    std::fs::read(path).expect("it was downloaded")
+}
+
+#[test]
+fn a_model_is_downloaded_once_and_then_found_in_the_cache() {
+    let hub = FakeHub::new(&small_model());
+    let path = resolve_model("owner/model", &hub.options()).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().num_parameters(), 1000);
+    assert!(path.join("tokenizer.json").exists());
+    for unneeded in ["README.md", "pytorch_model.bin"] {
+        assert!(!path.join(unneeded).exists(), "{unneeded}");
+    }
+
+    let before = hub.requests().len();
+    let offline = HubOptions {
+        network: Network::Offline,
+        ..hub.options()
+    };
+    assert_eq!(resolve_model("owner/model", &offline).unwrap(), path);
+    assert_eq!(resolve_model("owner/model", &hub.options()).unwrap(), path);
+    assert_eq!(hub.requests().len(), before);
+}
+
+#[test]
+fn a_local_path_wins_over_a_hub_id() {
+    let hub = FakeHub::new(&[]);
+    let path = hub.cache.path().to_str().unwrap();
+    assert_eq!(
+        resolve_model(path, &hub.options()).unwrap(),
+        hub.cache.path()
+    );
+    assert!(hub.requests().is_empty());
+}
+
+#[test]
+fn broken_connections_resume_where_they_broke_off() {
+    let model = small_model();
+    let hub = FakeHub::new(&model);
+    // More failures than retries, but each after some progress.
+    hub.fail("model.safetensors", &[Fault::BreakAfter(500); 6]);
+    let path = resolve_model("owner/model", &hub.options()).unwrap();
+    assert_eq!(read(&path.join("model.safetensors")), model[5].1);
+    let starts: Vec<_> = (0..=6)
+        .map(|part| format!("bytes={}-", part * 500))
+        .collect();
+    assert_eq!(hub.ranges_of("model.safetensors"), starts);
+}
+
+#[test]
+fn a_failure_right_after_resuming_does_not_start_over() {
+    let model = small_model();
+    let hub = FakeHub::new(&model);
+    hub.fail(
+        "model.safetensors",
+        &[
+            Fault::BreakAfter(1500),
+            Fault::Status(503),
+            Fault::BreakAfter(0),
+        ],
+    );
+    let path = resolve_model("owner/model", &hub.options()).unwrap();
+    assert_eq!(read(&path.join("model.safetensors")), model[5].1);
+    assert_eq!(
+        hub.ranges_of("model.safetensors"),
+        ["bytes=0-", "bytes=1500-", "bytes=1500-", "bytes=1500-"]
+    );
+}
+
+#[test]
+fn an_interrupted_program_resumes_in_the_next_run() {
+    let model = small_model();
+    let hub = FakeHub::new(&model);
+    hub.fail("model.safetensors", &[Fault::BreakAfter(700)]);
+    let impatient = HubOptions {
+        max_retries: 0,
+        ..hub.options()
+    };
+    let error = resolve_model("owner/model", &impatient).unwrap_err();
+    assert!(
+        matches!(error, WeightsError::HubUnreachable { ref what, .. } if what == "model.safetensors")
+    );
+    let offline = HubOptions {
+        network: Network::Offline,
+        ..hub.options()
+    };
+    let error = resolve_model("owner/model", &offline).unwrap_err();
+    assert!(matches!(error, WeightsError::NotCached { .. }), "{error}");
+
+    let path = resolve_model("owner/model", &impatient).unwrap();
+    assert_eq!(read(&path.join("model.safetensors")), model[5].1);
+    assert_eq!(
+        hub.ranges_of("model.safetensors"),
+        ["bytes=0-", "bytes=700-"]
+    );
+}
+
+#[test]
+fn a_useless_part_on_disk_is_thrown_away() {
+    let model = small_model();
+    for length in [model[5].1.len(), model[5].1.len() + 10] {
+        let hub = FakeHub::new(&model);
+        let blobs = hub.cache.path().join("models--owner--model/blobs");
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::write(blobs.join("model.part"), vec![7; length]).unwrap();
+        // hf-hub names the part after the ETag up to its last dot.
+        let path = resolve_model("owner/model", &hub.options()).unwrap();
+        assert_eq!(read(&path.join("model.safetensors")), model[5].1);
+    }
+}
+
+#[test]
+fn a_busy_hub_is_asked_again_and_not_forever() {
+    let hub = FakeHub::new(&small_model());
+    hub.fail("config.json", &[Fault::Status(503), Fault::Status(429)]);
+    resolve_model("owner/model", &hub.options()).unwrap();
+
+    let hub = FakeHub::new(&small_model());
+    hub.fail("config.json", &[Fault::Status(503); 9]);
+    let error = resolve_model("owner/model", &hub.options()).unwrap_err();
+    assert!(matches!(error, WeightsError::HubStatus { status: 503, .. }));
+    assert!(!error.is_user_error());
+    assert_eq!(hub.ranges_of("config.json").len(), 4);
+}
+
+#[test]
+fn shards_come_from_the_index() {
+    let index = json!({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}});
+    let mut model = small_model();
+    model.pop();
+    model.extend([
+        (
+            "model.safetensors.index.json",
+            index.to_string().into_bytes(),
+        ),
+        ("model-00001-of-00002.safetensors", weights("a", 10)),
+        ("model-00002-of-00002.safetensors", weights("b", 20)),
+        ("consolidated.safetensors", weights("c", 30)),
+    ]);
+    let hub = FakeHub::new(&model);
+    let path = resolve_model("owner/model@v1.0", &hub.options()).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().num_parameters(), 30);
+    assert!(!path.join("consolidated.safetensors").exists());
+    assert!(hub.requests()[0].contains("/revision/v1.0"));
+
+    std::fs::remove_file(path.join("model-00002-of-00002.safetensors")).unwrap();
+    assert_eq!(
+        resolve_model("owner/model@v1.0", &hub.options()).unwrap(),
+        path
+    );
+    assert_eq!(Checkpoint::open(&path).unwrap().num_parameters(), 30);
+}
+
+#[test]
+fn one_of_several_gguf_files_is_named_by_file_or_quantisation() {
+    let files = [
+        ("sub/big-Q8_0-00001-of-00002.gguf", vec![1; 10]),
+        ("sub/big-Q8_0-00002-of-00002.gguf", vec![2; 10]),
+        ("small-Q4_K_M.gguf", vec![3; 10]),
+    ];
+    let hub = FakeHub::new(&files);
+    let error = resolve_model("owner/model", &hub.options()).unwrap_err();
+    assert!(matches!(error, WeightsError::WhichGguf { ref files, .. } if files.len() == 3));
+    let path = resolve_model("owner/model:q4_k_m", &hub.options()).unwrap();
+    assert_eq!(read(&path), vec![3; 10]);
+    let part = "sub/big-Q8_0-00001-of-00002.gguf";
+    let path = resolve_model(&format!("owner/model:{part}"), &hub.options()).unwrap();
+    assert!(path.ends_with(part));
+    assert_eq!(
+        read(&path.with_file_name("big-Q8_0-00002-of-00002.gguf")),
+        vec![2; 10]
+    );
+
+    let before = hub.requests().len();
+    for spec in [
+        "owner/model:Q4_K_M",
+        "owner/model:sub/big-Q8_0-00001-of-00002.gguf",
+    ] {
+        resolve_model(spec, &hub.options()).unwrap();
+    }
+    assert_eq!(hub.requests().len(), before);
+}
+
+#[test]
+fn closed_models_say_what_a_token_would_do() {
+    for status in [401, 403] {
+        let hub = FakeHub::new(&small_model());
+        hub.state.lock().unwrap().token = Some(("secret".to_owned(), status));
+        let error = resolve_model("owner/model", &hub.options()).unwrap_err();
+        assert!(error.is_user_error());
+        assert!(error.to_string().contains("set HF_TOKEN"), "{error}");
+        let with_token = |token: &str| HubOptions {
+            token: Some(token.to_owned()),
+            ..hub.options()
+        };
+        let error = resolve_model("owner/model", &with_token("wrong")).unwrap_err();
+        assert!(
+            error.to_string().contains("accept the model's terms"),
+            "{error}"
+        );
+        resolve_model("owner/model", &with_token("secret")).unwrap();
+    }
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let hub = FakeHub::new(&[
+        ("pytorch_model.bin", vec![0; 8]),
+        ("config.json", vec![b'{']),
+    ]);
+    let error = resolve_model("owner/other", &hub.options()).unwrap_err();
+    assert!(matches!(error, WeightsError::HubNotFound { ref repo, .. } if repo == "owner/other"));
+    let error = resolve_model("owner/model", &hub.options()).unwrap_err();
+    assert!(error.to_string().contains("pickled"), "{error}");
+    for spec in [
+        "./no/such",
+        "model",
+        "owner/../model",
+        "owner/model@../x",
+        "a/b/c",
+        "",
+    ] {
+        let error = resolve_model(spec, &hub.options()).unwrap_err();
+        assert!(
+            matches!(error, WeightsError::UnknownModel { .. }),
+            "{spec}: {error}"
+        );
+    }
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let closed = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let options = HubOptions {
+        endpoint: closed,
+        ..hub.options()
+    };
+    let error = resolve_model("owner/model", &options).unwrap_err();
+    assert!(
+        matches!(error, WeightsError::HubUnreachable { .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_hub_cannot_write_outside_its_cache() {
+    let index = json!({"weight_map": {"a": "../../../../escaped.safetensors"}});
+    let mut model = small_model();
+    model.pop();
+    model.push((
+        "model.safetensors.index.json",
+        index.to_string().into_bytes(),
+    ));
+    model.push(("../../../../escaped.safetensors", weights("a", 10)));
+    let hub = FakeHub::new(&model);
+    assert!(resolve_model("owner/model", &hub.options()).is_err());
+    assert!(hub.requests().iter().all(|line| !line.contains("escaped")));
+}
+
+#[test]
+fn settings_follow_the_environment_of_huggingface_hub() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("token"), "from-file\n").unwrap();
+    let home_text = home.path().to_str().unwrap().to_owned();
+    let options = HubOptions::from_vars(|name| match name {
+        "HF_HOME" => Some(home_text.clone()),
+        "HF_ENDPOINT" => Some("http://mirror/".to_owned()),
+        "HF_HUB_OFFLINE" => Some("true".to_owned()),
+        "HF_TOKEN" => Some(String::new()),
+        _ => None,
+    });
+    assert_eq!(options.endpoint, "http://mirror");
+    assert_eq!(options.cache_dir, home.path().join("hub"));
+    assert_eq!(options.token.as_deref(), Some("from-file"));
+    assert_eq!(options.network, Network::Offline);
+
+    let options = HubOptions::from_vars(|name| match name {
+        "HOME" => Some("/home/u".to_owned()),
+        "HF_TOKEN" => Some(" secret ".to_owned()),
+        _ => None,
+    });
+    assert_eq!(
+        options.cache_dir,
+        Path::new("/home/u/.cache/huggingface/hub")
+    );
+    assert_eq!(options.token.as_deref(), Some("secret"));
+    assert_eq!(options.network, Network::Online);
+}
