@@ -1,16 +1,54 @@
-//! infold: fine-tune, merge and serve language models with one program.
+//! infold: one program that serves language models, and will train and merge them.
 //!
-//! Three verbs stand on seven nouns. A verb is a command of the program, a noun is a library
-//! that the verbs share; arrows only point down this list.
+//! # The map
 //!
-//! - [`serve`]: strings and JSON in, server-sent events out.
-//! - [`engine`]: token ids in, token events out: scheduler, paged KV cache, sampler.
-//! - [`models`]: Qwen2, Qwen3 and Llama as one decoder.
-//! - [`layers`]: tensor-parallel linears, attention, embeddings, rotary embedding.
-//! - [`kernels`]: one safe function an operation, on the CPU (reference and SIMD).
-//! - [`distributed`]: ranks and their collectives.
-//! - [`weights`]: checkpoints in (safetensors, GGUF, hub).
-//! - [`text`]: tokenizer, chat template, incremental detokenisation.
+//! Verbs are the program's commands, nouns are the libraries that the verbs share. Arrows only
+//! point down this list; `tests/it/architecture.rs` holds the code to it.
+//!
+//! | verb | |
+//! |---|---|
+//! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
+//! | [`bench`] | the engine measured without HTTP |
+//! | [`chat`] | a client in the terminal |
+//!
+//! | noun | |
+//! |---|---|
+//! | [`engine`] | token ids in, token events out: scheduler, paged KV cache, sampler, ranks |
+//! | [`models`] | Qwen2, Qwen3 and Llama as one decoder |
+//! | [`layers`] | tensor-parallel linears, attention, embeddings, rotary embedding |
+//! | [`kernels`] | one safe function an operation, SIMD on the CPU |
+//! | [`distributed`] | ranks and their collectives |
+//! | [`weights`] | checkpoints: safetensors, GGUF, the hub |
+//! | [`text`] | tokenizer, chat template, detokenisation, stop strings |
+//!
+//! # Rules
+//!
+//! - A rank is one thread that owns its kernels, its slice of the model and its KV cache; nothing
+//!   else touches its tensors. Only host data crosses threads.
+//! - The engine thread owns all engine state. The rest holds an [`engine::EngineHandle`]: a
+//!   sender and counters. Dropping a stream of events aborts its sequence.
+//! - `axum` and status codes live in [`serve`] alone, files and mappings in [`weights`] alone,
+//!   strings in [`text`] and the verbs alone.
+//! - Activations are f32 candle tensors; weights stay as stored and are read by own kernels.
+//!
+//! # One chat request
+//!
+//! 1. `serve/router.rs` routes to `serve/openai/chat.rs`; `validate.rs` refuses what is not
+//!    supported and names the field.
+//! 2. `convert.rs` renders the messages ([`text::ChatTemplate`]), encodes them
+//!    ([`text::Tokenizer`]) and fills an [`engine::GenerateRequest`].
+//! 3. [`engine::EngineHandle::submit`] queues it; a full queue answers 429.
+//! 4. The engine thread (`engine/core.rs`) schedules one mixed batch a step: decodes first, then
+//!    chunks of prompts. `batch.rs` lays it out as integers, `model_runner.rs` runs it on every
+//!    rank through [`models::Decoder`], [`layers`] and [`kernels::Kernels`]; `sampler.rs` draws.
+//! 5. [`engine::TokenEvent`]s go to `serve/openai/choice.rs`, which detokenises, looks for stop
+//!    strings and hands deltas to `chat.rs` as JSON or server-sent events.
+//!
+//! # One start
+//!
+//! [`weights::resolve_model`] finds the files, [`weights::Checkpoint`] maps them,
+//! [`models::ModelConfig`] checks the shape, `engine/config.rs` plans the KV cache, then each rank
+//! cuts its slices ([`layers::Loader`]) and packs quantised ones for its SIMD level.
 
 pub mod bench;
 pub mod chat;

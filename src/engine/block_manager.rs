@@ -177,17 +177,14 @@ impl BlockManager {
         for _ in 0..num_new {
             let block = self.blocks[self.sentinel() as usize].next;
             self.unlink(block);
-            let entry = &mut self.blocks[block as usize];
-            entry.ref_count = 1;
-            if let Some(hash) = entry.hash.take() {
-                self.cached.remove(&hash);
-            }
+            self.forget(block);
+            self.blocks[block as usize].ref_count = 1;
             block_table.push(block);
         }
         Ok(())
     }
 
-    /// Enters a full, computed block into the prefix cache.
+    /// Enters a block that is full, or will be before anyone reads it, into the prefix cache.
     ///
     /// Of several blocks with the same contents the first is the cached one; the others go back
     /// to the free list as plain memory.
@@ -198,6 +195,13 @@ impl BlockManager {
         if let Entry::Vacant(entry) = self.cached.entry(hash) {
             entry.insert(block);
             self.blocks[block as usize].hash = Some(hash);
+        }
+    }
+
+    /// Takes a block out of the prefix cache, if it is there.
+    pub(super) fn forget(&mut self, block: u32) {
+        if let Some(hash) = self.blocks[block as usize].hash.take() {
+            self.cached.remove(&hash);
         }
     }
 

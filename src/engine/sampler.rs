@@ -15,7 +15,8 @@
 //!    key = [seed mod 2³², seed div 2³²])`.
 //! 2. `u = ((b · 2³² + a) div 2¹¹) · 2⁻⁵³`, a double in `[0, 1)`.
 //! 3. The weight of each kept token is `exp((logit − max) / temperature)` in single precision,
-//!    where `max` is the largest logit; `total` is the sum of the weights in double precision.
+//!    where `max` is the largest logit, and 0 where the exponent is below -87; `total` is the sum
+//!    of the weights in double precision.
 //! 4. The token is the first in ascending id whose running sum of weights, its own included,
 //!    exceeds `u · total`.
 //!
@@ -44,7 +45,8 @@ pub(super) enum SampleError {
          numbers overflow; try --dtype bfloat16"
     )]
     NotFinite { token_id: u32, logit: f32 },
-    /// `min_tokens` forbids the ending tokens, and the request named all tokens as such.
+    /// `min_tokens` forbids the ending tokens, and the request named all tokens as such; or all
+    /// logits are `-inf`.
     #[error("no token is left to draw: each one is forbidden or has probability 0")]
     NothingLeft,
 }

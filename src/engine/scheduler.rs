@@ -5,6 +5,11 @@
 //! to waiting ones. When blocks run out, the sequence that is served last loses its blocks and
 //! waits to be computed again. The policy is vLLM V1's (`vllm/v1/core/sched/scheduler.py`).
 //!
+//! A step writes the keys and values of all its tokens, layer by layer, before any token attends
+//! to them. So a block enters the prefix cache when the tokens that fill it are scheduled, and a
+//! later sequence of the same step shares it already: the choices of one request compute their
+//! prompt once.
+//!
 //! Pure: knows no tensor, thread or clock. The engine thread calls [`Scheduler::schedule`], runs
 //! the batch, and reports back through [`Scheduler::update`].
 
@@ -203,6 +208,9 @@ impl Scheduler {
     ///
     /// The batch is empty only when no sequence can be computed, which is when there is none or
     /// each one misses the token that the last [`Self::update`] should have brought.
+    ///
+    /// The batch must run as it is: nothing may be aborted before its keys and values are
+    /// written, because sequences of one batch share blocks.
     pub(super) fn schedule(&mut self) -> ScheduledBatch {
         let num_preemptions = self.counters.num_preemptions;
         let mut batch = ScheduledBatch {
@@ -220,7 +228,7 @@ impl Scheduler {
     /// Returns a sequence that was added and has not ended.
     ///
     /// # Panics
-    /// If there is none of this id; see [`Self::has`].
+    /// If there is none of this id.
     pub(super) fn sequence(&self, id: SequenceId) -> &Sequence {
         &self.sequences[&id]
     }
@@ -244,7 +252,7 @@ impl Scheduler {
             let Some(sequence) = self.sequences.get_mut(&entry.id) else {
                 continue;
             };
-            mark_computed(&mut self.blocks, sequence, entry.num_tokens);
+            sequence.num_computed_tokens += entry.num_tokens;
             if sequence.num_uncomputed_tokens() > 0 {
                 continue;
             }
@@ -281,19 +289,15 @@ impl Scheduler {
             }
             SequenceStatus::Running => {
                 self.running.retain(|&running| running != id);
-                self.blocks.free(&mut sequence.block_table);
+                free_blocks(&mut self.blocks, &mut sequence);
             }
         }
     }
 
     /// Returns whether the sequence was added and has not ended.
+    #[cfg(test)]
     pub(super) fn has(&self, id: SequenceId) -> bool {
         self.sequences.contains_key(&id)
-    }
-
-    /// Returns the ids of all sequences, in no order.
-    pub(super) fn ids(&self) -> impl Iterator<Item = SequenceId> + '_ {
-        self.sequences.keys().copied()
     }
 
     /// Returns whether there is no sequence.
@@ -339,6 +343,7 @@ impl Scheduler {
                 .grow(num_computed_tokens, &mut sequence.block_table)
                 .is_ok()
             {
+                register_filled(&mut self.blocks, sequence, num_tokens);
                 batch.push(id, num_tokens);
                 index += 1;
             } else if self.preempt_one(batch) < index {
@@ -401,7 +406,9 @@ impl Scheduler {
                 self.counters.prefix_cache_hits += sequence.num_cached_tokens as u64;
             }
         }
-        Ok(self.config.chunk_len(sequence, budget))
+        let num_tokens = self.config.chunk_len(sequence, budget);
+        register_filled(&mut self.blocks, sequence, num_tokens);
+        Ok(num_tokens)
     }
 
     /// Takes the blocks of the running sequence that is served last, drops it from the batch and
@@ -417,7 +424,7 @@ impl Scheduler {
         let id = self.running.remove(index);
         batch.remove(id);
         let sequence = known(&mut self.sequences, id);
-        self.blocks.free(&mut sequence.block_table);
+        free_blocks(&mut self.blocks, sequence);
         sequence.num_computed_tokens = 0;
         sequence.num_preemptions += 1;
         sequence.status = SequenceStatus::Waiting;
@@ -430,7 +437,7 @@ impl Scheduler {
         let num_sequences = self.sequences.len();
         for update in updates.iter().filter(|update| update.finish.is_some()) {
             if let Some(mut sequence) = self.sequences.remove(&update.id) {
-                self.blocks.free(&mut sequence.block_table);
+                free_blocks(&mut self.blocks, &mut sequence);
             }
         }
         if self.sequences.len() < num_sequences {
@@ -464,12 +471,11 @@ fn known(sequences: &mut HashMap<SequenceId, Sequence>, id: SequenceId) -> &mut 
         .expect("ids in the queues are removed together with their sequence")
 }
 
-/// Advances a sequence by the tokens of a step and enters the blocks they filled into the cache.
-fn mark_computed(blocks: &mut BlockManager, sequence: &mut Sequence, num_tokens: usize) {
+/// Enters the blocks that a step fills into the prefix cache.
+fn register_filled(blocks: &mut BlockManager, sequence: &mut Sequence, num_tokens: usize) {
     let block_size = blocks.block_size();
     let num_full_before = sequence.num_computed_tokens / block_size;
-    sequence.num_computed_tokens += num_tokens;
-    let num_full = sequence.num_computed_tokens / block_size;
+    let num_full = (sequence.num_computed_tokens + num_tokens) / block_size;
     if num_full == num_full_before || blocks.prefix_caching() == PrefixCaching::Disabled {
         return;
     }
@@ -477,6 +483,16 @@ fn mark_computed(blocks: &mut BlockManager, sequence: &mut Sequence, num_tokens:
     for index in num_full_before..num_full {
         blocks.register(sequence.block_table[index], sequence.block_hashes[index]);
     }
+}
+
+/// Frees a sequence's blocks, and drops from the prefix cache what only a scheduled step would
+/// have filled: a sequence may be preempted after it got its part of the step.
+fn free_blocks(blocks: &mut BlockManager, sequence: &mut Sequence) {
+    let num_full = sequence.num_computed_tokens / blocks.block_size();
+    for &block in &sequence.block_table[num_full..] {
+        blocks.forget(block);
+    }
+    blocks.free(&mut sequence.block_table);
 }
 
 /// Finds a sequence's token, in one comparison if the tokens are in the order of the questions.

@@ -22,8 +22,6 @@ pub(super) enum SequenceStatus {
 #[derive(Debug, Clone)]
 pub(super) struct Sequence {
     pub(super) id: SequenceId,
-    /// The client's name of the request, for logs.
-    pub(super) request_id: String,
     /// Prompt, then generated tokens.
     pub(super) token_ids: Vec<u32>,
     pub(super) num_prompt_tokens: usize,
@@ -49,14 +47,13 @@ impl Sequence {
     /// Makes a waiting sequence that holds nothing yet.
     pub(super) fn new(id: SequenceId, arrival: u64, request: GenerateRequest) -> Self {
         let GenerateRequest {
-            request_id,
+            request_id: _,
             prompt_token_ids,
             sampling_params,
             priority,
         } = request;
         Self {
             id,
-            request_id,
             num_prompt_tokens: prompt_token_ids.len(),
             token_ids: prompt_token_ids,
             num_computed_tokens: 0,

@@ -9,8 +9,12 @@
 //! A row's result has the same bits alone and in any batch, for every method: sums run in an
 //! order that depends on the row's own shape and positions only.
 
+#[cfg(test)]
+mod attention_tests;
 mod check;
 mod cpu;
+#[cfg(test)]
+mod tests;
 
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;

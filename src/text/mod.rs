@@ -6,6 +6,8 @@ mod detokenizer;
 mod error;
 mod pre_tokenizer;
 mod stop_strings;
+#[cfg(test)]
+mod tests;
 mod token_table;
 mod tokenizer;
 mod tokenizer_files;

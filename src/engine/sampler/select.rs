@@ -3,9 +3,9 @@
 //! Filters and the draw read logits relative to the largest one, so that a token's weight is
 //! `exp(logit)`, and overwrite dropped tokens with [`DROPPED`]. No pass sorts the vocabulary:
 //! thresholds are found by block maxima and by a histogram of probability mass, and only the few
-//! tokens near a threshold are sorted. No pass copies the row: the page faults of fresh memory
-//! would take longer than the arithmetic. The loops are written so that the compiler turns them
-//! into SIMD.
+//! tokens near a threshold are sorted. The row is not copied where it can be helped: the page
+//! faults of fresh memory would take longer than the arithmetic. The loops are written so that
+//! the compiler turns them into SIMD.
 
 /// The logit of a token that is not to be drawn.
 pub(super) const DROPPED: f32 = f32::NEG_INFINITY;

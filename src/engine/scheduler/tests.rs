@@ -28,6 +28,19 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
     }
 }
 
+fn add_with_priority(
+    scheduler: &mut Scheduler,
+    id: SequenceId,
+    request: GenerateRequest,
+    priority: i64,
+) {
+    let request = GenerateRequest {
+        priority,
+        ..request
+    };
+    scheduler.add(id, request).unwrap();
+}
+
 /// A prompt that shares nothing with a prompt of another `first` token.
 fn prompt(first: u32, len: u32) -> Vec<u32> {
     (first..first + len).collect()
@@ -128,6 +141,46 @@ fn cached_prefix_is_not_computed_again() {
     assert_eq!(counters.prefix_cache_queries, 20);
     assert_eq!(counters.prefix_cache_hits, 8);
     assert_eq!(counters.prompt_tokens, 20);
+}
+
+#[test]
+fn sequences_of_one_step_compute_their_common_prefix_once() {
+    let mut scheduler = Scheduler::new(config());
+    for id in 1..=3 {
+        scheduler.add(id, request(&prompt(100, 10), 2)).unwrap();
+    }
+    let (batch, updates) = step(&mut scheduler);
+    assert_eq!(batch, [(1, 10), (2, 2), (3, 2)]);
+    let cached = updates.iter().map(|update| update.num_cached_tokens);
+    assert_eq!(cached.collect::<Vec<_>>(), [0, 8, 8]);
+    assert_eq!(scheduler.counters().num_blocks_used, 5);
+}
+
+#[test]
+fn block_whose_step_was_taken_back_is_not_found() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        num_blocks: 4,
+        max_model_len: 16,
+        policy: SchedulingPolicy::Priority,
+        long_prefill_token_threshold: 4,
+        ..config()
+    });
+    for (id, len, priority) in [(1, 12, 9), (2, 4, 10)] {
+        add_with_priority(
+            &mut scheduler,
+            id,
+            request(&prompt(100 * id as u32, len), 9),
+            priority,
+        );
+    }
+    assert_eq!(step(&mut scheduler).0, [(1, 4), (2, 4)]);
+    // Now the first in the batch is the worst, and the second one needs a block.
+    known(&mut scheduler.sequences, 2).priority = 1;
+    assert_eq!(step(&mut scheduler).0, [(2, 1)]);
+    let preempted = known(&mut scheduler.sequences, 1);
+    preempted.hash_full_blocks(4);
+    let hashes = &preempted.block_hashes;
+    assert_eq!(scheduler.blocks.num_cached_blocks(hashes), 1);
 }
 
 #[test]
@@ -267,16 +320,12 @@ fn priority_policy_admits_the_lowest_value_first() {
     };
     let mut scheduler = Scheduler::new(config);
     for (id, priority) in [(1, 5), (2, -1), (3, 5), (4, 0)] {
-        let request = request(&prompt(100 * id as u32, 4), 1);
-        scheduler
-            .add(
-                id,
-                GenerateRequest {
-                    priority,
-                    ..request
-                },
-            )
-            .unwrap();
+        add_with_priority(
+            &mut scheduler,
+            id,
+            request(&prompt(100 * id as u32, 4), 1),
+            priority,
+        );
     }
     let mut order = Vec::new();
     while !scheduler.is_idle() {
@@ -292,16 +341,12 @@ fn fcfs_policy_ignores_priority() {
         ..config()
     });
     for (id, priority) in [(1, 5), (2, -1)] {
-        let request = request(&prompt(100 * id as u32, 4), 1);
-        scheduler
-            .add(
-                id,
-                GenerateRequest {
-                    priority,
-                    ..request
-                },
-            )
-            .unwrap();
+        add_with_priority(
+            &mut scheduler,
+            id,
+            request(&prompt(100 * id as u32, 4), 1),
+            priority,
+        );
     }
     assert_eq!(step(&mut scheduler).0, [(1, 4)]);
 }
@@ -315,16 +360,12 @@ fn priority_policy_preempts_the_worst_even_if_it_was_scheduled_already() {
     });
     // Sequence 1 stands first among the running ones, and can still take its token this step.
     for (id, len, priority) in [(1, 14, 9), (2, 16, 1)] {
-        let request = request(&prompt(100 * id as u32, len), 9);
-        scheduler
-            .add(
-                id,
-                GenerateRequest {
-                    priority,
-                    ..request
-                },
-            )
-            .unwrap();
+        add_with_priority(
+            &mut scheduler,
+            id,
+            request(&prompt(100 * id as u32, len), 9),
+            priority,
+        );
         step(&mut scheduler);
     }
     assert_eq!(step(&mut scheduler).0, [(2, 1)]);

@@ -18,7 +18,6 @@ pub(super) const MAX_GROUP: usize = 8;
 /// The quantised rows of one matmul.
 pub(super) struct Activations {
     words: Vec<u32>,
-    num_rows: usize,
     num_blocks: usize,
 }
 
@@ -63,16 +62,7 @@ impl Activations {
         });
         // SAFETY: the groups cover all rows, and a group writes all its words.
         let words = unsafe { words.finish() };
-        Self {
-            words,
-            num_rows,
-            num_blocks,
-        }
-    }
-
-    /// Returns the number of rows.
-    pub(super) fn num_rows(&self) -> usize {
-        self.num_rows
+        Self { words, num_blocks }
     }
 
     /// Returns the words of the group that begins at `row`.

@@ -113,9 +113,17 @@ fn string_method(
             let padded = justify(digits, "rjust", width.saturating_sub(sign.len()), '0')?;
             Value::from(format!("{sign}{padded}"))
         }
+        "format" if has_huge_width(text) => return Err(too_large()),
         _ => return Ok(None),
     };
     Ok(Some(result))
+}
+
+/// Returns whether a `str.format` pattern asks for a width or precision of a million or more.
+fn has_huge_width(pattern: &str) -> bool {
+    pattern
+        .split(|character: char| !character.is_ascii_digit())
+        .any(|number| number.trim_start_matches('0').len() > 6)
 }
 
 fn map_method(value: &Value, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {

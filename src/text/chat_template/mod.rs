@@ -10,10 +10,11 @@ mod methods;
 mod python;
 mod sources;
 mod strftime;
+#[cfg(test)]
+mod tests;
 
 use std::error::Error as _;
 
-use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 
@@ -124,9 +125,7 @@ impl ChatTemplate {
             "add_generation_prompt".to_owned(),
             Value::from(input.add_generation_prompt),
         );
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| template.render(minijinja::Value::from(Serde(variables))))
+        environment::render(&self.environment, NAME, variables)
             .map_err(|error| render_error(&error))
     }
 
@@ -238,7 +237,7 @@ fn render_error(error: &minijinja::Error) -> TextError {
     if error.kind() == ErrorKind::OutOfFuel {
         return TextError::TemplateTooExpensive {
             line,
-            limit: "10,000,000 steps, 32 MiB a value, 100 levels",
+            limit: "1,000,000 steps and 300 a message, 32 MiB a value, 100 levels",
         };
     }
     TextError::TemplateRender {

@@ -294,7 +294,7 @@ impl JsonWriter<'_> {
                 '\u{8}' => self.out.push_str("\\b"),
                 '\u{c}' => self.out.push_str("\\f"),
                 '\0'..='\u{1f}' => self.unicode_escape(character),
-                '\u{7f}'.. if self.style.ensure_ascii && character > '\u{7f}' => {
+                '\u{7f}'.. if self.style.ensure_ascii => {
                     self.unicode_escape(character);
                 }
                 _ => self.out.push(character),

@@ -55,8 +55,10 @@ type I = [__m256i; 2];
 #[inline(always)]
 unsafe fn padded<T: Copy + Default>(from: *const T, len: usize) -> [T; 16] {
     let mut out = [T::default(); 16];
+    // As bytes, because mapped weights need not be aligned.
+    let (to, num_bytes) = (out.as_mut_ptr().cast::<u8>(), len * size_of::<T>());
     // SAFETY: `len` elements are readable by the caller's promise and 16 are writable.
-    unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), len) };
+    unsafe { std::ptr::copy_nonoverlapping(from.cast(), to, num_bytes) };
     out
 }
 

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Everything that CI checks, one line a step: format, clippy, tests, documentation, dependencies,
+# and the Python clients against a real server.
+#
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients (default: all)
+#
+# The output of a step is shown when it fails. What needs a tool that is not installed is skipped
+# and says so; with CI=true it fails instead.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+export CARGO_TERM_COLOR=never
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+failed=()
+
+# Runs a step: NAME COMMAND…; status 0 is success, 77 a step that cannot run here.
+step() {
+  local name=$1 start=$SECONDS status=0
+  shift
+  printf '%-8s ' "$name"
+  "$@" >"$log" 2>&1 || status=$?
+  if ((status == 77)) && [[ ${CI:-} != true ]]; then
+    printf 'skipped         %s\n' "$(tail -n 1 "$log")"
+    return
+  fi
+  if ((status != 0)); then
+    printf 'FAILED  %5ss\n' $((SECONDS - start))
+    cat "$log"
+    failed+=("$name")
+    return
+  fi
+  printf 'ok      %5ss  %s\n' $((SECONDS - start)) "$(summary "$name")"
+}
+
+# What a successful step has to say, from its output.
+summary() {
+  case $1 in
+    test) awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
+        END { printf "test result: ok. %d passed; %d failed; %d ignored", passed, failed, ignored }' "$log" ;;
+    clients) grep -E '^[0-9]+ passed' "$log" || tail -n 1 "$log" ;;
+    deny) grep -E '^(advisories|note):? ' "$log" | tail -n 1 ;;
+  esac
+}
+
+fmt() { cargo fmt --check; }
+clippy() { cargo clippy --all-targets --locked --quiet -- -D warnings; }
+tests() { cargo test --locked --no-fail-fast; }
+doc() { RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --locked --quiet; }
+
+deny() {
+  if ! command -v cargo-deny >/dev/null; then
+    echo 'cargo-deny is not installed (cargo install cargo-deny --locked)'
+    return 77
+  fi
+  cargo deny --locked check --hide-inclusion-graph licenses bans sources || return
+  # The advisory database is a git repository elsewhere: not everywhere can it be fetched.
+  if timeout 60 cargo deny --locked fetch db; then
+    cargo deny --locked check --hide-inclusion-graph advisories || return
+    echo 'advisories checked too'
+  else
+    echo 'advisories not checked: their database cannot be fetched from here'
+  fi
+}
+
+clients() {
+  local environment=target/clients
+  if ! command -v python3 >/dev/null || ! python3 -c 'import ensurepip, venv'; then
+    echo 'the clients need python3 with venv'
+    return 77
+  fi
+  if ! [[ -x $environment/bin/pytest ]]; then
+    rm -rf "$environment"
+    python3 -m venv "$environment" || return
+  fi
+  if ! "$environment/bin/pip" install --quiet --requirement tests/clients/requirements.txt; then
+    echo 'the packages in tests/clients/requirements.txt cannot be installed'
+    return 77
+  fi
+  cargo build --locked --quiet || return
+  INFOLD_BIN=target/debug/infold "$environment/bin/python" -m pytest -q -p no:cacheprovider tests/clients
+}
+
+start=$SECONDS
+for name in "${@:-all}"; do
+  case $name in
+    all)
+      step fmt fmt
+      step clippy clippy
+      step test tests
+      step doc doc
+      step deny deny
+      step clients clients
+      ;;
+    fmt | clippy | doc | deny | clients) step "$name" "$name" ;;
+    test) step test tests ;;
+    *)
+      echo "check.sh: there is no step $name" >&2
+      exit 2
+      ;;
+  esac
+done
+
+if ((${#failed[@]})); then
+  printf 'FAILED: %s (%ss)\n' "${failed[*]}" $((SECONDS - start))
+  exit 1
+fi
+printf 'all checks passed (%ss)\n' $((SECONDS - start))
