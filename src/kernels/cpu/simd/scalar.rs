@@ -250,6 +250,4 @@ impl Simd for Scalar {
         }
         out
     }
-    #[inline(always)]
-    fn prefetch(self, _from: *const u8) {}
 }
