@@ -23,6 +23,7 @@ use std::time::Instant;
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
 
+use crate::layers::LayerError;
 use crate::models::{ModelConfig, ModelError};
 use crate::weights::{Checkpoint, WeightsError};
 
@@ -80,7 +81,7 @@ pub enum EngineError {
     Weights(#[from] WeightsError),
     /// A layer did not get its weights.
     #[error(transparent)]
-    Layer(#[from] crate::layers::LayerError),
+    Layer(Box<LayerError>),
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
@@ -96,6 +97,13 @@ pub enum EngineError {
         /// What ended it.
         reason: String,
     },
+}
+
+impl From<LayerError> for EngineError {
+    /// Boxed: it is by far the largest of the causes.
+    fn from(error: LayerError) -> Self {
+        Self::Layer(Box::new(error))
+    }
 }
 
 impl EngineError {

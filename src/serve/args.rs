@@ -239,6 +239,8 @@ fn parse_positive(text: &str) -> Result<usize, String> {
 mod tests {
     use clap::Parser;
 
+    use crate::engine::{Dtype, MaxModelLen, SchedulingPolicy};
+
     use super::*;
 
     #[derive(Parser)]
@@ -274,7 +276,7 @@ mod tests {
             StringList(vec!["*".to_owned()])
         );
         assert_eq!(args.engine.block_size, 16);
-        assert!(args.engine.prefix_caching());
+        assert!(!args.engine.no_enable_prefix_caching);
         assert_eq!(args.engine.scheduling_policy, SchedulingPolicy::Fcfs);
         assert_eq!(args.api.max_logprobs, 20);
         assert_eq!(args.api.generation_config, "auto");
@@ -282,12 +284,17 @@ mod tests {
 
     #[test]
     fn lengths_may_be_written_for_people() {
+        let max_model_len = |text: &str| {
+            parse(&["m", "--max-model-len", text]).map(|args| args.engine.max_model_len)
+        };
         for (text, tokens) in [("1k", 1000), ("1K", 1024), ("25.6k", 25_600), ("7", 7)] {
-            assert_eq!(parse_max_model_len(text), Ok(MaxModelLen::Tokens(tokens)));
+            assert_eq!(
+                max_model_len(text).unwrap(),
+                Some(MaxModelLen::Tokens(tokens))
+            );
         }
         for auto in ["auto", "-1"] {
-            let args = parse(&["m", "--max-model-len", auto]).unwrap();
-            assert_eq!(args.engine.max_model_len, Some(MaxModelLen::Auto));
+            assert_eq!(max_model_len(auto).unwrap(), Some(MaxModelLen::Auto));
         }
         for wrong in [
             "",
@@ -299,7 +306,7 @@ mod tests {
             "1e300k",
             "99999999999999999999",
         ] {
-            assert!(parse_max_model_len(wrong).is_err(), "{wrong}");
+            assert!(max_model_len(wrong).is_err(), "{wrong}");
         }
     }
 
@@ -314,9 +321,9 @@ mod tests {
     #[test]
     fn the_later_prefix_caching_flag_wins() {
         let off = ["m", "--no-enable-prefix-caching"];
-        assert!(!parse(&off).unwrap().engine.prefix_caching());
+        assert!(parse(&off).unwrap().engine.no_enable_prefix_caching);
         let back = ["m", "--no-enable-prefix-caching", "--enable-prefix-caching"];
-        assert!(parse(&back).unwrap().engine.prefix_caching());
+        assert!(!parse(&back).unwrap().engine.no_enable_prefix_caching);
     }
 
     #[test]

@@ -128,7 +128,7 @@ fn describe(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     if !inner.is_data() {
         return json_invalid(inner);
     }
-    let text = shortened(&inner.to_string());
+    let text = in_words_of_json(&shortened(&inner.to_string()));
     if let Some(field) = text.strip_prefix("missing field `")
         && let Some((field, _)) = field.split_once('`')
     {
@@ -136,6 +136,22 @@ fn describe(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
         return ApiError::malformed("missing", &location, "Field required");
     }
     ApiError::malformed("type_error", &location, &text)
+}
+
+/// Names the expected type as JSON does, not as Rust does.
+fn in_words_of_json(text: &str) -> String {
+    [
+        ("expected f64", "expected a number"),
+        ("expected i64", "expected a whole number"),
+        ("expected a sequence", "expected a list"),
+        ("expected a map", "expected an object"),
+        ("invalid type: sequence", "invalid type: list"),
+        ("invalid type: map", "invalid type: object"),
+    ]
+    .iter()
+    .fold(text.to_owned(), |text, (rust, json)| {
+        text.replace(rust, json)
+    })
 }
 
 fn segment_text(segment: &serde_path_to_error::Segment) -> String {

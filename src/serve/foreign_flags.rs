@@ -255,11 +255,6 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
         OnlyAs(&["auto", "cpu"], "this build runs on the CPU"),
     ),
     (
-        "--kv-cache-dtype",
-        One,
-        OnlyAs(&["auto"], "the KV cache is kept as the engine computes it"),
-    ),
-    (
         "--quantization",
         One,
         OnlyAs(&["auto", "none", "None", "gguf"], NO_QUANTIZATION),

@@ -41,8 +41,8 @@ pub enum TextError {
         /// Why.
         source: BoxError,
     },
-    /// A merge names a token that the vocabulary lacks.
-    #[error("{origin}: merge {index} ({left:?} + {right:?}) names a token outside the vocabulary")]
+    /// A merge makes a token that the vocabulary can not have.
+    #[error("{origin}: merge {index} ({left:?} + {right:?}) makes no token of the vocabulary")]
     InvalidMerge {
         /// File or vocabulary.
         origin: String,

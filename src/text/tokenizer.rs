@@ -100,8 +100,11 @@ impl Tokenizer {
             })
             .collect();
         let find = |name: &str| named.iter().find(|token| token.name == name)?.id;
-        let prefix = find("bos_token").filter(|_| parts.add_bos);
-        let suffix = find("eos_token").filter(|_| parts.add_eos);
+        // What the post-processor of `tokenizer.json` adds already is not added twice.
+        let around = inner.encode_fast("", true).map_err(invalid)?;
+        let missing = |id: &u32| !around.get_ids().contains(id);
+        let prefix = find("bos_token").filter(|id| parts.add_bos && missing(id));
+        let suffix = find("eos_token").filter(|id| parts.add_eos && missing(id));
         let encoding = TokenEncoding::of(inner.get_decoder());
         let table = build_table(&inner, raw_tokens, encoding);
         if table.len() == 0 {
@@ -129,12 +132,8 @@ impl Tokenizer {
             .encode_fast(text, with_special)
             .map_err(|source| TextError::Encode { source })?;
         let ids = encoding.get_ids();
-        let prefix = self
-            .prefix
-            .filter(|bos| with_special && ids.first() != Some(bos));
-        let suffix = self
-            .suffix
-            .filter(|eos| with_special && ids.last() != Some(eos));
+        let prefix = self.prefix.filter(|_| with_special);
+        let suffix = self.suffix.filter(|_| with_special);
         if prefix.is_none() && suffix.is_none() {
             return Ok(ids.to_vec());
         }

@@ -1,8 +1,8 @@
 //! `tokenizer.json` into a `tokenizers` tokenizer, fast and without trusting it.
 //!
 //! `tokenizers` reads the file into a tree of its own before it builds the model, and its BPE
-//! builder trusts the merges. Here a BPE file, which is what every supported model ships, is read
-//! straight into its tables and each merge is checked; all other files go the library's way.
+//! builder panics on some merges. Here a BPE file, which is what every supported model ships, is read
+//! straight into its tables and its merges are checked; all other files go the library's way.
 
 use std::fmt;
 
@@ -145,30 +145,31 @@ fn build_bpe(file: BpeFile, origin: &str) -> Result<BPE, TextError> {
         })
 }
 
-/// Refuses merges whose parts or whole the vocabulary lacks.
+/// Refuses merges that make a longer token than the vocabulary has: the builder of `tokenizers`
+/// panics on those. It finds unknown parts and wholes itself, with lookups that it needs anyway.
 pub(super) fn check_merges(
     vocab: &AHashMap<String, u32>,
     merges: &[(String, String)],
     prefix: &str,
     origin: &str,
 ) -> Result<(), TextError> {
-    let mut whole = String::new();
-    for (index, (left, right)) in merges.iter().enumerate() {
-        whole.clear();
-        whole.push_str(left);
+    let longest = vocab.keys().map(String::len).max().unwrap_or(0);
+    let fits = |left: &str, right: &str| {
         let rest = right.get(prefix.len()..);
-        whole.push_str(rest.unwrap_or(""));
-        let known = vocab.contains_key(left) && vocab.contains_key(right);
-        if rest.is_none() || !known || !vocab.contains_key(&whole) {
-            return Err(TextError::InvalidMerge {
+        rest.is_some_and(|rest| left.len() + rest.len() <= longest)
+    };
+    match merges.iter().position(|(left, right)| !fits(left, right)) {
+        Some(index) => {
+            let (left, right) = merges[index].clone();
+            Err(TextError::InvalidMerge {
                 origin: origin.to_owned(),
                 index,
-                left: left.clone(),
-                right: right.clone(),
-            });
+                left,
+                right,
+            })
         }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Token to id, read without growing step by step.

@@ -12,7 +12,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("distributed", &[]),
     ("layers", &["weights", "kernels", "distributed"]),
     ("models", &["kernels", "layers"]),
-    ("engine", &["weights", "kernels", "distributed", "layers", "models"]),
+    (
+        "engine",
+        &["weights", "kernels", "distributed", "layers", "models"],
+    ),
     ("serve", &["text", "weights", "engine"]),
     ("bench", &["text", "weights", "engine", "serve"]),
     ("chat", &[]),
@@ -42,26 +45,41 @@ fn source_files(dir: &Path) -> Vec<PathBuf> {
 
 fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let name = |path: &Path| path.strip_prefix(&root).unwrap().to_string_lossy().into_owned();
-    source_files(&root).iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
+    let name = |path: &Path| {
+        path.strip_prefix(&root)
+            .unwrap()
+            .to_string_lossy()
+            .into_owned()
+    };
+    source_files(&root)
+        .iter()
+        .map(|path| (name(path), fs::read_to_string(path).unwrap()))
+        .collect()
 }
 
 /// The code of a file: comment lines left out.
 fn code(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().filter(|line| !line.trim_start().starts_with("//"))
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
 }
 
 #[test]
 fn folders_import_only_what_the_table_allows() {
     let folders: Vec<&str> = ALLOWED.iter().map(|(folder, _)| *folder).collect();
     for (file, text) in sources() {
-        let Some((folder, _)) = file.split_once('/') else { continue };
+        let Some((folder, _)) = file.split_once('/') else {
+            continue;
+        };
         let row = ALLOWED.iter().find(|(name, _)| *name == folder);
-        let (_, allowed) = row.unwrap_or_else(|| panic!("{file}: folder {folder} is not in the table"));
+        let (_, allowed) =
+            row.unwrap_or_else(|| panic!("{file}: folder {folder} is not in the table"));
         for line in code(&text) {
             for other in &folders {
                 let imports = line.contains(&format!("crate::{other}"));
-                assert!(!imports || *other == folder || allowed.contains(other), "{file} imports {other}: {line}");
+                assert!(
+                    !imports || *other == folder || allowed.contains(other),
+                    "{file} imports {other}: {line}"
+                );
             }
         }
     }
@@ -82,7 +100,14 @@ fn confined_words_stay_in_their_folders() {
 #[test]
 fn scheduling_is_pure() {
     for (file, text) in sources() {
-        if !["engine/scheduler", "engine/block_manager", "engine/sequence"].iter().any(|pure| file.starts_with(pure)) {
+        if ![
+            "engine/scheduler",
+            "engine/block_manager",
+            "engine/sequence",
+        ]
+        .iter()
+        .any(|pure| file.starts_with(pure))
+        {
             continue;
         }
         for line in code(&text) {
@@ -96,6 +121,9 @@ fn scheduling_is_pure() {
 #[test]
 fn every_file_says_what_it_is_for() {
     for (file, text) in sources() {
-        assert!(text.starts_with("//!"), "{file} has no module documentation");
+        assert!(
+            text.starts_with("//!"),
+            "{file} has no module documentation"
+        );
     }
 }

@@ -37,10 +37,14 @@ impl Case {
         if let Some(source) = &self.template {
             return source.clone();
         }
-        let name = self.template_name.as_deref().unwrap();
+        let name = self
+            .template_name
+            .as_deref()
+            .expect("a case names a template");
         match fallback_template(name) {
             Some(source) => source.to_owned(),
-            None => std::fs::read_to_string(fixtures().join(format!("{name}.jinja"))).unwrap(),
+            None => std::fs::read_to_string(fixtures().join(format!("{name}.jinja")))
+                .expect("the official template is a fixture"),
         }
     }
 

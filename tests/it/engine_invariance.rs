@@ -4,33 +4,54 @@
 use infold::engine::{EngineError, EngineHandle, EngineOptions, SamplingParams};
 
 use crate::tiny_engine::{
-    Answer, assert_same, greedy, options, run, run_together, start_fixture, submit, try_start_fixture,
+    Answer, assert_same, greedy, options, run, run_together, start_fixture, submit,
+    try_start_fixture,
 };
 
 /// How far logprobs may be apart when only the order of summation differs.
 const SUMMATION_TOLERANCE: f32 = 1e-4;
 
-const MODELS: [&str; 4] = ["tiny-qwen2", "tiny-qwen2-untied", "tiny-qwen3", "tiny-llama"];
+const MODELS: [&str; 4] = [
+    "tiny-qwen2",
+    "tiny-qwen2-untied",
+    "tiny-qwen3",
+    "tiny-llama",
+];
 
 /// Returns token ids that look random but are always the same: `salt` makes another prompt.
 fn prompt(len: usize, salt: usize) -> Vec<u32> {
-    (0..len).map(|i| ((i * i * 31 + i * 17 + salt * 101 + 7) % 509) as u32).collect()
+    (0..len)
+        .map(|i| ((i * i * 31 + i * 17 + salt * 101 + 7) % 509) as u32)
+        .collect()
 }
 
 fn prompts() -> Vec<Vec<u32>> {
-    [1, 3, 16, 17, 33, 40, 100, 5].iter().enumerate().map(|(salt, &len)| prompt(len, salt)).collect()
+    [1, 3, 16, 17, 33, 40, 100, 5]
+        .iter()
+        .enumerate()
+        .map(|(salt, &len)| prompt(len, salt))
+        .collect()
 }
 
 fn with_prompt_logprobs(max_tokens: usize) -> SamplingParams {
-    SamplingParams { prompt_logprobs: Some(0), ..greedy(max_tokens) }
+    SamplingParams {
+        prompt_logprobs: Some(0),
+        ..greedy(max_tokens)
+    }
 }
 
 fn run_alone(engine: &EngineHandle, prompts: &[Vec<u32>], params: &SamplingParams) -> Vec<Answer> {
-    prompts.iter().map(|prompt| run(engine, prompt, params.clone())).collect()
+    prompts
+        .iter()
+        .map(|prompt| run(engine, prompt, params.clone()))
+        .collect()
 }
 
 fn no_cache() -> EngineOptions {
-    EngineOptions { prefix_caching: false, ..options() }
+    EngineOptions {
+        prefix_caching: false,
+        ..options()
+    }
 }
 
 #[test]
@@ -41,20 +62,34 @@ fn batched_requests_answer_as_alone() {
         let alone = run_alone(&engine, &prompts(), &params);
         let together = run_together(&engine, &prompts(), &params);
         for (got, want) in together.iter().zip(&alone) {
-            assert_same(&format!("{model}, {} tokens", got.prompt_len()), got, want, 0.0);
+            assert_same(
+                &format!("{model}, {} tokens", got.prompt_len()),
+                got,
+                want,
+                0.0,
+            );
         }
     }
 }
 
 #[test]
 fn chunked_prompts_answer_as_whole_ones() {
-    let small = EngineOptions { max_num_seqs: 4, max_num_batched_tokens: 7, ..no_cache() };
+    let small = EngineOptions {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 7,
+        ..no_cache()
+    };
     for model in MODELS {
         let params = with_prompt_logprobs(12);
         let whole = run_alone(&start_fixture(model, &no_cache()), &prompts(), &params);
         let chunked = run_together(&start_fixture(model, &small), &prompts(), &params);
         for (got, want) in chunked.iter().zip(&whole) {
-            assert_same(&format!("{model}, {} tokens", got.prompt_len()), got, want, SUMMATION_TOLERANCE);
+            assert_same(
+                &format!("{model}, {} tokens", got.prompt_len()),
+                got,
+                want,
+                SUMMATION_TOLERANCE,
+            );
         }
     }
 }
@@ -84,7 +119,11 @@ fn a_prompt_of_whole_blocks_keeps_its_last_token_to_compute() {
     let engine = start_fixture("tiny-llama", &options());
     let cold = run(&engine, &prompt(48, 3), greedy(4));
     let warm = run(&engine, &prompt(48, 3), greedy(4));
-    assert!(warm.num_cached_tokens < 48, "all {} tokens were cached", warm.num_cached_tokens);
+    assert!(
+        warm.num_cached_tokens < 48,
+        "all {} tokens were cached",
+        warm.num_cached_tokens
+    );
     assert_same("48 tokens", &warm, &cold, SUMMATION_TOLERANCE);
 }
 
@@ -107,8 +146,16 @@ fn preempted_sequences_answer_as_undisturbed_ones() {
     let prompts: Vec<_> = (0..8).map(|salt| prompt(30 + salt, salt)).collect();
     let engine = start_fixture("tiny-qwen2", &tight);
     let crowded = run_together(&engine, &prompts, &greedy(64));
-    assert!(engine.stats().num_preemptions > 0, "nothing was preempted: {:?}", engine.stats());
-    let undisturbed = run_alone(&start_fixture("tiny-qwen2", &no_cache()), &prompts, &greedy(64));
+    assert!(
+        engine.stats().num_preemptions > 0,
+        "nothing was preempted: {:?}",
+        engine.stats()
+    );
+    let undisturbed = run_alone(
+        &start_fixture("tiny-qwen2", &no_cache()),
+        &prompts,
+        &greedy(64),
+    );
     for (got, want) in crowded.iter().zip(&undisturbed) {
         assert_same("preempted", got, want, SUMMATION_TOLERANCE);
     }
@@ -120,10 +167,17 @@ fn tensor_parallel_ranks_answer_as_one() {
         let params = with_prompt_logprobs(24);
         let one = run_together(&start_fixture(model, &options()), &prompts(), &params);
         for tensor_parallel_size in [2, 4] {
-            let split = EngineOptions { tensor_parallel_size, num_threads: Some(tensor_parallel_size), ..options() };
+            let split = EngineOptions {
+                tensor_parallel_size,
+                num_threads: Some(tensor_parallel_size),
+                ..options()
+            };
             let answers = run_together(&start_fixture(model, &split), &prompts(), &params);
             for (got, want) in answers.iter().zip(&one) {
-                let what = format!("{model} over {tensor_parallel_size} ranks, {} tokens", got.prompt_len());
+                let what = format!(
+                    "{model} over {tensor_parallel_size} ranks, {} tokens",
+                    got.prompt_len()
+                );
                 assert_same(&what, got, want, SUMMATION_TOLERANCE);
             }
         }
@@ -132,17 +186,35 @@ fn tensor_parallel_ranks_answer_as_one() {
 
 #[test]
 fn ranks_that_do_not_divide_the_heads_are_refused() {
-    let split = EngineOptions { tensor_parallel_size: 3, ..options() };
-    let error = try_start_fixture("tiny-qwen3", &split).err().expect("8 heads can not be split in 3");
-    assert!(matches!(error, EngineError::Model(_)) && error.is_user_error(), "{error}");
-    assert!(error.to_string().contains('8') && error.to_string().contains('3'), "{error}");
+    let split = EngineOptions {
+        tensor_parallel_size: 3,
+        ..options()
+    };
+    let error = try_start_fixture("tiny-qwen3", &split)
+        .err()
+        .expect("8 heads can not be split in 3");
+    assert!(
+        matches!(error, EngineError::Model(_)) && error.is_user_error(),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains('8') && error.to_string().contains('3'),
+        "{error}"
+    );
 }
 
 #[test]
 fn threads_do_not_change_the_answer() {
     let params = with_prompt_logprobs(16);
-    let one = run_alone(&start_fixture("tiny-llama", &no_cache()), &prompts(), &params);
-    let two = EngineOptions { num_threads: Some(2), ..no_cache() };
+    let one = run_alone(
+        &start_fixture("tiny-llama", &no_cache()),
+        &prompts(),
+        &params,
+    );
+    let two = EngineOptions {
+        num_threads: Some(2),
+        ..no_cache()
+    };
     let two = run_alone(&start_fixture("tiny-llama", &two), &prompts(), &params);
     for (got, want) in two.iter().zip(&one) {
         assert_same("two threads", got, want, SUMMATION_TOLERANCE);
@@ -163,15 +235,31 @@ fn a_seed_draws_the_same_text_alone_and_among_thirty_two() {
         seed: Some(seed),
         ..greedy(24)
     };
-    let alone: Vec<_> = (0..4).map(|seed| run(&engine, &prompt(20, 1), params(seed))).collect();
-    assert_ne!(alone[0].token_ids, alone[1].token_ids, "two seeds draw different texts");
+    let alone: Vec<_> = (0..4)
+        .map(|seed| run(&engine, &prompt(20, 1), params(seed)))
+        .collect();
+    assert_ne!(
+        alone[0].token_ids, alone[1].token_ids,
+        "two seeds draw different texts"
+    );
     let streams: Vec<_> = (0..32)
-        .map(|i| submit(&engine, &prompt(20, if i % 8 < 4 { 1 } else { i as usize }), params(i % 8)))
+        .map(|i| {
+            submit(
+                &engine,
+                &prompt(20, if i % 8 < 4 { 1 } else { i as usize }),
+                params(i % 8),
+            )
+        })
         .collect();
     for (i, stream) in streams.into_iter().enumerate() {
         let answer = crate::tiny_engine::collect(stream);
         if i % 8 < 4 {
-            assert_eq!(answer.token_ids, alone[i % 8].token_ids, "seed {} in a batch of 32", i % 8);
+            assert_eq!(
+                answer.token_ids,
+                alone[i % 8].token_ids,
+                "seed {} in a batch of 32",
+                i % 8
+            );
         }
     }
 }
@@ -179,7 +267,9 @@ fn a_seed_draws_the_same_text_alone_and_among_thirty_two() {
 #[test]
 fn a_dropped_stream_frees_its_blocks() {
     let engine = start_fixture("tiny-qwen2", &no_cache());
-    let streams: Vec<_> = (0..8).map(|salt| submit(&engine, &prompt(50, salt), greedy(900))).collect();
+    let streams: Vec<_> = (0..8)
+        .map(|salt| submit(&engine, &prompt(50, salt), greedy(900)))
+        .collect();
     run(&engine, &prompt(5, 1), greedy(4));
     assert!(engine.stats().num_blocks_used > 0);
     drop(streams);
@@ -187,7 +277,12 @@ fn a_dropped_stream_frees_its_blocks() {
     for _ in 0..100 {
         run(&engine, &prompt(5, 1), greedy(1));
         let stats = engine.stats();
-        if (stats.num_blocks_used, stats.num_requests_running, stats.num_requests_waiting) == (0, 0, 0) {
+        if (
+            stats.num_blocks_used,
+            stats.num_requests_running,
+            stats.num_requests_waiting,
+        ) == (0, 0, 0)
+        {
             return;
         }
     }
@@ -204,7 +299,14 @@ fn a_request_for_no_token_computes_the_prompt_only() {
 
 #[test]
 fn a_sequence_ends_at_the_longest_length() {
-    let short = EngineOptions { max_model_len: infold::engine::MaxModelLen::Tokens(32), ..options() };
-    let answer = run(&start_fixture("tiny-qwen2", &short), &prompt(20, 0), greedy(1000));
+    let short = EngineOptions {
+        max_model_len: infold::engine::MaxModelLen::Tokens(32),
+        ..options()
+    };
+    let answer = run(
+        &start_fixture("tiny-qwen2", &short),
+        &prompt(20, 0),
+        greedy(1000),
+    );
     assert_eq!(answer.token_ids.len(), 12);
 }

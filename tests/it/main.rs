@@ -1,5 +1,10 @@
 //! The integration tests: one binary, one module a subject.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test ends where something unforeseen happens"
+)]
+
 mod architecture;
 mod chat_templates;
 mod engine_invariance;

@@ -37,8 +37,15 @@ struct GoldenPrompt {
 impl GoldenPrompt {
     /// Returns the logprob of every token after the prompt.
     fn last_logprobs(&self) -> Vec<f32> {
-        let sum: f64 = self.last_logits.iter().map(|&logit| f64::from(logit).exp()).sum();
-        self.last_logits.iter().map(|&logit| (f64::from(logit) - sum.ln()) as f32).collect()
+        let sum: f64 = self
+            .last_logits
+            .iter()
+            .map(|&logit| f64::from(logit).exp())
+            .sum();
+        self.last_logits
+            .iter()
+            .map(|&logit| (f64::from(logit) - sum.ln()) as f32)
+            .collect()
     }
 }
 
@@ -75,27 +82,63 @@ fn check_golden(name: &str) {
             ..greedy(prompt.greedy_token_ids.len())
         };
         let answer = run(&engine, &prompt.prompt_token_ids, params);
-        let got = answer.prompt.as_ref().expect("prompt logprobs were asked for");
-        let got_values: Vec<_> = got.iter().map(|entry| entry.as_ref().map(|e| e.logprob)).collect();
-        assert_eq!(got_values[0], None, "{what}: the first token has no logprob");
+        let got = answer
+            .prompt
+            .as_ref()
+            .expect("prompt logprobs were asked for");
+        let got_values: Vec<_> = got
+            .iter()
+            .map(|entry| entry.as_ref().map(|e| e.logprob))
+            .collect();
+        assert_eq!(
+            got_values[0], None,
+            "{what}: the first token has no logprob"
+        );
         let want: Vec<_> = prompt.prompt_logprobs.iter().copied().flatten().collect();
         let got_values: Vec<_> = got_values.into_iter().flatten().collect();
         assert_close(&format!("{what}: prompt"), &got_values, &want, TOLERANCE);
 
         for (position, want) in prompt.prompt_top_positions.iter().zip(&prompt.prompt_top) {
-            let Some(entry) = got.get(position + 1) else { continue };
-            let got: Vec<_> = entry.as_ref().unwrap().top.iter().take(5).map(|top| top.1).collect();
+            let Some(entry) = got.get(position + 1) else {
+                continue;
+            };
+            let got: Vec<_> = entry
+                .as_ref()
+                .unwrap()
+                .top
+                .iter()
+                .take(5)
+                .map(|top| top.1)
+                .collect();
             let want: Vec<_> = want.iter().map(|top| top.1).collect();
-            assert_close(&format!("{what}: alternatives at {position}"), &got, &want, TOLERANCE);
+            assert_close(
+                &format!("{what}: alternatives at {position}"),
+                &got,
+                &want,
+                TOLERANCE,
+            );
         }
 
-        assert_eq!(answer.token_ids, prompt.greedy_token_ids, "{what}: greedy tokens");
-        assert_close(&format!("{what}: greedy"), &values(&answer.logprobs), &prompt.greedy_logprobs, TOLERANCE);
+        assert_eq!(
+            answer.token_ids, prompt.greedy_token_ids,
+            "{what}: greedy tokens"
+        );
+        assert_close(
+            &format!("{what}: greedy"),
+            &values(&answer.logprobs),
+            &prompt.greedy_logprobs,
+            TOLERANCE,
+        );
         let mut last = vec![f32::NAN; VOCAB_SIZE];
         for &(token_id, logprob) in &answer.logprobs[0].top {
             last[token_id as usize] = logprob;
         }
-        assert_close(&format!("{what}: all logprobs"), &last, &prompt.last_logprobs(), TOLERANCE);
+        assert_close(
+            &format!("{what}: all logprobs"),
+            &last,
+            &prompt.last_logprobs(),
+            TOLERANCE,
+        );
         assert_eq!(answer.finish, FinishReason::Length);
     }
 }
@@ -160,19 +203,34 @@ fn check_quantised_gguf(name: &str) {
     let engine = start_golden(&golden, &options());
     let mut errors = Vec::new();
     for prompt in &golden.prompts {
-        let whole: Vec<u32> =
-            prompt.prompt_token_ids.iter().chain(&prompt.greedy_token_ids).copied().collect();
-        let params = SamplingParams { prompt_logprobs: Some(0), ..greedy(0) };
+        let whole: Vec<u32> = prompt
+            .prompt_token_ids
+            .iter()
+            .chain(&prompt.greedy_token_ids)
+            .copied()
+            .collect();
+        let params = SamplingParams {
+            prompt_logprobs: Some(0),
+            ..greedy(0)
+        };
         let answer = run(&engine, &whole, params);
         let got = answer.prompt.expect("prompt logprobs were asked for");
         let greedy = &got[prompt.prompt_token_ids.len()..];
-        errors.extend(greedy.iter().zip(&prompt.greedy_logprobs).map(|(got, want)| {
-            (got.as_ref().map_or(f32::NAN, |entry| entry.logprob) - want).abs()
-        }));
+        errors.extend(
+            greedy
+                .iter()
+                .zip(&prompt.greedy_logprobs)
+                .map(|(got, want)| {
+                    (got.as_ref().map_or(f32::NAN, |entry| entry.logprob) - want).abs()
+                }),
+        );
     }
     let mean = errors.iter().sum::<f32>() / errors.len() as f32;
     let worst = errors.iter().copied().fold(0.0, f32::max);
-    assert!(mean <= 0.12 && worst <= 1.0, "{name}: logprobs are off by {mean} on average, {worst} at most");
+    assert!(
+        mean <= 0.12 && worst <= 1.0,
+        "{name}: logprobs are off by {mean} on average, {worst} at most"
+    );
 }
 
 #[test]

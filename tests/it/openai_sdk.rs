@@ -28,8 +28,22 @@ impl Server {
         let mut process = Command::new(env!("CARGO_BIN_EXE_infold"))
             .arg("serve")
             .arg(fixtures().join("tiny-qwen2"))
-            .args(["--host", "127.0.0.1", "--port", "0", "--served-model-name", MODEL])
-            .args(["--max-model-len", "512", "--kv-cache-memory-bytes", "32MiB", "--generation-config", "vllm"])
+            .args([
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--served-model-name",
+                MODEL,
+            ])
+            .args([
+                "--max-model-len",
+                "512",
+                "--kv-cache-memory-bytes",
+                "32MiB",
+                "--generation-config",
+                "vllm",
+            ])
             .env("RUST_LOG", "info")
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -39,15 +53,23 @@ impl Server {
         let mut log = Vec::new();
         // The line that says where it listens is the last before requests are answered.
         let port = lines.by_ref().map(Result::unwrap).find_map(|line| {
-            let port = line
-                .split_once("127.0.0.1:")
-                .and_then(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
+            let port = line.split_once("127.0.0.1:").and_then(|(_, rest)| {
+                rest.split(|c: char| !c.is_ascii_digit())
+                    .next()?
+                    .parse()
+                    .ok()
+            });
             log.push(line);
             port
         });
         // Read to its end, or the server would stop at a full pipe.
         std::thread::spawn(move || lines.for_each(drop));
-        let port = port.unwrap_or_else(|| panic!("the server did not say where it listens:\n{}", log.join("\n")));
+        let port = port.unwrap_or_else(|| {
+            panic!(
+                "the server did not say where it listens:\n{}",
+                log.join("\n")
+            )
+        });
         Self { process, port }
     }
 
@@ -66,9 +88,16 @@ impl Drop for Server {
 }
 
 fn chat_request(model: &str) -> CreateChatCompletionRequestArgs {
-    let message = ChatCompletionRequestUserMessageArgs::default().content("你是谁?").build().unwrap();
+    let message = ChatCompletionRequestUserMessageArgs::default()
+        .content("你是谁?")
+        .build()
+        .unwrap();
     let mut request = CreateChatCompletionRequestArgs::default();
-    request.model(model).messages([message.into()]).max_completion_tokens(12_u32).temperature(0.0);
+    request
+        .model(model)
+        .messages([message.into()])
+        .max_completion_tokens(12_u32)
+        .temperature(0.0);
     request
 }
 
@@ -87,7 +116,10 @@ fn completion(prompt: &str) -> CreateCompletionRequest {
 }
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 /// Returns what an error says, with the body of the response in whatever form the crate keeps it.
@@ -105,8 +137,18 @@ fn models_are_listed_and_retrieved() {
     runtime().block_on(async {
         let client = server.client();
         let models = client.models().list().await.unwrap();
-        assert_eq!(models.data.iter().map(|model| model.id.as_str()).collect::<Vec<_>>(), [MODEL]);
-        assert_eq!(client.models().retrieve(MODEL).await.unwrap().object, "model");
+        assert_eq!(
+            models
+                .data
+                .iter()
+                .map(|model| model.id.as_str())
+                .collect::<Vec<_>>(),
+            [MODEL]
+        );
+        assert_eq!(
+            client.models().retrieve(MODEL).await.unwrap().object,
+            "model"
+        );
     });
 }
 
@@ -119,7 +161,10 @@ fn a_streamed_chat_equals_the_whole_one() {
         assert_eq!(whole.model, MODEL);
         let want = whole.choices[0].message.content.clone().unwrap_or_default();
 
-        let options = ChatCompletionStreamOptions { include_usage: Some(true), include_obfuscation: None };
+        let options = ChatCompletionStreamOptions {
+            include_usage: Some(true),
+            include_obfuscation: None,
+        };
         let request = chat_request(MODEL).stream_options(options).build().unwrap();
         let mut stream = client.chat().create_stream(request).await.unwrap();
         let (mut text, mut finish, mut usage) = (String::new(), Vec::new(), None);
@@ -134,8 +179,17 @@ fn a_streamed_chat_equals_the_whole_one() {
         }
         assert_eq!(text, want);
         assert_eq!(usage, whole.usage);
-        assert_eq!(finish, whole.choices[0].finish_reason.into_iter().collect::<Vec<_>>());
-        assert!(matches!(finish[..], [FinishReason::Length | FinishReason::Stop]));
+        assert_eq!(
+            finish,
+            whole.choices[0]
+                .finish_reason
+                .into_iter()
+                .collect::<Vec<_>>()
+        );
+        assert!(matches!(
+            finish[..],
+            [FinishReason::Length | FinishReason::Stop]
+        ));
     });
 }
 
@@ -143,13 +197,23 @@ fn a_streamed_chat_equals_the_whole_one() {
 fn chat_logprobs_are_of_the_drawn_tokens() {
     let server = Server::start();
     runtime().block_on(async {
-        let request = chat_request(MODEL).logprobs(true).top_logprobs(3_u8).build().unwrap();
+        let request = chat_request(MODEL)
+            .logprobs(true)
+            .top_logprobs(3_u8)
+            .build()
+            .unwrap();
         let answer = server.client().chat().create(request).await.unwrap();
         let logprobs = answer.choices[0].logprobs.clone().unwrap().content.unwrap();
-        assert_eq!(logprobs.len() as u32, answer.usage.unwrap().completion_tokens);
+        assert_eq!(
+            logprobs.len() as u32,
+            answer.usage.unwrap().completion_tokens
+        );
         for entry in logprobs {
             assert_eq!(entry.top_logprobs.len(), 3);
-            assert_eq!((&entry.top_logprobs[0].token, entry.top_logprobs[0].logprob), (&entry.token, entry.logprob));
+            assert_eq!(
+                (&entry.top_logprobs[0].token, entry.top_logprobs[0].logprob),
+                (&entry.token, entry.logprob)
+            );
         }
     });
 }
@@ -159,8 +223,16 @@ fn a_streamed_completion_equals_the_whole_one() {
     let server = Server::start();
     runtime().block_on(async {
         let client = server.client();
-        let whole = client.completions().create(completion("The river")).await.unwrap();
-        let mut stream = client.completions().create_stream(completion("The river")).await.unwrap();
+        let whole = client
+            .completions()
+            .create(completion("The river"))
+            .await
+            .unwrap();
+        let mut stream = client
+            .completions()
+            .create_stream(completion("The river"))
+            .await
+            .unwrap();
         let mut text = String::new();
         while let Some(chunk) = stream.next().await {
             for choice in chunk.unwrap().choices {
@@ -175,13 +247,20 @@ fn a_streamed_completion_equals_the_whole_one() {
 fn echo_returns_the_prompt_with_its_logprobs() {
     let server = Server::start();
     runtime().block_on(async {
-        let request = CreateCompletionRequest { echo: Some(true), logprobs: Some(1), ..completion("The river") };
+        let request = CreateCompletionRequest {
+            echo: Some(true),
+            logprobs: Some(1),
+            ..completion("The river")
+        };
         let answer = server.client().completions().create(request).await.unwrap();
         let choice = &answer.choices[0];
         assert!(choice.text.starts_with("The river"), "{:?}", choice.text);
         let usage = answer.usage.unwrap();
         let logprobs = choice.logprobs.as_ref().unwrap();
-        assert_eq!(logprobs.tokens.len() as u32, usage.prompt_tokens + usage.completion_tokens);
+        assert_eq!(
+            logprobs.tokens.len() as u32,
+            usage.prompt_tokens + usage.completion_tokens
+        );
         assert_eq!(logprobs.token_logprobs[0], None);
     });
 }
@@ -192,16 +271,29 @@ fn errors_carry_the_servers_message() {
     runtime().block_on(async {
         let client = server.client();
         let unknown = refusal(client.chat().create(chat("gpt-4o")).await);
-        assert!(unknown.contains("The model `gpt-4o` does not exist."), "{unknown}");
+        assert!(
+            unknown.contains("The model `gpt-4o` does not exist."),
+            "{unknown}"
+        );
         let hot = chat_request(MODEL).temperature(3.0).build().unwrap();
         let hot = refusal(client.chat().create(hot).await);
         assert!(hot.contains("temperature must be in [0, 2]"), "{hot}");
-        let long = CreateCompletionRequest { max_tokens: Some(600), ..completion("The river") };
+        let long = CreateCompletionRequest {
+            max_tokens: Some(600),
+            ..completion("The river")
+        };
         let long = refusal(client.completions().create(long).await);
-        assert!(long.contains("maximum context length is 512 tokens"), "{long}");
+        assert!(
+            long.contains("maximum context length is 512 tokens"),
+            "{long}"
+        );
         let missing = refusal(client.models().retrieve("gpt-4o").await);
         assert!(missing.contains("gpt-4o"), "{missing}");
         // The server goes on.
-        client.completions().create(completion("The river")).await.unwrap();
+        client
+            .completions()
+            .create(completion("The river"))
+            .await
+            .unwrap();
     });
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use infold::engine::{
-    Engine, EngineError, EngineHandle, EngineOptions, FinishReason, GenerateRequest, KvCacheDtype, SamplingParams,
-    TokenEvent, TokenLogprobs, TokenStream,
+    Engine, EngineError, EngineHandle, EngineOptions, FinishReason, GenerateRequest, KvCacheDtype,
+    SamplingParams, TokenEvent, TokenLogprobs, TokenStream,
 };
 use infold::weights::Checkpoint;
 
@@ -48,8 +48,14 @@ pub(crate) fn start_fixture(model: &str, options: &EngineOptions) -> EngineHandl
     start(&fixtures().join(model), options)
 }
 
-pub(crate) fn try_start_fixture(model: &str, options: &EngineOptions) -> Result<EngineHandle, EngineError> {
-    Engine::start(Arc::new(Checkpoint::open(&fixtures().join(model)).unwrap()), options)
+pub(crate) fn try_start_fixture(
+    model: &str,
+    options: &EngineOptions,
+) -> Result<EngineHandle, EngineError> {
+    Engine::start(
+        Arc::new(Checkpoint::open(&fixtures().join(model)).unwrap()),
+        options,
+    )
 }
 
 pub(crate) fn greedy(max_tokens: usize) -> SamplingParams {
@@ -62,7 +68,11 @@ pub(crate) fn greedy(max_tokens: usize) -> SamplingParams {
     }
 }
 
-pub(crate) fn submit(engine: &EngineHandle, prompt: &[u32], sampling_params: SamplingParams) -> TokenStream {
+pub(crate) fn submit(
+    engine: &EngineHandle,
+    prompt: &[u32],
+    sampling_params: SamplingParams,
+) -> TokenStream {
     engine
         .submit(GenerateRequest {
             request_id: "golden".to_owned(),
@@ -78,11 +88,19 @@ pub(crate) fn collect(mut stream: TokenStream) -> Answer {
     let (mut token_ids, mut all_logprobs) = (Vec::new(), Vec::new());
     loop {
         let finished = match stream.next_blocking().expect("the engine has ended") {
-            TokenEvent::Prompt { num_cached_tokens: cached, logprobs, finish } => {
+            TokenEvent::Prompt {
+                num_cached_tokens: cached,
+                logprobs,
+                finish,
+            } => {
                 (num_cached_tokens, prompt) = (cached, logprobs);
                 finish
             }
-            TokenEvent::Token { token_id, logprobs, finish } => {
+            TokenEvent::Token {
+                token_id,
+                logprobs,
+                finish,
+            } => {
                 token_ids.push(token_id);
                 all_logprobs.extend(logprobs);
                 finish
@@ -90,19 +108,35 @@ pub(crate) fn collect(mut stream: TokenStream) -> Answer {
             TokenEvent::Failed { message } => panic!("the request failed: {message}"),
         };
         if let Some(finish) = finished {
-            return Answer { num_cached_tokens, prompt, token_ids, logprobs: all_logprobs, finish };
+            return Answer {
+                num_cached_tokens,
+                prompt,
+                token_ids,
+                logprobs: all_logprobs,
+                finish,
+            };
         }
     }
 }
 
-pub(crate) fn run(engine: &EngineHandle, prompt: &[u32], sampling_params: SamplingParams) -> Answer {
+pub(crate) fn run(
+    engine: &EngineHandle,
+    prompt: &[u32],
+    sampling_params: SamplingParams,
+) -> Answer {
     collect(submit(engine, prompt, sampling_params))
 }
 
 /// Submits all prompts before it reads the first answer, so they share steps.
-pub(crate) fn run_together(engine: &EngineHandle, prompts: &[Vec<u32>], sampling_params: &SamplingParams) -> Vec<Answer> {
-    let streams: Vec<_> =
-        prompts.iter().map(|prompt| submit(engine, prompt, sampling_params.clone())).collect();
+pub(crate) fn run_together(
+    engine: &EngineHandle,
+    prompts: &[Vec<u32>],
+    sampling_params: &SamplingParams,
+) -> Vec<Answer> {
+    let streams: Vec<_> = prompts
+        .iter()
+        .map(|prompt| submit(engine, prompt, sampling_params.clone()))
+        .collect();
     streams.into_iter().map(collect).collect()
 }
 
@@ -110,12 +144,17 @@ pub(crate) fn run_together(engine: &EngineHandle, prompts: &[Vec<u32>], sampling
 pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len(), "{what}: number of values");
     let worst = (0..got.len()).max_by(|&a, &b| {
-        (got[a] - want[a]).abs().total_cmp(&(got[b] - want[b]).abs())
+        (got[a] - want[a])
+            .abs()
+            .total_cmp(&(got[b] - want[b]).abs())
     });
     if let Some(worst) = worst {
         let (got, want) = (got[worst], want[worst]);
         // Written so that a NaN fails.
-        assert!((got - want).abs() <= tolerance, "{what}: at {worst} got {got}, want {want}");
+        assert!(
+            (got - want).abs() <= tolerance,
+            "{what}: at {worst} got {got}, want {want}"
+        );
     }
 }
 
@@ -127,13 +166,26 @@ pub(crate) fn values(logprobs: &[TokenLogprobs]) -> Vec<f32> {
 #[track_caller]
 pub(crate) fn assert_same(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     assert_eq!(got.token_ids, want.token_ids, "{what}: tokens");
-    assert_close(what, &values(&got.logprobs), &values(&want.logprobs), tolerance);
+    assert_close(
+        what,
+        &values(&got.logprobs),
+        &values(&want.logprobs),
+        tolerance,
+    );
     let (Some(got), Some(want)) = (&got.prompt, &want.prompt) else {
-        assert_eq!(got.prompt, want.prompt, "{what}: only one has prompt logprobs");
+        assert_eq!(
+            got.prompt, want.prompt,
+            "{what}: only one has prompt logprobs"
+        );
         return;
     };
     let flat = |prompt: &[Option<TokenLogprobs>]| -> Vec<f32> {
         prompt.iter().flatten().map(|entry| entry.logprob).collect()
     };
-    assert_close(&format!("{what}: prompt"), &flat(got), &flat(want), tolerance);
+    assert_close(
+        &format!("{what}: prompt"),
+        &flat(got),
+        &flat(want),
+        tolerance,
+    );
 }

@@ -2,11 +2,12 @@
 //!
 //! Slices in, vectors out: `kernels/mod.rs` checks tensors before it calls here. `pool` owns the
 //! threads, `simd` the instruction sets; `quant_pack`, `quant_dot` and `activation` are the block
-//! formats, `dense` the others, `matmul` cuts both into tasks; `kv` and `attention` are the paged
-//! cache; `elementwise` is the rest. `unsafe` code stays in this folder.
+//! formats, `dense` the others, `matmul` cuts both into tasks; `kv`, `attention` and `attention_scan`
+//! are the paged cache; `elementwise` is the rest. `unsafe` code stays in this folder.
 
 mod activation;
 mod attention;
+mod attention_scan;
 mod buffer;
 mod dense;
 mod elementwise;

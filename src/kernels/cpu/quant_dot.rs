@@ -197,6 +197,10 @@ unsafe fn codes<S: Simd, const BITS: u32>(
 /// `tile` and `group` must have the layout's number of blocks, `group` of `ROWS` rows, and the
 /// outputs be writable.
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "plain counted loops over constant sizes stay in registers"
+)]
 unsafe fn dot<S: Simd, const BITS: u32, const SCALES: u8, const ROWS: usize>(
     simd: S,
     layout: &TileLayout,

@@ -83,7 +83,7 @@ pub(super) fn check_sampling(
 ) -> Result<Checked, ApiError> {
     let stream = check_stream(fields, endpoint, state)?;
     let max_tokens = check_max_tokens(endpoint)?;
-    let params = sampling_params(fields, endpoint, state)?;
+    let mut params = sampling_params(fields, endpoint, state)?;
     if let Some(max_tokens) = max_tokens
         && params.min_tokens > max_tokens
     {
@@ -94,6 +94,10 @@ pub(super) fn check_sampling(
         return Err(ApiError::invalid("min_tokens", message));
     }
     let (n, best_of) = check_choices(fields, &params, stream)?;
+    if best_of > n {
+        // Answers are ranked by the logprobs of their tokens.
+        params.logprobs = params.logprobs.or(Some(0));
+    }
     Ok(Checked {
         params,
         max_tokens,

@@ -24,10 +24,22 @@ async fn text_error(body: impl Into<Body>) -> String {
 
 #[tokio::test]
 async fn malformed_json() {
-    insta::assert_snapshot!(text_error("{\"messages\": [").await, @"");
-    insta::assert_snapshot!(text_error("").await, @"");
-    insta::assert_snapshot!(text_error("{} {}").await, @"");
-    insta::assert_snapshot!(text_error("[]").await, @"");
+    insta::assert_snapshot!(text_error("{\"messages\": [").await, @r"
+    400 Bad Request body: 1 validation error:
+      {'type': 'json_invalid', 'loc': ('body',), 'msg': 'JSON decode error: EOF while parsing a list at line 1 column 14'}
+    ");
+    insta::assert_snapshot!(text_error("").await, @r"
+    400 Bad Request body: 1 validation error:
+      {'type': 'json_invalid', 'loc': ('body',), 'msg': 'JSON decode error: EOF while parsing a value at line 1 column 0'}
+    ");
+    insta::assert_snapshot!(text_error("{} {}").await, @r"
+    400 Bad Request body: 1 validation error:
+      {'type': 'json_invalid', 'loc': ('body',), 'msg': 'JSON decode error: trailing characters at line 1 column 4'}
+    ");
+    insta::assert_snapshot!(text_error("[]").await, @r"
+    400 Bad Request body: 1 validation error:
+      {'type': 'type_error', 'loc': ('body',), 'msg': 'expected a JSON object'}
+    ");
 }
 
 #[tokio::test]
@@ -74,37 +86,67 @@ async fn deep_nesting() {
 
 #[tokio::test]
 async fn wrong_types_name_the_field_and_both_types() {
-    insta::assert_snapshot!(chat_error(json!({"temperature": "hot"})).await, @"");
-    insta::assert_snapshot!(chat_error(json!({"stop": [1]})).await, @"");
-    insta::assert_snapshot!(chat_error(json!({"messages": "Hi"})).await, @"");
-    insta::assert_snapshot!(chat_error(json!({"messages": [{"role": "user", "content": 5}]})).await, @"");
-    insta::assert_snapshot!(chat_error(json!({"messages": [{"content": "x"}]})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": {"a": 1}})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": [1, "a"]})).await, @"");
+    insta::assert_snapshot!(chat_error(json!({"temperature": "hot"})).await, @r#"
+    400 Bad Request body.temperature: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'temperature'), 'msg': 'invalid type: string "hot", expected a number at line 1 column 64'}
+    "#);
+    insta::assert_snapshot!(chat_error(json!({"stop": [1]})).await, @r"
+    400 Bad Request body.stop.0: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'stop', 0), 'msg': 'invalid type: integer `1`, expected a string at line 1 column 54'}
+    ");
+    insta::assert_snapshot!(chat_error(json!({"messages": "Hi"})).await, @r#"
+    400 Bad Request body.messages: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'messages'), 'msg': 'invalid type: string "Hi", expected a list at line 1 column 16'}
+    "#);
+    insta::assert_snapshot!(chat_error(json!({"messages": [{"role": "user", "content": 5}]})).await, @r"
+    400 Bad Request body.messages.0.content: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'messages', 0, 'content'), 'msg': 'invalid type: integer `5`, expected a string or a list of content parts at line 1 column 39'}
+    ");
+    insta::assert_snapshot!(chat_error(json!({"messages": [{"content": "x"}]})).await, @r"
+    400 Bad Request body.messages.0.role: 1 validation error:
+      {'type': 'missing', 'loc': ('body', 'messages', 0, 'role'), 'msg': 'Field required'}
+    ");
+    insta::assert_snapshot!(completion_error(json!({"prompt": {"a": 1}})).await, @r"
+    400 Bad Request body.prompt: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'prompt'), 'msg': 'invalid type: object, expected a string, a list of strings, a list of token ids or a list of such lists at line 1 column 11'}
+    ");
+    insta::assert_snapshot!(completion_error(json!({"prompt": [1, "a"]})).await, @r"
+    400 Bad Request body.prompt: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'prompt'), 'msg': 'a list of prompts may not contain bare token ids at line 1 column 17'}
+    ");
 }
 
 #[tokio::test]
 async fn long_values_are_not_repeated_in_full() {
     let message = chat_error(json!({"temperature": "x".repeat(1_000_000)})).await;
     assert!(message.len() < 1000, "{}", message.len());
-    assert!(message.contains("expected f64"));
+    assert!(message.contains("expected a number"));
 }
 
 #[tokio::test]
 async fn missing_fields() {
-    insta::assert_snapshot!(text_error("{}").await, @"");
+    insta::assert_snapshot!(text_error("{}").await, @r"
+    400 Bad Request body.messages: 1 validation error:
+      {'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required'}
+    ");
     let server = TestServer::answering("Yo");
-    insta::assert_snapshot!(server.post(COMPLETIONS, json!({})).await.error(), @"");
-    insta::assert_snapshot!(server.post("/tokenize", json!({})).await.error(), @"");
-    insta::assert_snapshot!(server.post("/detokenize", json!({})).await.error(), @"");
+    insta::assert_snapshot!(server.post(COMPLETIONS, json!({})).await.error(), @"400 BadRequestError prompt: Either prompt or prompt_embeds must be provided and non-empty.");
+    insta::assert_snapshot!(server.post("/tokenize", json!({})).await.error(), @r"
+    400 Bad Request body.prompt: 1 validation error:
+      {'type': 'missing', 'loc': ('body', 'prompt'), 'msg': 'Field required'}
+    ");
+    insta::assert_snapshot!(server.post("/detokenize", json!({})).await.error(), @r"
+    400 Bad Request body.tokens: 1 validation error:
+      {'type': 'missing', 'loc': ('body', 'tokens'), 'msg': 'Field required'}
+    ");
 }
 
 #[tokio::test]
 async fn empty_messages_and_prompts() {
-    insta::assert_snapshot!(chat_error(json!({"messages": []})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": ""})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": []})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": [[]]})).await, @"");
+    insta::assert_snapshot!(chat_error(json!({"messages": []})).await, @"400 BadRequestError messages: messages must not be empty.");
+    insta::assert_snapshot!(completion_error(json!({"prompt": ""})).await, @"400 BadRequestError prompt: The decoder prompt cannot be empty");
+    insta::assert_snapshot!(completion_error(json!({"prompt": []})).await, @"400 BadRequestError prompt: Either prompt or prompt_embeds must be provided and non-empty.");
+    insta::assert_snapshot!(completion_error(json!({"prompt": [[]]})).await, @"400 BadRequestError prompt: The decoder prompt cannot be empty");
 }
 
 #[tokio::test]
@@ -117,7 +159,7 @@ async fn another_content_type() {
         }
         let reply = server.call(request.body(Body::from("{}")).unwrap()).await;
         insta::allow_duplicates! {
-            insta::assert_snapshot!(reply.error(), @"");
+            insta::assert_snapshot!(reply.error(), @"400 Bad Request -: Unsupported Media Type: Only 'application/json' is allowed");
         }
     }
     let request = Request::post(CHAT).header("content-type", "Application/JSON; charset=utf-8");
@@ -129,7 +171,7 @@ async fn another_content_type() {
 async fn a_body_above_the_limit() {
     let server = TestServer::with_flags("--max-body-size 1KiB", |request| answer(request, "Yo"));
     let reply = server.post_text(CHAT, "x".repeat(100_000_000)).await;
-    insta::assert_snapshot!(reply.error(), @"");
+    insta::assert_snapshot!(reply.error(), @"413 BadRequestError -: The request body is larger than 1024 bytes, the limit of this server.");
     let mut request = post_request(CHAT, Body::empty());
     request
         .headers_mut()
@@ -142,8 +184,8 @@ async fn a_body_above_the_limit() {
 
 #[tokio::test]
 async fn an_unknown_model() {
-    insta::assert_snapshot!(chat_error(json!({"model": "gpt"})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"model": "gpt"})).await, @"");
+    insta::assert_snapshot!(chat_error(json!({"model": "gpt"})).await, @"404 NotFoundError model: The model `gpt` does not exist.");
+    insta::assert_snapshot!(completion_error(json!({"model": "gpt"})).await, @"404 NotFoundError model: The model `gpt` does not exist.");
     let server = TestServer::answering("Yo");
     assert_eq!(
         server.get("/v1/models/a/b").await.error(),
@@ -157,16 +199,16 @@ async fn an_unknown_model() {
 #[tokio::test]
 async fn unknown_routes_and_wrong_methods() {
     let server = TestServer::answering("Yo");
-    insta::assert_snapshot!(server.get("/v1/nothing").await.error(), @"");
-    insta::assert_snapshot!(server.get(CHAT).await.error(), @"");
+    insta::assert_snapshot!(server.get("/v1/nothing").await.error(), @"404 Not Found -: Not Found");
+    insta::assert_snapshot!(server.get(CHAT).await.error(), @"405 Method Not Allowed -: Method Not Allowed");
 }
 
 #[tokio::test]
 async fn a_prompt_that_leaves_no_room() {
-    insta::assert_snapshot!(completion_error(json!({"prompt": "x".repeat(MAX_MODEL_LEN)})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"max_tokens": 1000})).await, @"");
+    insta::assert_snapshot!(completion_error(json!({"prompt": "x".repeat(MAX_MODEL_LEN)})).await, @"400 BadRequestError input_tokens: This model's maximum context length is 512 tokens. However, you requested 16 output tokens and your prompt contains 512 input tokens, for a total of 528 tokens. Please reduce the length of the input prompt or the number of requested output tokens.");
+    insta::assert_snapshot!(completion_error(json!({"max_tokens": 1000})).await, @"400 BadRequestError input_tokens: This model's maximum context length is 512 tokens. However, you requested 1000 output tokens and your prompt contains 2 input tokens, for a total of 1002 tokens. Please reduce the length of the input prompt or the number of requested output tokens.");
     let content = "x".repeat(2 * MAX_MODEL_LEN);
-    insta::assert_snapshot!(chat_error(json!({"messages": [{"role": "user", "content": content}]})).await, @"");
+    insta::assert_snapshot!(chat_error(json!({"messages": [{"role": "user", "content": content}]})).await, @"400 BadRequestError input_tokens: This model's maximum context length is 512 tokens. However, you requested 1 output tokens and your prompt contains 1043 input tokens, for a total of 1044 tokens. Please reduce the length of the input prompt or the number of requested output tokens.");
 }
 
 #[tokio::test]
@@ -209,28 +251,65 @@ async fn sampling_values_out_of_range() {
     ] {
         errors.push(chat_error(fields).await);
     }
-    insta::assert_snapshot!(errors.join("\n"), @"");
+    insta::assert_snapshot!(errors.join("\n"), @r"
+    400 BadRequestError temperature: temperature must be in [0, 2], got 3.0.
+    400 BadRequestError temperature: temperature must be in [0, 2], got -0.1.
+    400 BadRequestError top_p: top_p must be in (0, 1], got 0.0.
+    400 BadRequestError top_p: top_p must be in (0, 1], got 1.0000000000000001e-60.
+    400 BadRequestError top_k: top_k must be 0 (disable), or at least 1, got -2.
+    400 BadRequestError min_p: min_p must be in [0, 1], got 1.5.
+    400 BadRequestError typical_p: typical_p must be in (0, 1], got 0.0.
+    400 BadRequestError presence_penalty: presence_penalty must be in [-2, 2], got 2.5.
+    400 BadRequestError frequency_penalty: frequency_penalty must be in [-2, 2], got -3.0.
+    400 BadRequestError repetition_penalty: repetition_penalty must be greater than zero, got 0.0.
+    400 BadRequestError max_tokens: max_tokens must be at least 1, got 0.
+    400 BadRequestError max_tokens: max_tokens must be at least 1, got -1.
+    400 BadRequestError max_completion_tokens: max_completion_tokens must be at least 1, got 0.
+    400 BadRequestError min_tokens: min_tokens must be greater than or equal to 0, got -1.
+    400 BadRequestError min_tokens: min_tokens must be less than or equal to max_tokens=4, got 5.
+    400 BadRequestError n: n must be at least 1, got 0.
+    400 BadRequestError n: n must be at most 16384, got 20000.
+    400 BadRequestError n: n must be 1 when using greedy sampling, got 2.
+    400 BadRequestError best_of: best_of must be in [n, 16384] with n=2, got 1.
+    400 BadRequestError best_of: best_of above n is not available when `stream=True`.
+    400 BadRequestError truncate_prompt_tokens: truncate_prompt_tokens must be -1 or in [1, 512], got 0.
+    400 BadRequestError logprobs: Requested sample logprobs of 21, which is greater than max allowed: 20
+    400 BadRequestError top_logprobs: top_logprobs must be a positive value or -1, got -2.
+    400 BadRequestError top_logprobs: when using `top_logprobs`, `logprobs` must be set to true.
+    400 BadRequestError prompt_logprobs: prompt_logprobs must be non-negative or -1, got -2.
+    400 BadRequestError prompt_logprobs: `prompt_logprobs` are not available when `stream=True`.
+    400 BadRequestError stream_options: Stream options can only be defined when `stream=True`.
+    400 BadRequestError logit_bias: logit_bias keys must be token ids, got `x`.
+    400 BadRequestError logit_bias: token_id(s) [260] in logit_bias contain out-of-vocab token ids. Vocabulary size: 260
+    400 BadRequestError stop_token_ids: token_id -1 in stop_token_ids is out of vocabulary. Vocabulary size: 260
+    400 BadRequestError stop: stop cannot contain an empty string.
+    400 BadRequestError chat_template: Chat template is passed with request, but --trust-request-chat-template is not set. Refused request with untrusted chat template.
+    400 BadRequestError continue_final_message: Cannot set both `continue_final_message` and `add_generation_prompt` to True.
+    ");
 }
 
 #[tokio::test]
 async fn more_than_the_limits_allow() {
     let stop: Vec<String> = (0..10_000).map(|index| format!("stop {index}")).collect();
-    insta::assert_snapshot!(chat_error(json!({"stop": stop})).await, @"");
-    insta::assert_snapshot!(chat_error(json!({"stop": "x".repeat(100_000)})).await, @"");
-    insta::assert_snapshot!(chat_error(json!({"stop_token_ids": vec![1; 5000]})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": vec!["a"; 2000]})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": vec!["a"; 600], "n": 2})).await, @"");
+    insta::assert_snapshot!(chat_error(json!({"stop": stop})).await, @"400 BadRequestError stop: stop must have at most 256 strings, got 10000.");
+    insta::assert_snapshot!(chat_error(json!({"stop": "x".repeat(100_000)})).await, @"400 BadRequestError stop: stop must have at most 65536 bytes, got 100000.");
+    insta::assert_snapshot!(chat_error(json!({"stop_token_ids": vec![1; 5000]})).await, @"400 BadRequestError stop_token_ids: stop_token_ids must have at most 4096 entries, got 5000.");
+    insta::assert_snapshot!(completion_error(json!({"prompt": vec!["a"; 2000]})).await, @r"
+    400 Bad Request body.prompt: 1 validation error:
+      {'type': 'type_error', 'loc': ('body', 'prompt'), 'msg': 'a request may have at most 1024 prompts at line 1 column 4111'}
+    ");
+    insta::assert_snapshot!(completion_error(json!({"prompt": vec!["a"; 600], "n": 2})).await, @"400 BadRequestError n: The request asks for 1200 sequences, but this server takes at most 1024 at a time (--max-queued-requests).");
 }
 
 #[tokio::test]
 async fn token_ids_outside_the_vocabulary() {
-    insta::assert_snapshot!(completion_error(json!({"prompt": [97, 260]})).await, @"");
-    insta::assert_snapshot!(completion_error(json!({"prompt": [[-1]]})).await, @"");
+    insta::assert_snapshot!(completion_error(json!({"prompt": [97, 260]})).await, @"400 BadRequestError prompt: Token id 260 is out of vocabulary. Vocabulary size: 260");
+    insta::assert_snapshot!(completion_error(json!({"prompt": [[-1]]})).await, @"400 BadRequestError prompt: Token id -1 is out of vocabulary. Vocabulary size: 260");
     let server = TestServer::answering("Yo");
     let reply = server
         .post("/detokenize", json!({"tokens": [99999999999i64]}))
         .await;
-    insta::assert_snapshot!(reply.error(), @"");
+    insta::assert_snapshot!(reply.error(), @"400 BadRequestError tokens: Token id 99999999999 is out of vocabulary. Vocabulary size: 260");
 }
 
 #[tokio::test]
@@ -264,9 +343,9 @@ async fn fields_that_are_not_served_are_named() {
         );
         assert_eq!(chat_error(fields).await, expected);
     }
-    insta::assert_snapshot!(completion_error(json!({"suffix": "x"})).await, @"");
+    insta::assert_snapshot!(completion_error(json!({"suffix": "x"})).await, @"400 BadRequestError suffix: suffix is not currently supported");
     let image = json!([{"type": "image_url", "image_url": {"url": "x"}}]);
-    insta::assert_snapshot!(chat_error(json!({"messages": [{"role": "user", "content": image}]})).await, @"");
+    insta::assert_snapshot!(chat_error(json!({"messages": [{"role": "user", "content": image}]})).await, @"400 BadRequestError messages.0.content: content parts of type `image_url` are not supported by this server, only `text`.");
 }
 
 #[tokio::test]
@@ -287,7 +366,7 @@ async fn a_template_that_raises() {
     let server = TestServer::with_model("", Some(template), json!({}), |request| {
         answer(request, "Yo")
     });
-    insta::assert_snapshot!(server.chat(json!({})).await.error(), @"");
+    insta::assert_snapshot!(server.chat(json!({})).await.error(), @"400 BadRequestError messages: Roles must alternate");
     let server = TestServer::with_model("", None, json!({}), |request| answer(request, "Yo"));
     assert_eq!(
         server.chat(json!({})).await.status,
@@ -297,13 +376,35 @@ async fn a_template_that_raises() {
 }
 
 #[tokio::test]
-async fn a_full_queue_is_refused_with_a_time_to_come_back() {
+async fn more_sequences_than_the_queue_holds() {
     let server = TestServer::with_flags("--max-queued-requests 1", |_| Vec::new());
-    // The one place is taken by hand: the mock engine takes requests out at once.
-    let info = server.state.engine.info();
-    assert_eq!(info.max_num_waiting, 1);
     let reply = server.chat(json!({"n": 2, "temperature": 1})).await;
-    insta::assert_snapshot!(reply.error(), @"");
+    insta::assert_snapshot!(reply.error(), @"400 BadRequestError n: The request asks for 2 sequences, but this server takes at most 1 at a time (--max-queued-requests).");
+}
+
+#[tokio::test]
+async fn a_full_queue_is_refused_with_a_time_to_come_back() {
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let server = TestServer::with_flags("--max-queued-requests 1", move |request| {
+        let _ = held.recv();
+        answer(request, "Yo")
+    });
+    let request = || GenerateRequest {
+        request_id: "held".to_owned(),
+        prompt_token_ids: vec![97],
+        sampling_params: crate::engine::SamplingParams::default(),
+        priority: 0,
+    };
+    // The engine is busy with the first, the second waits, so the queue is full.
+    let _running = server.state.engine.submit(request()).unwrap();
+    while server.requests.lock().unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let _waiting = server.state.engine.submit(request()).unwrap();
+    let reply = server.chat(json!({})).await;
+    insta::assert_snapshot!(reply.error(), @"429 TooManyRequestsError -: The server is busy: the waiting queue is full: 1 requests wait, 1 may. Try again later.");
+    assert_eq!(reply.headers["retry-after"], "1");
+    drop(release);
 }
 
 #[tokio::test]
@@ -313,6 +414,6 @@ async fn a_dead_engine_is_an_error_with_its_reason() {
     while server.state.engine.death().is_none() {
         tokio::task::yield_now().await;
     }
-    insta::assert_snapshot!(server.chat(json!({})).await.error(), @"");
-    insta::assert_snapshot!(server.get("/health").await.error(), @"");
+    insta::assert_snapshot!(server.chat(json!({})).await.error(), @"500 EngineDeadError -: the engine has stopped: the mock engine was stopped");
+    insta::assert_snapshot!(server.get("/health").await.error(), @"503 ServiceUnavailableError -: the engine has stopped: the mock engine was stopped");
 }

@@ -9,7 +9,7 @@ use super::*;
 #[tokio::test]
 async fn an_answer_has_the_form_of_vllm() {
     let reply = TestServer::answering("Yo").chat(json!({})).await;
-    insta::assert_snapshot!(reply.redacted(), @"");
+    insta::assert_snapshot!(reply.redacted(), @r#"{"id":"chatcmpl-test","object":"chat.completion","created":0,"model":"tiny","choices":[{"index":0,"message":{"role":"assistant","content":"Yo","refusal":null,"annotations":null,"audio":null,"function_call":null,"reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{"prompt_tokens":21,"total_tokens":24,"completion_tokens":3,"prompt_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null}"#);
 }
 
 #[tokio::test]
@@ -45,7 +45,19 @@ async fn a_stream_has_the_order_of_vllm() {
         reply.headers["content-type"],
         "text/event-stream; charset=utf-8"
     );
-    insta::assert_snapshot!(reply.redacted(), @"");
+    insta::assert_snapshot!(reply.redacted(), @r#"
+    data: {"id":"chatcmpl-test","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}
+
+    data: {"id":"chatcmpl-test","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[{"index":0,"delta":{"content":"Y"},"logprobs":null,"finish_reason":null}]}
+
+    data: {"id":"chatcmpl-test","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[{"index":0,"delta":{"content":"o"},"logprobs":null,"finish_reason":null}]}
+
+    data: {"id":"chatcmpl-test","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop","stop_reason":null}]}
+
+    data: {"id":"chatcmpl-test","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[],"usage":{"prompt_tokens":21,"total_tokens":24,"completion_tokens":3,"prompt_tokens_details":null}}
+
+    data: [DONE]
+    "#);
 }
 
 #[tokio::test]
@@ -173,10 +185,10 @@ async fn a_stop_token_is_named_and_left_out() {
 async fn logprobs_name_tokens_bytes_and_alternatives() {
     let fields = json!({"logprobs": true, "top_logprobs": 3, "max_tokens": 1});
     let reply = TestServer::answering("Yo").chat(fields).await.json();
-    insta::assert_snapshot!(reply["choices"][0]["logprobs"], @"");
+    insta::assert_snapshot!(reply["choices"][0]["logprobs"], @r#"{"content":[{"token":"Y","logprob":-0.25,"bytes":[89],"top_logprobs":[{"token":"Y","logprob":-0.25,"bytes":[89]},{"token":"b","logprob":-1.5,"bytes":[98]},{"token":"a","logprob":-9999.0,"bytes":[97]}]}]}"#);
     let fields = json!({"logprobs": true, "max_tokens": 1, "return_tokens_as_token_ids": true});
     let reply = TestServer::answering("Yo").chat(fields).await.json();
-    insta::assert_snapshot!(reply["choices"][0]["logprobs"], @"");
+    insta::assert_snapshot!(reply["choices"][0]["logprobs"], @r#"{"content":[{"token":"token_id:89","logprob":-0.25,"bytes":[89],"top_logprobs":[]}]}"#);
 }
 
 #[tokio::test]
@@ -213,7 +225,11 @@ async fn a_failure_in_mid_stream_becomes_an_event() {
     let reply = server.chat(json!({"stream": true})).await;
     assert_eq!(reply.status, 200);
     let end = reply.text.split_once("\"content\":\"Y\"").unwrap().1;
-    insta::assert_snapshot!(end.split_once("\n\n").unwrap().1, @"");
+    insta::assert_snapshot!(end.split_once("\n\n").unwrap().1, @r#"
+    data: {"error":{"message":"out of memory","type":"InternalServerError","param":null,"code":500}}
+
+    data: [DONE]
+    "#);
     let reply = server.chat(json!({})).await;
     assert_eq!(reply.error(), "500 InternalServerError -: out of memory");
 }
@@ -230,15 +246,15 @@ async fn an_engine_that_falls_silent_is_an_error_not_an_end() {
             request.sampling_params.max_tokens.min(1)
         ]
     });
-    let state = Arc::clone(&server.state);
-    let reply = tokio::join!(server.chat(json!({"stream": true})), async move {
+    let stop_when_asked = async {
         while server.requests.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
         }
-        state.engine.stop();
-    });
-    assert!(reply.0.text.contains("the engine"), "{}", reply.0.text);
-    assert!(reply.0.text.ends_with("data: [DONE]\n\n"));
+        server.state.engine.stop();
+    };
+    let (reply, ()) = tokio::join!(server.chat(json!({"stream": true})), stop_when_asked);
+    assert!(reply.text.contains("the engine"), "{}", reply.text);
+    assert!(reply.text.ends_with("data: [DONE]\n\n"));
 }
 
 #[tokio::test]

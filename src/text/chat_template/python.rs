@@ -243,7 +243,7 @@ impl JsonWriter<'_> {
 
     fn key(&mut self, key: &Value) -> Result<(), Error> {
         let text = match key.kind() {
-            ValueKind::String => return Ok(self.string(key.as_str().unwrap_or(""))),
+            ValueKind::String => key.as_str().unwrap_or("").to_owned(),
             ValueKind::None => "null".to_owned(),
             ValueKind::Bool => key.is_true().to_string(),
             ValueKind::Number => number(key, ["NaN", "Infinity", "-Infinity"]),

@@ -342,9 +342,4 @@ impl Simd for Avx2 {
             ]
         }
     }
-    #[inline(always)]
-    fn prefetch(self, from: *const u8) {
-        // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
-    }
 }

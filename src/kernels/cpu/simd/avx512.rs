@@ -133,9 +133,4 @@ impl Simd for Avx512 {
             _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(activations))
         }
     }
-    #[inline(always)]
-    fn prefetch(self, from: *const u8) {
-        // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
-    }
 }

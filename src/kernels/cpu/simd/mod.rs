@@ -178,8 +178,6 @@ pub(super) trait Simd: Copy {
         weights: Self::B,
         activations: *const i8,
     ) -> Self::I;
-    /// Asks for the cache line at `from`, which need not be a valid address.
-    fn prefetch(self, from: *const u8);
 }
 
 /// Below this, `exp` is smaller than the smallest normal `f32` and gives 0.

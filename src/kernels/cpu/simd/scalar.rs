@@ -113,10 +113,8 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn keep_first(self, a: Self::F, len: usize, other: Self::F) -> Self::F {
-        let mut out = a;
-        for lane in len.min(16)..16 {
-            out[lane] = other[lane];
-        }
+        let (mut out, len) = (a, len.min(16));
+        out[len..].copy_from_slice(&other[len..]);
         out
     }
     #[inline(always)]
@@ -252,6 +250,4 @@ impl Simd for Scalar {
         }
         out
     }
-    #[inline(always)]
-    fn prefetch(self, _from: *const u8) {}
 }
