@@ -81,11 +81,24 @@ def pytest_collectreport(report):
         RESULTS[name_of(report.nodeid)] = ("failed", "collection: " + str(report.longrepr).splitlines()[-1][:200])
 
 
-def pytest_terminal_summary(terminalreporter):
+def table():
+    """Returns the Markdown table: one line a test, or one a case where its cases differ."""
+    tests = {}
+    for name, result in RESULTS.items():
+        tests.setdefault(name.split("[")[0], {})[name] = result
     lines = ["| test | result | reason |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | {result} | {reason.replace('|', chr(92) + '|')} |" for name, (result, reason) in RESULTS.items()]
-    counts = {kind: sum(result == kind for result, _ in RESULTS.values()) for kind in ("passed", "failed", "out of scope")}
-    text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    terminalreporter.write_line("\n".join(lines) + f"\n\n{text}")
+    for test, cases in tests.items():
+        if len(set(cases.values())) == 1:
+            cases = {test + (f" ({len(cases)} cases)" if len(cases) > 1 else ""): next(iter(cases.values()))}
+        for name, (result, reason) in cases.items():
+            lines.append(f"| `{name}` | {result} | {reason.replace('|', '/')} |")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter):
+    kinds = ("passed", "failed", "out of scope")
+    counts = {kind: sum(result == kind for result, _ in RESULTS.values()) for kind in kinds}
+    text = "\n".join(table()) + "\n\n" + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    terminalreporter.write_line(text)
     if "INFOLD_VLLM_REPORT" in os.environ:
-        pathlib.Path(os.environ["INFOLD_VLLM_REPORT"]).write_text("\n".join(lines) + f"\n\n{text}\n")
+        pathlib.Path(os.environ["INFOLD_VLLM_REPORT"]).write_text(text + "\n")
