@@ -195,6 +195,9 @@ fn gguf_of_f32_f16_and_bf16_with_rope_factors_equals_transformers() {
 
 /// Quantised weights meet activations rounded to eight bits, so logprobs are near the goldens, not
 /// equal. The golden's greedy tokens are given as a prompt: one flipped token must not hide the rest.
+///
+/// The bounds: transformers itself, with every linear's input rounded to eight bits in blocks of 32
+/// (K-quants: 256), is off by 0.02 to 0.095 on average and 0.09 to 0.79 at most on these files.
 fn check_quantised_gguf(name: &str) {
     let golden = read_golden(&format!("gguf-{name}"));
     let engine = start_golden(&golden, &options());
@@ -225,7 +228,7 @@ fn check_quantised_gguf(name: &str) {
     let mean = errors.iter().sum::<f32>() / errors.len() as f32;
     let worst = errors.iter().copied().fold(0.0, f32::max);
     assert!(
-        mean <= 0.08 && worst <= 0.6,
+        mean <= 0.12 && worst <= 1.0,
         "{name}: logprobs are off by {mean} on average, {worst} at most"
     );
 }

@@ -110,11 +110,8 @@ impl Generation {
         record.set_response_id(&id);
         Ok(Self {
             id,
-            model: fields
-                .model
-                .clone()
-                .filter(|name| !name.is_empty())
-                .unwrap_or_else(|| state.model.name().to_owned()),
+            // The first served name, whichever of them the request used.
+            model: state.model.name().to_owned(),
             created: unix_seconds(),
             prompts,
             checked,

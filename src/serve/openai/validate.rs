@@ -126,6 +126,7 @@ fn check_stream(
     let mut options = fields.stream_options.unwrap_or_default();
     if state.options.force_include_usage {
         options.include_usage = Some(true);
+        options.continuous_usage_stats = Some(true);
     }
     Ok(stream.then_some(options))
 }

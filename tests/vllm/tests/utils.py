@@ -17,19 +17,25 @@ def serve_command(model, flags):
     names = [] if "--served-model-name" in flags else ["--served-model-name", model]
     # A tiny model's KV cache would be sized by the free memory otherwise.
     memory = ["--kv-cache-memory-bytes", "128MiB"]
-    flags = without_lora(flags)
+    flags = without_unbuilt(flags)
     return [os.environ["INFOLD_BIN"], "serve", "--model", os.environ["INFOLD_VLLM_MODEL"], *names, *memory, *flags]
 
 
-def without_lora(flags):
-    """Returns the flags less those about LoRA: the tests of the base model in such files still count."""
-    kept, dropping = [], False
+def without_unbuilt(flags):
+    """Returns the flags less those about LoRA and tools: the other tests of such files still count.
+
+    A flag given twice keeps its last value, as Python's argparse does.
+    """
+    options = {}
     for flag in flags:
         if flag.startswith("--"):
-            dropping = "lora" in flag
-        if not dropping:
-            kept.append(flag)
-    return kept
+            name = flag
+            options[name] = []
+        else:
+            options[name].append(flag)
+    unbuilt = ("lora", "auto-tool-choice", "tool-call-parser")
+    kept = [(name, values) for name, values in options.items() if not any(word in name for word in unbuilt)]
+    return [part for name, values in kept for part in (name, *values)]
 
 
 class RemoteOpenAIServer:

@@ -46,9 +46,11 @@ def _free_port():
 
 
 def _get_tokenizer(*args, **kwargs):
-    from transformers import AutoTokenizer
+    # A class of its own, since AutoTokenizer is replaced by this function.
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(os.environ["INFOLD_VLLM_MODEL"])
+    folder = os.environ.get("INFOLD_VLLM_TOKENIZER", os.environ["INFOLD_VLLM_MODEL"])
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 import vllm.config  # noqa: E402
