@@ -17,7 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["weights", "kernels", "distributed", "layers", "models"],
     ),
     ("serve", &["text", "weights", "engine"]),
-    ("bench", &["text", "weights", "engine", "serve"]),
+    ("bench", &["engine"]),
     ("chat", &[]),
 ];
 
