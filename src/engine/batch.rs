@@ -7,6 +7,8 @@ use super::sequence::{Sequence, SequenceId};
 
 /// One step's input, the same on every rank.
 pub(super) struct StepInput {
+    /// Blocks `(source, target)` to copy before anything is computed, in this order.
+    pub(super) block_copies: Vec<(u32, u32)>,
     /// Token ids `[tokens]`.
     pub(super) input_ids: Vec<u32>,
     /// Positions, slots and block tables.
@@ -37,6 +39,11 @@ impl StepInput {
     /// Lays out `batch`; blocks for its tokens are already in the sequences' tables.
     pub(super) fn new(batch: &ScheduledBatch, scheduler: &Scheduler, block_size: usize) -> Self {
         let mut input = Self {
+            block_copies: batch
+                .copies
+                .iter()
+                .map(|copy| (copy.source, copy.target))
+                .collect(),
             input_ids: Vec::with_capacity(batch.num_tokens),
             attention: AttentionBatch {
                 cu_seqlens_q: vec![0],

@@ -3,7 +3,8 @@
 //! A full block may be shared: it is entered into the prefix cache under a hash of its tokens
 //! and of all tokens before it. A block that nobody holds stays in the cache, in a list of free
 //! blocks ordered by last use, until its memory is needed. Blocks that are not full belong to
-//! one sequence and are the only ones written, so a shared block never changes.
+//! one sequence and are the only ones written, so a shared block never changes. Where a prompt
+//! goes on as a cached block begins, that beginning is copied into the sequence's own block.
 //!
 //! Called by the scheduler alone. Knows block numbers, not their contents.
 //! The design is vLLM's (`vllm/v1/core/block_pool.py`).
@@ -50,10 +51,30 @@ struct Block {
     /// Tables that contain the block; 0 means that it is in the free list.
     ref_count: u32,
     /// Set while the prefix cache points here.
-    hash: Option<BlockHash>,
+    cached: Option<Box<CachedBlock>>,
     /// Neighbours in the free list, meaningful only while the block is in it.
     previous: u32,
     next: u32,
+}
+
+/// What the prefix cache knows of a full block.
+#[derive(Debug, Clone)]
+struct CachedBlock {
+    hash: BlockHash,
+    /// Hash of the block before it.
+    parent: Option<BlockHash>,
+    token_ids: Box<[u32]>,
+    /// The step that fills it.
+    step: u64,
+}
+
+/// A full block's name and contents, as a sequence knows them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FullBlock<'a> {
+    pub(super) hash: BlockHash,
+    /// Hash of the block before it; `None` at the start of the sequence.
+    pub(super) parent: Option<BlockHash>,
+    pub(super) token_ids: &'a [u32],
 }
 
 /// All KV blocks of the cache.
@@ -65,6 +86,10 @@ pub(super) struct BlockManager {
     blocks: Vec<Block>,
     num_free: usize,
     cached: HashMap<BlockHash, u32>,
+    /// The cached blocks that follow each cached prefix.
+    children: HashMap<Option<BlockHash>, Vec<u32>>,
+    /// Number of the step being scheduled.
+    step: u64,
 }
 
 impl BlockManager {
@@ -79,7 +104,7 @@ impl BlockManager {
         let blocks = (0..=sentinel)
             .map(|block| Block {
                 ref_count: 0,
-                hash: None,
+                cached: None,
                 previous: block.checked_sub(1).unwrap_or(sentinel),
                 next: if block == sentinel { 0 } else { block + 1 },
             })
@@ -90,7 +115,14 @@ impl BlockManager {
             blocks,
             num_free: num_blocks,
             cached: HashMap::new(),
+            children: HashMap::new(),
+            step: 0,
         }
+    }
+
+    /// Takes note that all scheduled so far has run.
+    pub(super) fn begin_step(&mut self) {
+        self.step += 1;
     }
 
     pub(super) fn block_size(&self) -> usize {
@@ -121,6 +153,26 @@ impl BlockManager {
             .iter()
             .take_while(|hash| self.cached.contains_key(hash))
             .count()
+    }
+
+    /// Returns the cached block after `parent` that begins like `token_ids` for longest, with the
+    /// length of that beginning. Blocks that only this step fills have nothing to copy yet.
+    pub(super) fn longest_beginning(
+        &self,
+        parent: Option<BlockHash>,
+        token_ids: &[u32],
+    ) -> Option<(u32, usize)> {
+        let common = |cached: &CachedBlock| {
+            let pairs = cached.token_ids.iter().zip(token_ids);
+            pairs.take_while(|(ours, theirs)| ours == theirs).count()
+        };
+        let candidates = self.children.get(&parent)?.iter().filter_map(|&block| {
+            let cached = self.blocks[block as usize].cached.as_deref()?;
+            (cached.step < self.step).then(|| (block, common(cached)))
+        });
+        candidates
+            .filter(|&(_, len)| len > 0)
+            .max_by_key(|&(_, len)| len)
     }
 
     /// Fills an empty table with the cached blocks of `prefix` and new blocks for the rest of
@@ -188,20 +240,38 @@ impl BlockManager {
     ///
     /// Of several blocks with the same contents the first is the cached one; the others go back
     /// to the free list as plain memory.
-    pub(super) fn register(&mut self, block: u32, hash: BlockHash) {
+    pub(super) fn register(&mut self, block: u32, contents: FullBlock<'_>) {
         if self.prefix_caching == PrefixCaching::Disabled {
             return;
         }
+        let FullBlock {
+            hash,
+            parent,
+            token_ids,
+        } = contents;
         if let Entry::Vacant(entry) = self.cached.entry(hash) {
             entry.insert(block);
-            self.blocks[block as usize].hash = Some(hash);
+            self.children.entry(parent).or_default().push(block);
+            self.blocks[block as usize].cached = Some(Box::new(CachedBlock {
+                hash,
+                parent,
+                token_ids: token_ids.into(),
+                step: self.step,
+            }));
         }
     }
 
     /// Takes a block out of the prefix cache, if it is there.
     pub(super) fn forget(&mut self, block: u32) {
-        if let Some(hash) = self.blocks[block as usize].hash.take() {
-            self.cached.remove(&hash);
+        let Some(cached) = self.blocks[block as usize].cached.take() else {
+            return;
+        };
+        self.cached.remove(&cached.hash);
+        if let Entry::Occupied(mut siblings) = self.children.entry(cached.parent) {
+            siblings.get_mut().retain(|&sibling| sibling != block);
+            if siblings.get().is_empty() {
+                siblings.remove();
+            }
         }
     }
 
@@ -216,7 +286,7 @@ impl BlockManager {
                 continue;
             }
             // What the cache does not know is used before anything of the cache is evicted.
-            if entry.hash.is_some() {
+            if entry.cached.is_some() {
                 let last = self.blocks[self.sentinel() as usize].previous;
                 self.link_after(last, block);
             } else {
@@ -256,7 +326,8 @@ impl BlockManager {
 
     /// Returns the hash under which a block is cached.
     pub(super) fn hash(&self, block: u32) -> Option<BlockHash> {
-        self.blocks[block as usize].hash
+        let cached = self.blocks[block as usize].cached.as_deref();
+        cached.map(|cached| cached.hash)
     }
 
     /// Checks what must hold between any two calls.
@@ -276,11 +347,16 @@ impl BlockManager {
         let entries = &self.blocks[..self.num_blocks()];
         let num_held = entries.iter().filter(|entry| entry.ref_count > 0).count();
         assert_eq!(num_held + self.num_free, self.num_blocks());
-        let num_hashed = entries.iter().filter(|entry| entry.hash.is_some()).count();
+        let num_hashed = entries
+            .iter()
+            .filter(|entry| entry.cached.is_some())
+            .count();
         assert_eq!(num_hashed, self.cached.len());
         for (hash, &block) in &self.cached {
-            assert_eq!(self.blocks[block as usize].hash, Some(*hash));
+            assert_eq!(self.hash(block), Some(*hash));
         }
+        let num_children: usize = self.children.values().map(Vec::len).sum();
+        assert_eq!(num_children, self.cached.len());
     }
 }
 
@@ -308,9 +384,14 @@ mod tests {
         manager
             .allocate(&hashes[..cached], token_ids.len(), &mut table)
             .unwrap();
-        for (&block, &hash) in table.iter().zip(&hashes) {
+        for (index, (&block, &hash)) in table.iter().zip(&hashes).enumerate() {
             if manager.hash(block).is_none() {
-                manager.register(block, hash);
+                let contents = FullBlock {
+                    hash,
+                    parent: index.checked_sub(1).map(|parent| hashes[parent]),
+                    token_ids: &token_ids[2 * index..2 * index + 2],
+                };
+                manager.register(block, contents);
             }
         }
         manager.assert_consistent();
@@ -336,6 +417,33 @@ mod tests {
         assert_ne!(first[2], second[2]);
         assert_eq!(manager.ref_count(first[0]), 2);
         assert_eq!(manager.num_used_blocks(), 4);
+    }
+
+    #[test]
+    fn beginning_of_a_block_is_found_after_its_own_prefix_once_it_is_computed() {
+        let mut manager = manager(8);
+        let table = fill(&mut manager, &[1, 2, 3, 4]);
+        let parent = hashes(&[1, 2]).pop();
+        assert_eq!(
+            manager.longest_beginning(parent, &[3]),
+            None,
+            "not yet computed"
+        );
+        manager.begin_step();
+        assert_eq!(
+            manager.longest_beginning(parent, &[3, 9]),
+            Some((table[1], 1))
+        );
+        assert_eq!(
+            manager.longest_beginning(parent, &[3, 4]),
+            Some((table[1], 2))
+        );
+        assert_eq!(manager.longest_beginning(parent, &[9]), None);
+        assert_eq!(
+            manager.longest_beginning(None, &[3]),
+            None,
+            "another prefix"
+        );
     }
 
     #[test]

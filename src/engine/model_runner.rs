@@ -80,6 +80,9 @@ impl ModelRunner {
             comm: &self.comm,
             batch: &input.attention,
         };
+        for kv_blocks in &mut self.kv_cache {
+            self.kernels.copy_blocks(kv_blocks, &input.block_copies)?;
+        }
         let hidden = self
             .decoder
             .forward(&input.input_ids, &context, &mut self.kv_cache)?;

@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::block_manager::{BlockManager, OutOfBlocks, PrefixCaching};
+use super::block_manager::{BlockHash, BlockManager, FullBlock, OutOfBlocks, PrefixCaching};
 use super::request::{FinishReason, GenerateRequest};
 use super::sequence::{Sequence, SequenceId, SequenceStatus};
 
@@ -84,6 +84,8 @@ pub(super) struct ScheduledBatch {
     pub(super) sequences: Vec<ScheduledSequence>,
     /// Sum over `sequences`.
     pub(super) num_tokens: usize,
+    /// To be done in this order before anything is computed.
+    pub(super) copies: Vec<BlockCopy>,
 }
 
 impl ScheduledBatch {
@@ -97,6 +99,13 @@ impl ScheduledBatch {
             self.num_tokens -= self.sequences.remove(index).num_tokens;
         }
     }
+}
+
+/// One block's keys and values to be copied into another, on every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BlockCopy {
+    pub(super) source: u32,
+    pub(super) target: u32,
 }
 
 /// What a step meant for one sequence.
@@ -216,7 +225,9 @@ impl Scheduler {
         let mut batch = ScheduledBatch {
             sequences: Vec::with_capacity(self.running.len() + self.waiting.len().min(16)),
             num_tokens: 0,
+            copies: Vec::new(),
         };
+        self.blocks.begin_step();
         self.schedule_running(&mut batch);
         // Blocks just taken from a sequence are meant for those that run, not for newcomers.
         if self.counters.num_preemptions == num_preemptions {
@@ -363,7 +374,7 @@ impl Scheduler {
             let Some((&key, &id)) = self.waiting.first_key_value() else {
                 break;
             };
-            let Ok(num_tokens) = self.admit(id, budget) else {
+            let Ok(num_tokens) = self.admit(id, budget, &mut batch.copies) else {
                 break;
             };
             self.waiting.remove(&key);
@@ -377,7 +388,15 @@ impl Scheduler {
     ///
     /// The room is for the whole prompt even if the step computes a chunk of it: otherwise
     /// several long prompts could be admitted that then preempt each other half-way.
-    fn admit(&mut self, id: SequenceId, budget: usize) -> Result<usize, OutOfBlocks> {
+    ///
+    /// A cached block that begins as the rest of the tokens does lends its beginning by a copy,
+    /// so that of a known prompt little more than the last token is computed.
+    fn admit(
+        &mut self,
+        id: SequenceId,
+        budget: usize,
+        copies: &mut Vec<BlockCopy>,
+    ) -> Result<usize, OutOfBlocks> {
         let block_size = self.config.block_size;
         let sequence = known(&mut self.sequences, id);
         let reads_cache = self.config.prefix_caching == PrefixCaching::Enabled
@@ -391,6 +410,15 @@ impl Scheduler {
         } else {
             0
         };
+        let beginning = if reads_cache {
+            self.blocks
+                .longest_beginning(parent_hash(sequence, num_cached_blocks), {
+                    let last = sequence.token_ids.len() - 1;
+                    &sequence.token_ids[num_cached_blocks * block_size..last]
+                })
+        } else {
+            None
+        };
         self.blocks.allocate(
             &sequence.block_hashes[..num_cached_blocks],
             sequence.token_ids.len(),
@@ -398,6 +426,13 @@ impl Scheduler {
         )?;
         sequence.status = SequenceStatus::Running;
         sequence.num_computed_tokens = num_cached_blocks * block_size;
+        if let Some((source, len)) = beginning {
+            // The source may have been evicted just now, even for this very table: what it holds
+            // is overwritten by the step at the earliest, after the copies.
+            let target = sequence.block_table[num_cached_blocks];
+            copies.push(BlockCopy { source, target });
+            sequence.num_computed_tokens += len;
+        }
         if sequence.num_preemptions == 0 {
             sequence.num_cached_tokens = sequence.num_computed_tokens;
             self.counters.prompt_tokens += sequence.num_prompt_tokens as u64;
@@ -481,8 +516,19 @@ fn register_filled(blocks: &mut BlockManager, sequence: &mut Sequence, num_token
     }
     sequence.hash_full_blocks(block_size);
     for index in num_full_before..num_full {
-        blocks.register(sequence.block_table[index], sequence.block_hashes[index]);
+        let contents = FullBlock {
+            hash: sequence.block_hashes[index],
+            parent: parent_hash(sequence, index),
+            token_ids: &sequence.token_ids[index * block_size..(index + 1) * block_size],
+        };
+        blocks.register(sequence.block_table[index], contents);
     }
+}
+
+/// Returns the hash of the block before block `index`, `None` for the first.
+fn parent_hash(sequence: &Sequence, index: usize) -> Option<BlockHash> {
+    let parent = index.checked_sub(1)?;
+    Some(sequence.block_hashes[parent])
 }
 
 /// Frees a sequence's blocks, and drops from the prefix cache what only a scheduled step would

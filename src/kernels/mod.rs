@@ -317,6 +317,21 @@ impl Kernels {
         Ok(KvBlocks(CpuKv::new(sizes, dtype)))
     }
 
+    /// Copies keys and values of whole blocks, one `(source, target)` after the other.
+    ///
+    /// # Errors
+    /// A block outside the cache.
+    pub fn copy_blocks(&self, kv: &mut KvBlocks, copies: &[(u32, u32)]) -> Result<()> {
+        for &(source, target) in copies {
+            let num_blocks = kv.0.num_blocks;
+            if source.max(target) as usize >= num_blocks {
+                bail!("copy of block {source} to {target} in a cache of {num_blocks} blocks");
+            }
+            kv.0.copy_block(source as usize, target as usize);
+        }
+        Ok(())
+    }
+
     /// Takes `qkv: [m, (num_heads + 2 num_kv_heads) head_dim]`, norms queries and keys where a
     /// norm is given, rotates both (half-split form), writes keys and values to their slots and
     /// returns the queries, `[m, num_heads * head_dim]`.

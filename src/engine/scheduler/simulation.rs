@@ -49,6 +49,7 @@ struct Simulation {
     /// Steps each live sequence was seen in, to find starvation.
     ages: HashMap<SequenceId, usize>,
     num_finished: usize,
+    num_copies: usize,
 }
 
 impl Simulation {
@@ -78,6 +79,7 @@ impl Simulation {
             next_id: 0,
             ages: HashMap::new(),
             num_finished: 0,
+            num_copies: 0,
         }
     }
 
@@ -125,6 +127,12 @@ impl Simulation {
         let batch = self.scheduler.schedule();
         self.check_batch(&batch);
         self.check_invariants();
+        for BlockCopy { source, target } in &batch.copies {
+            let start = |block: u32| block as usize * self.config.block_size;
+            let source = start(*source)..start(*source) + self.config.block_size;
+            self.slots.copy_within(source, start(*target));
+            self.num_copies += 1;
+        }
         // One by one is stricter than a real step, which writes all before it reads any.
         let mut written = HashSet::new();
         for entry in &batch.sequences {
@@ -270,7 +278,7 @@ impl Simulation {
 #[test]
 fn random_operations_never_mix_up_blocks() {
     let mut counters = SchedulerCounters::default();
-    let mut num_finished = 0;
+    let (mut num_finished, mut num_copies) = (0, 0);
     for seed in 0..100 {
         let mut simulation = Simulation::new(seed);
         simulation.run(1_200);
@@ -278,9 +286,11 @@ fn random_operations_never_mix_up_blocks() {
         counters.num_preemptions += of_run.num_preemptions;
         counters.prefix_cache_hits += of_run.prefix_cache_hits;
         num_finished += simulation.num_finished;
+        num_copies += simulation.num_copies;
     }
     // The run is worth something only if what it is about did happen.
     assert!(counters.num_preemptions > 1_000, "{counters:?}");
     assert!(counters.prefix_cache_hits > 10_000, "{counters:?}");
+    assert!(num_copies > 1_000, "{num_copies} copies");
     assert!(num_finished > 10_000, "{num_finished} finished");
 }

@@ -196,12 +196,12 @@ fn generated_tokens_are_found_in_the_prefix_cache_too() {
 }
 
 #[test]
-fn last_block_of_a_fully_cached_prompt_is_computed_for_its_logits() {
+fn of_a_fully_cached_prompt_only_the_last_token_is_computed_for_its_logits() {
     let mut scheduler = Scheduler::new(config());
     scheduler.add(1, request(&prompt(100, 8), 9)).unwrap();
     step(&mut scheduler);
     scheduler.add(2, request(&prompt(100, 8), 9)).unwrap();
-    assert_eq!(step(&mut scheduler).0, [(1, 1), (2, 4)]);
+    assert_eq!(step(&mut scheduler).0, [(1, 1), (2, 1)]);
     let tables = [1, 2].map(|id| scheduler.sequence(id).block_table.clone());
     assert_eq!(tables[0][0], tables[1][0]);
     assert_ne!(tables[0][1], tables[1][1], "a shared block is not written");

@@ -61,6 +61,22 @@ impl CpuKv {
         }
     }
 
+    /// Copies a block's keys and values; both blocks are in range.
+    pub(in crate::kernels) fn copy_block(&mut self, source: usize, target: usize) {
+        let len = self.block_size * self.num_kv_heads * self.head_dim;
+        let (source, target) = (source * len..(source + 1) * len, target * len);
+        match &mut self.data {
+            KvData::F32 { keys, values } => {
+                keys.copy_within(source.clone(), target);
+                values.copy_within(source, target);
+            }
+            KvData::F16 { keys, values } => {
+                keys.copy_within(source.clone(), target);
+                values.copy_within(source, target);
+            }
+        }
+    }
+
     /// Returns the number of token slots.
     pub(in crate::kernels) fn num_slots(&self) -> usize {
         self.num_blocks * self.block_size
