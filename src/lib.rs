@@ -8,7 +8,7 @@
 //! | verb | |
 //! |---|---|
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
-//! | [`bench`] | the engine measured without HTTP |
+//! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
 //!
 //! | noun | |
