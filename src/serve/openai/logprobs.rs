@@ -5,8 +5,6 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value};
-
 use crate::engine::TokenLogprobs;
 use crate::text::Tokenizer;
 
@@ -93,10 +91,10 @@ impl LogprobWriter<'_> {
     }
 
     /// Returns the most likely tokens, the one that was drawn among them in any case.
-    fn top_map(&self, logprobs: &TokenLogprobs) -> Map<String, Value> {
+    fn top_map(&self, logprobs: &TokenLogprobs) -> BTreeMap<String, f32> {
         let drawn = (logprobs.token_id, logprobs.logprob);
         let all = logprobs.top.iter().copied().chain([drawn]);
-        all.map(|(id, logprob)| (self.token(id), Value::from(logprob.max(FLOOR))))
+        all.map(|(id, logprob)| (self.token(id), logprob.max(FLOOR)))
             .collect()
     }
 

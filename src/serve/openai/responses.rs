@@ -136,7 +136,7 @@ pub(in crate::serve) struct CompletionLogprobs {
     pub(super) text_offset: Vec<usize>,
     pub(super) token_logprobs: Vec<Option<f32>>,
     pub(super) tokens: Vec<String>,
-    pub(super) top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    pub(super) top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
 }
 
 /// For each prompt token (null for the first) the logprobs by token id.
