@@ -6,7 +6,7 @@
 #
 #   --keep         leave the server running when done
 #   --port N       listen on this port (default: a free one)
-#   --prompt TEXT  ask this (default: What is the capital of France?)
+#   --prompt TEXT  ask this (default: Explain what rain is in one sentence.)
 #
 # Needs Rust, a C compiler and Python 3 with pip. The model is kept in
 # ${INFOLD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/infold}; a second run downloads nothing.
@@ -25,7 +25,7 @@ model=$cache/$gguf
 log=$cache/quickstart.log
 keep=no
 port=
-prompt='What is the capital of France?'
+prompt='Explain what rain is in one sentence.'
 server=
 
 say() { printf '%s\n' "$*"; }
