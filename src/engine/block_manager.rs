@@ -57,10 +57,11 @@ struct Block {
     next: u32,
 }
 
-/// What the prefix cache knows of a full block.
+/// What the prefix cache knows of a block.
 #[derive(Debug, Clone)]
 struct CachedBlock {
-    hash: BlockHash,
+    /// Names a full block; `None` for one that is only good for copies of its beginning.
+    hash: Option<BlockHash>,
     /// Hash of the block before it.
     parent: Option<BlockHash>,
     token_ids: Box<[u32]>,
@@ -251,14 +252,39 @@ impl BlockManager {
         } = contents;
         if let Entry::Vacant(entry) = self.cached.entry(hash) {
             entry.insert(block);
-            self.children.entry(parent).or_default().push(block);
-            self.blocks[block as usize].cached = Some(Box::new(CachedBlock {
-                hash,
-                parent,
-                token_ids: token_ids.into(),
-                step: self.step,
-            }));
+            self.enter(block, Some(hash), parent, token_ids);
         }
+    }
+
+    /// Keeps a block that is not full, and will not be written any more, as a source of copies,
+    /// unless the cache has all of it already.
+    pub(super) fn register_beginning(
+        &mut self,
+        block: u32,
+        parent: Option<BlockHash>,
+        token_ids: &[u32],
+    ) {
+        let known = self.longest_beginning(parent, token_ids);
+        let is_known = known.is_some_and(|(_, len)| len == token_ids.len());
+        if self.prefix_caching == PrefixCaching::Enabled && !is_known {
+            self.enter(block, None, parent, token_ids);
+        }
+    }
+
+    fn enter(
+        &mut self,
+        block: u32,
+        hash: Option<BlockHash>,
+        parent: Option<BlockHash>,
+        token_ids: &[u32],
+    ) {
+        self.children.entry(parent).or_default().push(block);
+        self.blocks[block as usize].cached = Some(Box::new(CachedBlock {
+            hash,
+            parent,
+            token_ids: token_ids.into(),
+            step: self.step,
+        }));
     }
 
     /// Takes a block out of the prefix cache, if it is there.
@@ -266,7 +292,9 @@ impl BlockManager {
         let Some(cached) = self.blocks[block as usize].cached.take() else {
             return;
         };
-        self.cached.remove(&cached.hash);
+        if let Some(hash) = cached.hash {
+            self.cached.remove(&hash);
+        }
         if let Entry::Occupied(mut siblings) = self.children.entry(cached.parent) {
             siblings.get_mut().retain(|&sibling| sibling != block);
             if siblings.get().is_empty() {
@@ -327,7 +355,7 @@ impl BlockManager {
     /// Returns the hash under which a block is cached.
     pub(super) fn hash(&self, block: u32) -> Option<BlockHash> {
         let cached = self.blocks[block as usize].cached.as_deref();
-        cached.map(|cached| cached.hash)
+        cached.and_then(|cached| cached.hash)
     }
 
     /// Checks what must hold between any two calls.
@@ -347,16 +375,17 @@ impl BlockManager {
         let entries = &self.blocks[..self.num_blocks()];
         let num_held = entries.iter().filter(|entry| entry.ref_count > 0).count();
         assert_eq!(num_held + self.num_free, self.num_blocks());
-        let num_hashed = entries
+        let cached: Vec<_> = entries
             .iter()
-            .filter(|entry| entry.cached.is_some())
-            .count();
+            .filter_map(|entry| entry.cached.as_deref())
+            .collect();
+        let num_hashed = cached.iter().filter(|cached| cached.hash.is_some()).count();
         assert_eq!(num_hashed, self.cached.len());
         for (hash, &block) in &self.cached {
             assert_eq!(self.hash(block), Some(*hash));
         }
         let num_children: usize = self.children.values().map(Vec::len).sum();
-        assert_eq!(num_children, self.cached.len());
+        assert_eq!(num_children, cached.len());
     }
 }
 

@@ -472,7 +472,9 @@ impl Scheduler {
         let num_sequences = self.sequences.len();
         for update in updates.iter().filter(|update| update.finish.is_some()) {
             if let Some(mut sequence) = self.sequences.remove(&update.id) {
-                free_blocks(&mut self.blocks, &mut sequence);
+                // All its blocks are computed by now, so none is to be forgotten.
+                keep_beginning(&mut self.blocks, &sequence);
+                self.blocks.free(&mut sequence.block_table);
             }
         }
         if self.sequences.len() < num_sequences {
@@ -522,6 +524,17 @@ fn register_filled(blocks: &mut BlockManager, sequence: &mut Sequence, num_token
             token_ids: &sequence.token_ids[index * block_size..(index + 1) * block_size],
         };
         blocks.register(sequence.block_table[index], contents);
+    }
+}
+
+/// Lets later sequences copy from the block that a finished sequence left partly filled.
+fn keep_beginning(blocks: &mut BlockManager, sequence: &Sequence) {
+    let num_full = sequence.num_computed_tokens / blocks.block_size();
+    let start = num_full * blocks.block_size();
+    let token_ids = &sequence.token_ids[start..sequence.num_computed_tokens];
+    if !token_ids.is_empty() && blocks.prefix_caching() == PrefixCaching::Enabled {
+        let parent = parent_hash(sequence, num_full);
+        blocks.register_beginning(sequence.block_table[num_full], parent, token_ids);
     }
 }
 

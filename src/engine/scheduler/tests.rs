@@ -135,11 +135,11 @@ fn cached_prefix_is_not_computed_again() {
     assert!(scheduler.is_idle());
     scheduler.add(2, request(&prompt(100, 10), 1)).unwrap();
     let (batch, updates) = step(&mut scheduler);
-    assert_eq!(batch, [(2, 2)]);
-    assert_eq!(updates[0].num_cached_tokens, 8);
+    assert_eq!(batch, [(2, 1)]);
+    assert_eq!(updates[0].num_cached_tokens, 9);
     let counters = scheduler.counters();
     assert_eq!(counters.prefix_cache_queries, 20);
-    assert_eq!(counters.prefix_cache_hits, 8);
+    assert_eq!(counters.prefix_cache_hits, 9);
     assert_eq!(counters.prompt_tokens, 20);
 }
 
