@@ -14,10 +14,12 @@ mod gguf_model;
 mod hub;
 mod index;
 mod safetensors;
+mod source;
 mod tensor;
 
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
 pub use hub::{HubOptions, Network, resolve_model};
+pub use source::{TensorInfo, TensorSource};
 pub use tensor::{Shard, StoredTensor};

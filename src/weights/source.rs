@@ -1,0 +1,52 @@
+//! The border between tensors and those who write or load them.
+//!
+//! A [`Checkpoint`](super::Checkpoint) hands out what it stores; a base with adapters folded in
+//! makes a tensor when it is asked for. Writers and loaders see only this trait, so that merging
+//! into a directory, into a GGUF file and at the start of a server is one code path.
+
+use candle_core::quantized::GgmlDType;
+
+use super::{Checkpoint, StoredTensor, WeightsError};
+
+/// What a tensor is, before its bytes are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Name in the Hugging Face checkpoint.
+    pub name: String,
+    /// Type of the stored elements.
+    pub dtype: GgmlDType,
+    /// Shape, outermost dimension first.
+    pub shape: Vec<usize>,
+}
+
+/// Tensors by Hugging Face name, made when they are asked for.
+pub trait TensorSource: Send + Sync {
+    /// Returns every tensor in the order of the checkpoint.
+    ///
+    /// # Errors
+    /// A header that cannot be read.
+    fn tensors(&self) -> Result<Vec<TensorInfo>, WeightsError>;
+
+    /// Returns the tensor of a name.
+    ///
+    /// # Errors
+    /// No tensor of that name, or bytes that cannot be read.
+    fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError>;
+}
+
+impl TensorSource for Checkpoint {
+    fn tensors(&self) -> Result<Vec<TensorInfo>, WeightsError> {
+        self.names()
+            .map(|name| {
+                let StoredTensor {
+                    name, dtype, shape, ..
+                } = self.tensor(name)?;
+                Ok(TensorInfo { name, dtype, shape })
+            })
+            .collect()
+    }
+
+    fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
+        Self::tensor(self, name)
+    }
+}
