@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::batch::{LogitsUse, StepInput};
-use super::handle::{Command, Shared};
+use super::handle::{Command, Shared, Submission};
 use super::model_runner::Ranks;
-use super::request::{GenerateRequest, TokenEvent, TokenLogprobs};
+use super::request::{TokenEvent, TokenLogprobs};
 use super::sampler::{SampleError, Sampled, SequenceSampler, token_logprobs};
 use super::scheduler::{ScheduledBatch, Scheduler, Update};
 use super::sequence::SequenceId;
@@ -23,8 +24,9 @@ struct ActiveSequence {
     /// How many alternatives each prompt token is reported with, when asked for.
     num_prompt_logprobs: Option<usize>,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
-    /// Whether it has left the waiting queue once.
-    admitted: bool,
+    submitted_at: Instant,
+    /// When it first left the waiting queue.
+    started_at: Option<Instant>,
 }
 
 /// What became of the rows of one step.
@@ -106,14 +108,19 @@ impl EngineCore {
                 self.commands.try_recv()
             };
             match command {
-                Ok(Command::Submit(request, events)) => self.admit(*request, events),
+                Ok(Command::Submit(submission)) => self.admit(*submission),
                 Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
                 Err(mpsc::TryRecvError::Empty) => return true,
             }
         }
     }
 
-    fn admit(&mut self, request: GenerateRequest, events: UnboundedSender<TokenEvent>) {
+    fn admit(&mut self, submission: Submission) {
+        let Submission {
+            request,
+            events,
+            submitted_at,
+        } = submission;
         let id = self.next_id;
         self.next_id += 1;
         let params = &request.sampling_params;
@@ -130,7 +137,8 @@ impl EngineCore {
             num_prompt_logprobs: params.prompt_logprobs,
             // The first prompt token has nothing before it, so its entry stays.
             prompt_logprobs: vec![None; request.prompt_token_ids.len()],
-            admitted: false,
+            submitted_at,
+            started_at: None,
         };
         self.active.insert(id, active);
         if let Err(error) = self.scheduler.add(id, request)
@@ -164,7 +172,7 @@ impl EngineCore {
                 self.scheduler.num_waiting()
             );
         }
-        self.count_admissions(&batch);
+        self.note_starts(&batch);
         let input = StepInput::new(&batch, &self.scheduler, self.shared.info.block_size);
         let uses = input.logits_uses.clone();
         let (active, vocab_size) = (&mut self.active, self.shared.info.vocab_size);
@@ -178,20 +186,30 @@ impl EngineCore {
             }
             self.scheduler.abort(id);
         }
+        let mut num_tokens = outcome.sampled.len();
         for update in self.scheduler.update(&batch, &outcome.sampled) {
+            if update.prompt_done {
+                num_tokens += self.prompt_len(update.id);
+            }
             self.send_update(&update, outcome.logprobs.remove(&update.id));
         }
-        self.shared.stats.num_steps.fetch_add(1, Ordering::Relaxed);
+        self.shared.stats.count_step(num_tokens);
         Ok(())
     }
 
-    fn count_admissions(&mut self, batch: &ScheduledBatch) {
+    fn prompt_len(&self, id: SequenceId) -> usize {
+        let active = self.active.get(&id);
+        active.map_or(0, |active| active.prompt_logprobs.len())
+    }
+
+    fn note_starts(&mut self, batch: &ScheduledBatch) {
+        let now = Instant::now();
         for scheduled in &batch.sequences {
             let Some(active) = self.active.get_mut(&scheduled.id) else {
                 continue;
             };
-            if !active.admitted {
-                active.admitted = true;
+            if active.started_at.is_none() {
+                active.started_at = Some(now);
                 self.shared
                     .stats
                     .num_requests_waiting
@@ -212,6 +230,10 @@ impl EngineCore {
                 .then(|| std::mem::take(&mut active.prompt_logprobs));
             let _ = active.events.send(TokenEvent::Prompt {
                 num_cached_tokens: update.num_cached_tokens,
+                queue_time: active
+                    .started_at
+                    .map(|started_at| started_at - active.submitted_at)
+                    .unwrap_or_default(),
                 logprobs: prompt_logprobs,
                 finish: update.finish.filter(|_| update.token_id.is_none()),
             });
@@ -235,7 +257,7 @@ impl EngineCore {
     /// Forgets a sequence's channel and takes it out of the waiting count if it is still there.
     fn end(&mut self, id: SequenceId) -> Option<ActiveSequence> {
         let active = self.active.remove(&id)?;
-        if !active.admitted {
+        if active.started_at.is_none() {
             self.shared
                 .stats
                 .num_requests_waiting

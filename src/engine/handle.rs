@@ -5,6 +5,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Instant;
 
 use tokio::sync::mpsc as event_channel;
 
@@ -52,13 +53,18 @@ pub enum SubmitError {
 
 /// What a handle sends to the engine thread.
 pub(super) enum Command {
-    /// Take a request; its events go into the channel.
-    Submit(
-        Box<GenerateRequest>,
-        event_channel::UnboundedSender<TokenEvent>,
-    ),
+    /// Take a request.
+    Submit(Box<Submission>),
     /// End every sequence as [`super::FinishReason::Aborted`] and return from the loop.
     Stop,
+}
+
+/// A request on its way to the engine thread.
+pub(super) struct Submission {
+    pub(super) request: GenerateRequest,
+    /// Where its events go.
+    pub(super) events: event_channel::UnboundedSender<TokenEvent>,
+    pub(super) submitted_at: Instant,
 }
 
 /// State that the engine thread and all handles share.
@@ -101,11 +107,13 @@ impl EngineHandle {
             });
         }
         let (sender, receiver) = event_channel::unbounded_channel();
-        if self
-            .commands
-            .send(Command::Submit(Box::new(request), sender))
-            .is_err()
-        {
+        let submission = Submission {
+            request,
+            events: sender,
+            submitted_at: Instant::now(),
+        };
+        let command = Command::Submit(Box::new(submission));
+        if self.commands.send(command).is_err() {
             waiting.fetch_sub(1, Ordering::Relaxed);
             let reason = self
                 .death()
@@ -177,7 +185,10 @@ pub(crate) fn mock_engine(
     let handle = EngineHandle::new(commands, Arc::clone(&shared));
     std::thread::spawn(move || {
         let mut open = Vec::new();
-        while let Ok(Command::Submit(request, events)) = receiver.recv() {
+        while let Ok(Command::Submit(submission)) = receiver.recv() {
+            let Submission {
+                request, events, ..
+            } = *submission;
             shared
                 .stats
                 .num_requests_waiting

@@ -32,7 +32,7 @@ pub use config::{EngineOptions, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
 pub use scheduler::SchedulingPolicy;
-pub use stats::Stats;
+pub use stats::{Stats, StepTokens};
 
 #[cfg(test)]
 pub(crate) use handle::mock_engine;

@@ -4,6 +4,8 @@
 //! [`TokenEvent`]s; the scheduler and the sampler read [`SamplingParams`].
 //! Field names and meanings follow vLLM's `SamplingParams`.
 
+use std::time::Duration;
+
 /// How the tokens of one sequence are drawn and when the sequence ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
@@ -114,6 +116,8 @@ pub enum TokenEvent {
     Prompt {
         /// Prompt tokens whose keys and values came from the prefix cache.
         num_cached_tokens: usize,
+        /// From `submit` to the first step that worked on the sequence.
+        queue_time: Duration,
         /// One entry a prompt token (the first is `None`), when asked for.
         logprobs: Option<Vec<Option<TokenLogprobs>>>,
         /// Set when no token was asked for (`max_tokens == 0`): the stream then ends here.

@@ -25,6 +25,26 @@ pub struct Stats {
     pub num_preemptions: u64,
     /// Engine steps run.
     pub num_steps: u64,
+    /// Steps by the tokens they brought.
+    pub step_tokens: StepTokens,
+}
+
+/// A histogram of the tokens that a step brings, counted as vLLM does: the prompts whose last
+/// token it computed, and the tokens drawn.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepTokens {
+    /// Steps of at most [`Self::BOUNDS`]`[i]` tokens and more than the bound before it; the
+    /// last entry counts those above all bounds.
+    pub num_steps: [u64; Self::BOUNDS.len() + 1],
+    /// Tokens of all steps.
+    pub num_tokens: u64,
+}
+
+impl StepTokens {
+    /// vLLM's bounds for `iteration_tokens_total`.
+    pub const BOUNDS: [u64; 13] = [
+        1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+    ];
 }
 
 /// The live form of [`Stats`], shared by the engine thread (writer) and the handles (readers).
@@ -41,9 +61,21 @@ pub(super) struct SharedStats {
     pub(super) generation_tokens: AtomicU64,
     pub(super) num_preemptions: AtomicU64,
     pub(super) num_steps: AtomicU64,
+    steps_by_tokens: [AtomicU64; StepTokens::BOUNDS.len() + 1],
+    num_step_tokens: AtomicU64,
 }
 
 impl SharedStats {
+    /// Counts a step that brought `num_tokens`.
+    pub(super) fn count_step(&self, num_tokens: usize) {
+        let num_tokens = num_tokens as u64;
+        let bucket = StepTokens::BOUNDS.partition_point(|&bound| bound < num_tokens);
+        self.steps_by_tokens[bucket].fetch_add(1, Ordering::Relaxed);
+        self.num_step_tokens
+            .fetch_add(num_tokens, Ordering::Relaxed);
+        self.num_steps.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Returns the present values; each is exact, the set is not one instant.
     pub(super) fn snapshot(&self) -> Stats {
         let order = Ordering::Relaxed;
@@ -58,6 +90,10 @@ impl SharedStats {
             generation_tokens: self.generation_tokens.load(order),
             num_preemptions: self.num_preemptions.load(order),
             num_steps: self.num_steps.load(order),
+            step_tokens: StepTokens {
+                num_steps: self.steps_by_tokens.each_ref().map(|n| n.load(order)),
+                num_tokens: self.num_step_tokens.load(order),
+            },
         }
     }
 }

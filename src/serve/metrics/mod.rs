@@ -4,14 +4,18 @@
 //! observed as the events of a request arrive ([`RequestTimer`]).
 
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     Opts, Registry, TextEncoder,
 };
 
-use crate::engine::Stats;
+use crate::engine::{EngineInfo, Stats};
+
+mod engine;
+
+use engine::EngineMetrics;
 
 /// All metrics of one server.
 pub(super) struct Metrics {
@@ -23,25 +27,15 @@ pub(super) struct Metrics {
     scrape: Mutex<()>,
 }
 
-struct EngineMetrics {
-    num_requests_running: IntGauge,
-    num_requests_waiting: IntGauge,
-    kv_cache_usage_perc: Gauge,
-    prefix_cache_queries: IntCounter,
-    prefix_cache_hits: IntCounter,
-    prompt_tokens: IntCounter,
-    generation_tokens: IntCounter,
-    num_preemptions: IntCounter,
-    num_steps: IntCounter,
-}
-
 struct RequestMetrics {
     success: IntCounterVec,
     time_to_first_token: Histogram,
     inter_token_latency: Histogram,
     time_per_output_token: Histogram,
     e2e_latency: Histogram,
+    queue_time: Histogram,
     prefill_time: Histogram,
+    inference_time: Histogram,
     decode_time: Histogram,
     prompt_tokens: Histogram,
     generation_tokens: Histogram,
@@ -112,57 +106,6 @@ impl Maker<'_> {
     }
 }
 
-impl EngineMetrics {
-    fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
-        Ok(Self {
-            num_requests_running: make
-                .gauge("num_requests_running", "Sequences in the running batch.")?,
-            num_requests_waiting: make
-                .gauge("num_requests_waiting", "Sequences waiting to run.")?,
-            kv_cache_usage_perc: make.ratio(
-                "kv_cache_usage_perc",
-                "Share of KV blocks in use, 1 is all.",
-            )?,
-            prefix_cache_queries: make.counter(
-                "prefix_cache_queries_total",
-                "Prompt tokens looked up in the prefix cache.",
-            )?,
-            prefix_cache_hits: make.counter(
-                "prefix_cache_hits_total",
-                "Prompt tokens found in the prefix cache.",
-            )?,
-            prompt_tokens: make
-                .counter("prompt_tokens_total", "Prompt tokens of admitted requests.")?,
-            generation_tokens: make.counter("generation_tokens_total", "Tokens generated.")?,
-            num_preemptions: make.counter(
-                "num_preemptions_total",
-                "Sequences put back because KV blocks ran out.",
-            )?,
-            num_steps: make.counter("num_engine_steps_total", "Engine steps run.")?,
-        })
-    }
-
-    fn copy(&self, stats: Stats) {
-        let set = |counter: &IntCounter, value: u64| {
-            counter.reset();
-            counter.inc_by(value);
-        };
-        self.num_requests_running
-            .set(stats.num_requests_running as i64);
-        self.num_requests_waiting
-            .set(stats.num_requests_waiting as i64);
-        let num_blocks = stats.num_blocks_total.max(1);
-        self.kv_cache_usage_perc
-            .set(stats.num_blocks_used as f64 / num_blocks as f64);
-        set(&self.prefix_cache_queries, stats.prefix_cache_queries);
-        set(&self.prefix_cache_hits, stats.prefix_cache_hits);
-        set(&self.prompt_tokens, stats.prompt_tokens);
-        set(&self.generation_tokens, stats.generation_tokens);
-        set(&self.num_preemptions, stats.num_preemptions);
-        set(&self.num_steps, stats.num_steps);
-    }
-}
-
 impl RequestMetrics {
     fn new(make: &Maker<'_>) -> prometheus::Result<Self> {
         let time = |name: &str, help: &str| make.histogram(name, help, &REQUEST_TIME_BUCKETS);
@@ -189,9 +132,14 @@ impl RequestMetrics {
                 &TOKEN_TIME_BUCKETS,
             )?,
             e2e_latency: time("e2e_request_latency_seconds", "Arrival to last token.")?,
+            queue_time: time("request_queue_time_seconds", "Waiting for the first step.")?,
             prefill_time: time(
-                "request_queue_and_prefill_time_seconds",
-                "Arrival to computed prompt.",
+                "request_prefill_time_seconds",
+                "First step to computed prompt.",
+            )?,
+            inference_time: time(
+                "request_inference_time_seconds",
+                "First step to last token.",
             )?,
             decode_time: time("request_decode_time_seconds", "First to last token.")?,
             prompt_tokens: tokens("request_prompt_tokens", "Prompt tokens of a request.")?,
@@ -217,13 +165,13 @@ impl Metrics {
     ///
     /// # Errors
     /// Never for the names in this file; the library checks them at run time.
-    pub(super) fn new(model_name: &str) -> prometheus::Result<Self> {
+    pub(super) fn new(model_name: &str, info: &EngineInfo) -> prometheus::Result<Self> {
         let registry = Registry::new();
         let make = Maker {
             registry: &registry,
             model_name,
         };
-        let engine = EngineMetrics::new(&make)?;
+        let engine = EngineMetrics::new(&make, info)?;
         let requests = RequestMetrics::new(&make)?;
         let http_requests = make.counters(
             "http_requests_total",
@@ -250,7 +198,9 @@ impl Metrics {
         drop(guard);
         let mut text = Vec::new();
         TextEncoder::new().encode(&families, &mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
+        let mut text = String::from_utf8_lossy(&text).into_owned();
+        self.engine.write_snapshot(&mut text, &stats);
+        Ok(text)
     }
 
     /// Counts an answered HTTP request; `handler` is a route, never a raw path.
@@ -276,6 +226,7 @@ pub(super) struct RequestTimer {
     arrival: Instant,
     first_token: Option<Instant>,
     last_token: Instant,
+    queue_time: Duration,
     num_tokens: usize,
 }
 
@@ -287,16 +238,23 @@ impl RequestTimer {
             arrival,
             first_token: None,
             last_token: arrival,
+            queue_time: Duration::ZERO,
             num_tokens: 0,
         }
     }
 
-    /// Notes that the prompt was computed.
-    pub(super) fn prompt_done(&self, metrics: &Metrics, num_cached_tokens: usize) {
+    /// Notes that the prompt was computed, after waiting `queue_time` for its first step.
+    pub(super) fn prompt_done(
+        &mut self,
+        metrics: &Metrics,
+        num_cached_tokens: usize,
+        queue_time: Duration,
+    ) {
+        self.queue_time = queue_time;
         let requests = &metrics.requests;
-        requests
-            .prefill_time
-            .observe(self.arrival.elapsed().as_secs_f64());
+        requests.queue_time.observe(queue_time.as_secs_f64());
+        let prefill_time = self.arrival.elapsed().saturating_sub(queue_time);
+        requests.prefill_time.observe(prefill_time.as_secs_f64());
         requests
             .prompt_tokens_cached
             .inc_by(num_cached_tokens as u64);
@@ -328,9 +286,12 @@ impl RequestTimer {
         let requests = &metrics.requests;
         requests.success.with_label_values(&[reason]).inc();
         requests.generation_tokens.observe(self.num_tokens as f64);
+        let e2e = self.arrival.elapsed();
+        requests.e2e_latency.observe(e2e.as_secs_f64());
+        let inference_time = e2e.saturating_sub(self.queue_time);
         requests
-            .e2e_latency
-            .observe(self.arrival.elapsed().as_secs_f64());
+            .inference_time
+            .observe(inference_time.as_secs_f64());
         if let Some(first_token) = self.first_token {
             let decode_secs = (self.last_token - first_token).as_secs_f64();
             requests.decode_time.observe(decode_secs);
@@ -345,12 +306,24 @@ impl RequestTimer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::StepTokens;
+
+    fn info() -> EngineInfo {
+        EngineInfo {
+            max_model_len: 8,
+            vocab_size: 64,
+            max_num_seqs: 4,
+            max_num_batched_tokens: 32,
+            block_size: 16,
+            max_num_waiting: 4,
+        }
+    }
 
     #[test]
     fn names_and_labels_are_those_of_vllm_under_our_prefix() {
-        let metrics = Metrics::new("tiny").unwrap();
+        let metrics = Metrics::new("tiny", &info()).unwrap();
         let mut timer = RequestTimer::start();
-        timer.prompt_done(&metrics, 16);
+        timer.prompt_done(&metrics, 16, Duration::from_secs(3));
         timer.token(&metrics);
         timer.token(&metrics);
         timer.finish(&metrics, "stop");
@@ -358,6 +331,11 @@ mod tests {
             generation_tokens: 2,
             num_blocks_total: 4,
             num_blocks_used: 1,
+            num_requests_waiting: 3,
+            step_tokens: StepTokens {
+                num_steps: [1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4],
+                num_tokens: 80_000,
+            },
             ..Stats::default()
         };
         let text = metrics.encode(stats).unwrap();
@@ -368,6 +346,14 @@ mod tests {
             "infold:request_success_total{engine=\"0\",finished_reason=\"stop\",model_name=\"tiny\"} 1",
             "infold:time_to_first_token_seconds_count{engine=\"0\",model_name=\"tiny\"} 1",
             "infold:inter_token_latency_seconds_count{engine=\"0\",model_name=\"tiny\"} 1",
+            "infold:request_queue_time_seconds_sum{engine=\"0\",model_name=\"tiny\"} 3",
+            "infold:request_prefill_time_seconds_sum{engine=\"0\",model_name=\"tiny\"} 0",
+            "infold:num_requests_waiting_by_reason{engine=\"0\",model_name=\"tiny\",reason=\"capacity\"} 3",
+            "infold:iteration_tokens_total_bucket{engine=\"0\",model_name=\"tiny\",le=\"16384\"} 3",
+            "infold:iteration_tokens_total_bucket{engine=\"0\",model_name=\"tiny\",le=\"+Inf\"} 7",
+            "infold:iteration_tokens_total_sum{engine=\"0\",model_name=\"tiny\"} 80000",
+            "infold:iteration_tokens_total_count{engine=\"0\",model_name=\"tiny\"} 7",
+            "num_gpu_blocks=\"4\",kv_cache_size_tokens=\"64\",kv_cache_max_concurrency=\"8.00\"} 1",
             "infold:prompt_tokens_cached_total{engine=\"0\",model_name=\"tiny\"} 16",
         ] {
             assert!(text.contains(line), "{line}\nis not in\n{text}");
@@ -376,7 +362,7 @@ mod tests {
 
     #[test]
     fn scraping_twice_does_not_add_up() {
-        let metrics = Metrics::new("tiny").unwrap();
+        let metrics = Metrics::new("tiny", &info()).unwrap();
         let stats = Stats {
             prompt_tokens: 7,
             ..Stats::default()
