@@ -128,7 +128,11 @@ fn describe(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     if !inner.is_data() {
         return json_invalid(inner);
     }
-    let text = in_words_of_json(&shortened(&inner.to_string()));
+    let text = shortened(&inner.to_string());
+    if let Some((kind, message)) = out_of_range(&text) {
+        return ApiError::malformed(kind, &location, &message);
+    }
+    let text = in_words_of_json(&text);
     if let Some(field) = text.strip_prefix("missing field `")
         && let Some((field, _)) = field.split_once('`')
     {
@@ -136,6 +140,32 @@ fn describe(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
         return ApiError::malformed("missing", &location, "Field required");
     }
     ApiError::malformed("type_error", &location, &text)
+}
+
+/// Returns pydantic's kind and words for a whole number that 64 bits do not hold. Such a number
+/// reaches serde as a `u64`, or as a float when it is further out.
+fn out_of_range(text: &str) -> Option<(&'static str, String)> {
+    let found = text
+        .strip_prefix("invalid value: integer `")
+        .or_else(|| text.strip_prefix("invalid type: floating point `"))?;
+    let (found, rest) = found.split_once('`')?;
+    let found: f64 = found.parse().ok()?;
+    if !rest.starts_with(", expected i64") || found.abs() < i64::MAX as f64 {
+        return None;
+    }
+    Some(if found > 0.0 {
+        let limit = i64::MAX;
+        (
+            "less_than_equal",
+            format!("Input should be less than or equal to {limit}"),
+        )
+    } else {
+        let limit = i64::MIN;
+        (
+            "greater_than_equal",
+            format!("Input should be greater than or equal to {limit}"),
+        )
+    })
 }
 
 /// Names the expected type as JSON does, not as Rust does.

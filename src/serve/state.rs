@@ -112,7 +112,8 @@ impl AppState {
         let generation_config = loaded.generation_config.as_ref();
         let sampling_defaults = SamplingDefaults::load(&args.api, generation_config)?;
         let names = args.model_names();
-        let metrics = Metrics::new(names.first().map_or("", String::as_str))?;
+        let model_name = names.first().map_or("", String::as_str);
+        let metrics = Metrics::new(model_name, loaded.engine.info())?;
         Ok(Self {
             eos_token_ids: loaded.eos_token_ids(),
             chat_template: loaded.chat_template(args.api.chat_template.as_deref())?,

@@ -120,11 +120,13 @@ impl Choice {
             match event {
                 TokenEvent::Prompt {
                     num_cached_tokens,
+                    queue_time,
                     logprobs,
                     finish,
                 } => {
+                    let metrics = &self.state.metrics;
                     self.timer
-                        .prompt_done(&self.state.metrics, num_cached_tokens);
+                        .prompt_done(metrics, num_cached_tokens, queue_time);
                     self.finish_after_prompt = finish;
                     return Some(ChoiceUpdate::Prompt(PromptInfo {
                         num_cached_tokens,

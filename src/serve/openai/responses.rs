@@ -124,9 +124,7 @@ pub(in crate::serve) struct CompletionChoice {
     pub(super) finish_reason: Option<&'static str>,
     pub(super) stop_reason: Option<StopReason>,
     pub(super) prompt_logprobs: Option<PromptLogprobs>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<Vec<u32>>,
 }
 

@@ -106,6 +106,14 @@ async fn wrong_types_name_the_field_and_both_types() {
     400 Bad Request body.messages.0.role: 1 validation error:
       {'type': 'missing', 'loc': ('body', 'messages', 0, 'role'), 'msg': 'Field required'}
     ");
+    insta::assert_snapshot!(chat_error(json!({"seed": u64::MAX})).await, @"
+    400 Bad Request body.seed: 1 validation error:
+      {'type': 'less_than_equal', 'loc': ('body', 'seed'), 'msg': 'Input should be less than or equal to 9223372036854775807'}
+    ");
+    insta::assert_snapshot!(chat_error(json!({"seed": -1e19})).await, @"
+    400 Bad Request body.seed: 1 validation error:
+      {'type': 'greater_than_equal', 'loc': ('body', 'seed'), 'msg': 'Input should be greater than or equal to -9223372036854775808'}
+    ");
     insta::assert_snapshot!(completion_error(json!({"prompt": {"a": 1}})).await, @r"
     400 Bad Request body.prompt: 1 validation error:
       {'type': 'type_error', 'loc': ('body', 'prompt'), 'msg': 'invalid type: object, expected a string, a list of strings, a list of token ids or a list of such lists at line 1 column 11'}

@@ -7,7 +7,7 @@ use super::*;
 #[tokio::test]
 async fn an_answer_has_the_form_of_vllm() {
     let reply = TestServer::answering("cd").complete(json!({})).await;
-    insta::assert_snapshot!(reply.redacted(), @r#"{"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"cd","logprobs":null,"finish_reason":"stop","stop_reason":null,"prompt_logprobs":null}],"usage":{"prompt_tokens":2,"total_tokens":5,"completion_tokens":3,"prompt_tokens_details":null}}"#);
+    insta::assert_snapshot!(reply.redacted(), @r#"{"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"cd","logprobs":null,"finish_reason":"stop","stop_reason":null,"prompt_logprobs":null,"token_ids":null,"prompt_token_ids":null}],"usage":{"prompt_tokens":2,"total_tokens":5,"completion_tokens":3,"prompt_tokens_details":null}}"#);
 }
 
 #[tokio::test]
@@ -15,11 +15,11 @@ async fn a_stream_has_the_order_of_vllm() {
     let fields = json!({"stream": true, "stream_options": {"include_usage": true}});
     let reply = TestServer::answering("cd").complete(fields).await;
     insta::assert_snapshot!(reply.redacted(), @r#"
-    data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"c","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_logprobs":null}]}
+    data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"c","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_logprobs":null,"token_ids":null,"prompt_token_ids":null}]}
 
-    data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"d","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_logprobs":null}]}
+    data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"d","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_logprobs":null,"token_ids":null,"prompt_token_ids":null}]}
 
-    data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop","stop_reason":null,"prompt_logprobs":null}]}
+    data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop","stop_reason":null,"prompt_logprobs":null,"token_ids":null,"prompt_token_ids":null}]}
 
     data: {"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":[],"usage":{"prompt_tokens":2,"total_tokens":5,"completion_tokens":3,"prompt_tokens_details":null}}
 
@@ -70,7 +70,7 @@ async fn prompts_may_be_lists_and_token_ids() {
 async fn the_prompt_is_echoed_with_its_logprobs() {
     let fields = json!({"echo": true, "logprobs": 1, "max_tokens": 1});
     let reply = TestServer::answering("cd").complete(fields).await.json();
-    insta::assert_snapshot!(reply["choices"][0], @r#"{"index":0,"text":"abc","logprobs":{"text_offset":[0,1,2],"token_logprobs":[null,-0.25,-0.25],"tokens":["a","b","c"],"top_logprobs":[null,{"b":-0.25},{"c":-0.25}]},"finish_reason":"length","stop_reason":null,"prompt_logprobs":null}"#);
+    insta::assert_snapshot!(reply["choices"][0], @r#"{"index":0,"text":"abc","logprobs":{"text_offset":[0,1,2],"token_logprobs":[null,-0.25,-0.25],"tokens":["a","b","c"],"top_logprobs":[null,{"b":-0.25},{"c":-0.25}]},"finish_reason":"length","stop_reason":null,"prompt_logprobs":null,"token_ids":null,"prompt_token_ids":null}"#);
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod fuzz;
 mod operations;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -274,6 +275,7 @@ fn answer(request: &GenerateRequest, text: &str) -> Vec<TokenEvent> {
     };
     let mut events = vec![TokenEvent::Prompt {
         num_cached_tokens: 2,
+        queue_time: Duration::ZERO,
         logprobs: params.prompt_logprobs.map(of_prompt),
         finish: (params.max_tokens == 0).then_some(FinishReason::Length),
     }];
