@@ -92,6 +92,7 @@ pub(crate) fn collect(mut stream: TokenStream) -> Answer {
                 num_cached_tokens: cached,
                 logprobs,
                 finish,
+                ..
             } => {
                 (num_cached_tokens, prompt) = (cached, logprobs);
                 finish
