@@ -59,6 +59,15 @@ unpack_deepspeed() {
     --wildcards '*/deepspeed/runtime/lr_schedules.py'
 }
 
+# Of LLaMA-Factory only the smoothing of its loss curve is run.
+unpack_llamafactory() {
+  [ -f "$dir/llamafactory/ploting.py" ] && return
+  mkdir -p "$dir/llamafactory"
+  python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: -d "$dir/llamafactory" \
+    llamafactory==0.9.1
+  (cd "$dir/llamafactory" && python3 -m zipfile -e llamafactory-*.whl all && mv all/llamafactory/extras/ploting.py . && rm -r all)
+}
+
 install_newer() {
   [ -f "$dir/site-newer/.complete" ] && return
   if [ -z "${NEWER_PYTHON:-}" ]; then
@@ -90,6 +99,7 @@ install_packages
 write_wrapper "$dir/python" "$dir/site:$root/usr/lib/python3/dist-packages" \
   "$library_path" /usr/bin/python3
 unpack_deepspeed
+unpack_llamafactory
 if [ "${2:-}" = newer ]; then
   install_newer
   write_wrapper "$dir/python-newer" "$dir/site-newer" "" "${NEWER_PYTHON:-$dir/venv-newer/bin/python}"
