@@ -29,48 +29,81 @@ def plain_cases():
 
 
 def pattern_cases():
-    patterns = dict(rank_pattern={"q_proj": 2, "layers.1.self_attn.v_proj": 8},
-                    alpha_pattern={"q_proj": 5, "layers.1.self_attn.v_proj": 64})
+    patterns = dict(
+        rank_pattern={"q_proj": 2, "layers.1.self_attn.v_proj": 8},
+        alpha_pattern={"q_proj": 5, "layers.1.self_attn.v_proj": 64},
+    )
     yield merged("rank_and_alpha_pattern", "tiny-qwen2-bf16", dict(PLAIN, **patterns))
-    regex = dict(rank_pattern={r"layers\.(0|2)\.self_attn\.q_proj": 1, "self_attn.(k|v)_proj": 3},
-                 alpha_pattern={r"layers\.(0|2)\.self_attn\.q_proj": 6, "self_attn.(k|v)_proj": 9})
+    regex = dict(
+        rank_pattern={r"layers\.(0|2)\.self_attn\.q_proj": 1, "self_attn.(k|v)_proj": 3},
+        alpha_pattern={r"layers\.(0|2)\.self_attn\.q_proj": 6, "self_attn.(k|v)_proj": 9},
+    )
     yield merged("pattern_regex_keys", "tiny-qwen2-bf16", dict(PLAIN, **regex))
     # PEFT writes the keys sorted, so the order of the file is the alphabetical one.
-    first = dict(rank_pattern={"layers.0.self_attn.v_proj": 6, "v_proj": 2},
-                 alpha_pattern={"layers.0.self_attn.v_proj": 100, "v_proj": 12})
-    yield merged("pattern_first_key_wins", "tiny-qwen2-bf16", dict(PLAIN, **first),
-                 note="both keys match layer 0; the first of the file's order decides")
+    first = dict(
+        rank_pattern={"layers.0.self_attn.v_proj": 6, "v_proj": 2},
+        alpha_pattern={"layers.0.self_attn.v_proj": 100, "v_proj": 12},
+    )
+    yield merged(
+        "pattern_first_key_wins",
+        "tiny-qwen2-bf16",
+        dict(PLAIN, **first),
+        note="both keys match layer 0; the first of the file's order decides",
+    )
     yield merged("rslora_with_patterns", "tiny-qwen2-bf16", dict(PLAIN, use_rslora=True, **patterns))
 
 
 def target_cases():
     yield merged("target_regex", "tiny-qwen2-bf16", dict(FEW, target_modules=r".*layers\.[02]\.self_attn\.(q|k)_proj"))
-    yield merged("target_all_linear", "tiny-qwen2-bf16", dict(FEW, r=1, target_modules="all-linear"),
-                 edit=lambda folder: edit_config(folder, target_modules="all-linear"),
-                 note="PEFT writes the names that it found; the string is what a user's own config may keep")
+    yield merged(
+        "target_all_linear",
+        "tiny-qwen2-bf16",
+        dict(FEW, r=1, target_modules="all-linear"),
+        edit=lambda folder: edit_config(folder, target_modules="all-linear"),
+        note="PEFT writes the names that it found; the string is what a user's own config may keep",
+    )
     yield merged("layers_to_transform", "tiny-qwen2-bf16", dict(FEW, layers_to_transform=[1], layers_pattern="layers"))
-    yield merged("lora_on_some_layers", "tiny-qwen2-bf16",
-                 dict(FEW, target_modules=["layers.0.self_attn.k_proj", "layers.2.mlp.up_proj"]))
+    yield merged(
+        "lora_on_some_layers",
+        "tiny-qwen2-bf16",
+        dict(FEW, target_modules=["layers.0.self_attn.k_proj", "layers.2.mlp.up_proj"]),
+    )
 
 
 def dora_cases():
     dora = dict(PLAIN, use_dora=True)
-    yield merged("dora_bf16", "tiny-qwen2-bf16", dora, compare="close", note="the row norm's order of summation is free")
+    yield merged(
+        "dora_bf16", "tiny-qwen2-bf16", dora, compare="close", note="the row norm's order of summation is free"
+    )
     yield merged("dora_f32", "tiny-qwen2-untied", dict(dora, target_modules=["o_proj", "gate_proj"]), compare="close")
     yield merged("dora_rslora", "tiny-qwen2-bf16", dict(dora, use_rslora=True, r=3), compare="close")
 
 
 def head_and_embedding_cases():
     few = dict(r=2, lora_alpha=16)
-    yield merged("embedding_lora_untied", "tiny-qwen2-untied", dict(few, target_modules=["embed_tokens"]), edit=drop_base_layers,
-                 note="saved with save_embedding_layers=False; the tied case has PEFT's default")
-    yield merged("embedding_lora_bf16_tied", "tiny-qwen2-bf16", dict(few, target_modules=["embed_tokens", "q_proj"]), tied=False)
+    yield merged(
+        "embedding_lora_untied",
+        "tiny-qwen2-untied",
+        dict(few, target_modules=["embed_tokens"]),
+        edit=drop_base_layers,
+        note="saved with save_embedding_layers=False; the tied case has PEFT's default",
+    )
+    yield merged(
+        "embedding_lora_bf16_tied", "tiny-qwen2-bf16", dict(few, target_modules=["embed_tokens", "q_proj"]), tied=False
+    )
     yield merged("embedding_lora_tied", "tiny-qwen2", dict(few, target_modules=["embed_tokens"]), tied=False)
-    yield merged("lm_head_lora_untied", "tiny-llama", dict(few, target_modules=["lm_head", "v_proj"]), edit=drop_base_layers)
+    yield merged(
+        "lm_head_lora_untied", "tiny-llama", dict(few, target_modules=["lm_head", "v_proj"]), edit=drop_base_layers
+    )
     yield merged("lm_head_lora_tied", "tiny-qwen2", dict(few, target_modules=["lm_head"]), tied=False)
     yield merged("lm_head_lora_bf16_tied", "tiny-qwen2-bf16", dict(few, target_modules=["lm_head"]), tied=False)
-    yield merged("lm_head_and_embedding_lora_tied", "tiny-qwen2-bf16",
-                 dict(few, r=1, target_modules=["lm_head", "embed_tokens"]), tied=False, edit=drop_base_layers)
+    yield merged(
+        "lm_head_and_embedding_lora_tied",
+        "tiny-qwen2-bf16",
+        dict(few, r=1, target_modules=["lm_head", "embed_tokens"]),
+        tied=False,
+        edit=drop_base_layers,
+    )
 
 
 def drop_base_layers(folder):
@@ -79,17 +112,37 @@ def drop_base_layers(folder):
 
 def modules_to_save_cases():
     yield merged("modules_to_save_lm_head_tied", "tiny-qwen2", dict(FEW, modules_to_save=["lm_head"]), tied=False)
-    yield merged("modules_to_save_embed_tied", "tiny-qwen2-bf16", dict(FEW, modules_to_save=["embed_tokens"]), tied=False,
-                 dtype="bf16")
-    yield merged("modules_to_save_both_tied", "tiny-qwen2-bf16", dict(FEW, modules_to_save=["embed_tokens", "lm_head"]),
-                 tied=False, dtype="bf16")
-    yield merged("modules_to_save_both_equal_tied", "tiny-qwen2-bf16",
-                 dict(FEW, modules_to_save=["embed_tokens", "lm_head"]), tied=True, dtype="bf16", prepare=copy_embedding,
-                 note="the two replacements are bit-equal, so the result stays tied")
-    yield merged("modules_to_save_both_untied", "tiny-qwen2-untied", dict(FEW, modules_to_save=["embed_tokens", "lm_head"]),
-                 dtype="bf16", note="f32 base, bf16 replacements")
-    yield merged("modules_to_save_norms", "tiny-qwen2-untied",
-                 dict(FEW, modules_to_save=["input_layernorm", "norm"]))
+    yield merged(
+        "modules_to_save_embed_tied",
+        "tiny-qwen2-bf16",
+        dict(FEW, modules_to_save=["embed_tokens"]),
+        tied=False,
+        dtype="bf16",
+    )
+    yield merged(
+        "modules_to_save_both_tied",
+        "tiny-qwen2-bf16",
+        dict(FEW, modules_to_save=["embed_tokens", "lm_head"]),
+        tied=False,
+        dtype="bf16",
+    )
+    yield merged(
+        "modules_to_save_both_equal_tied",
+        "tiny-qwen2-bf16",
+        dict(FEW, modules_to_save=["embed_tokens", "lm_head"]),
+        tied=True,
+        dtype="bf16",
+        prepare=copy_embedding,
+        note="the two replacements are bit-equal, so the result stays tied",
+    )
+    yield merged(
+        "modules_to_save_both_untied",
+        "tiny-qwen2-untied",
+        dict(FEW, modules_to_save=["embed_tokens", "lm_head"]),
+        dtype="bf16",
+        note="f32 base, bf16 replacements",
+    )
+    yield merged("modules_to_save_norms", "tiny-qwen2-untied", dict(FEW, modules_to_save=["input_layernorm", "norm"]))
     yield merged("modules_to_save_linear_with_bias", "tiny-qwen2-bf16", dict(FEW, modules_to_save=["q_proj"]))
 
 
@@ -100,13 +153,26 @@ def copy_embedding(model):
 
 
 def bias_cases():
-    yield merged("bias_all", "tiny-qwen2-untied", dict(FEW, bias="all"),
-                 note="biases of targets (base_layer.bias) and of the other linears (bias)")
+    yield merged(
+        "bias_all",
+        "tiny-qwen2-untied",
+        dict(FEW, bias="all"),
+        note="biases of targets (base_layer.bias) and of the other linears (bias)",
+    )
     yield merged("bias_all_bf16", "tiny-qwen2-bf16", dict(FEW, bias="all"))
-    yield merged("bias_lora_only_lost", "tiny-qwen2-bf16", dict(FEW, bias="lora_only"),
-                 note="PEFT before 0.21 trains these biases and does not save them")
-    yield merged("bias_lora_only", "tiny-qwen2-untied", dict(FEW, bias="lora_only"), edit=add_target_biases,
-                 note="the biases as PEFT 0.21 saves them, added here to a file of 0.12, which loads them")
+    yield merged(
+        "bias_lora_only_lost",
+        "tiny-qwen2-bf16",
+        dict(FEW, bias="lora_only"),
+        note="PEFT before 0.21 trains these biases and does not save them",
+    )
+    yield merged(
+        "bias_lora_only",
+        "tiny-qwen2-untied",
+        dict(FEW, bias="lora_only"),
+        edit=add_target_biases,
+        note="the biases as PEFT 0.21 saves them, added here to a file of 0.12, which loads them",
+    )
 
 
 def add_target_biases(folder):
@@ -122,39 +188,72 @@ def add_target_biases(folder):
 def vocabulary_cases():
     yield merged("resized_vocab_tied", "tiny-qwen2", FEW, resize=515, note="PEFT adds the resized matrices by itself")
     both = dict(FEW, modules_to_save=["embed_tokens", "lm_head"])
-    yield merged("resized_vocab_modules_to_save_tied", "tiny-qwen2-bf16", both, resize=514, dtype="bf16", tied=False,
-                 note="as PEFT 0.12 writes it: each replacement three times (name.weight, name.modules_to_save.weight and,"
-                 " with the values before training, name.original_module.weight); name.weight is the one that counts")
-    yield merged("resized_vocab_modules_to_save_untied", "tiny-llama", both, resize=576, dtype="bf16",
-                 edit=lambda folder: edit_tensors(folder, without_wrapper_copies), note="as later PEFT writes it")
+    yield merged(
+        "resized_vocab_modules_to_save_tied",
+        "tiny-qwen2-bf16",
+        both,
+        resize=514,
+        dtype="bf16",
+        tied=False,
+        note="as PEFT 0.12 writes it: each replacement three times (name.weight, name.modules_to_save.weight and,"
+        " with the values before training, name.original_module.weight); name.weight is the one that counts",
+    )
+    yield merged(
+        "resized_vocab_modules_to_save_untied",
+        "tiny-llama",
+        both,
+        resize=576,
+        dtype="bf16",
+        edit=lambda folder: edit_tensors(folder, without_wrapper_copies),
+        note="as later PEFT writes it",
+    )
 
 
 def without_wrapper_copies(state):
-    return {name: value for name, value in state.items()
-            if ".modules_to_save." not in name and ".original_module." not in name}
+    return {
+        name: value
+        for name, value in state.items()
+        if ".modules_to_save." not in name and ".original_module." not in name
+    }
 
 
 def conv1d_cases():
     conv = dict(FEW, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     yield merged("fan_in_fan_out_conv1d", "tiny-gpt2", conv, note="base weights are [in, out]; W + (s B A)^T")
-    yield merged("fan_in_fan_out_on_linear", "tiny-qwen2-bf16", FEW,
-                 edit=lambda folder: edit_config(folder, fan_in_fan_out=True),
-                 note="PEFT sets the flag back to false for a torch Linear, so nothing is transposed")
+    yield merged(
+        "fan_in_fan_out_on_linear",
+        "tiny-qwen2-bf16",
+        FEW,
+        edit=lambda folder: edit_config(folder, fan_in_fan_out=True),
+        note="PEFT sets the flag back to false for a torch Linear, so nothing is transposed",
+    )
 
 
 def several_adapter_cases():
     def two(name):
         folder = new_folder(name)
         make_adapter("tiny-qwen2-bf16", PLAIN, folder / "first", name)
-        make_adapter("tiny-qwen2-bf16", dict(PLAIN, r=2, target_modules=["q_proj", "k_proj"]), folder / "second", name + "2")
+        make_adapter(
+            "tiny-qwen2-bf16", dict(PLAIN, r=2, target_modules=["q_proj", "k_proj"]), folder / "second", name + "2"
+        )
 
-    for name, weights, accumulate in (("two_adapters_llamafactory", (1.0, 1.0), "llamafactory"),
-                                      ("two_adapters_fp32", (1.0, 1.0), "fp32"),
-                                      ("two_adapters_weighted", (0.7, -0.25), "fp32")):
+    for name, weights, accumulate in (
+        ("two_adapters_llamafactory", (1.0, 1.0), "llamafactory"),
+        ("two_adapters_fp32", (1.0, 1.0), "fp32"),
+        ("two_adapters_weighted", (0.7, -0.25), "fp32"),
+    ):
         two(name)
-        yield golden(name, "tiny-qwen2-bf16", list(zip(("first", "second"), weights)), accumulate=accumulate,
-                     note="the deltas are added to each other in f32, in this order, then to f32(W), rounded once"
-                     if accumulate == "fp32" else "W is rounded to bf16 after each adapter")
+        yield golden(
+            name,
+            "tiny-qwen2-bf16",
+            list(zip(("first", "second"), weights)),
+            accumulate=accumulate,
+            note=(
+                "the deltas are added to each other in f32, in this order, then to f32(W), rounded once"
+                if accumulate == "fp32"
+                else "W is rounded to bf16 after each adapter"
+            ),
+        )
 
 
 def checkpoint_cases():
@@ -179,12 +278,21 @@ def refused_config_cases():
     base = "tiny-qwen2-bf16"
     lora = dict(FEW, task_type="CAUSAL_LM")
     for name, init in (("pissa", "pissa"), ("pissa_niter", "pissa_niter_4"), ("olora", "olora")):
-        yield refused(f"refused_{name}", base, "initialisation changes the base", config=LoraConfig(**lora, init_lora_weights=init))
+        yield refused(
+            f"refused_{name}",
+            base,
+            "initialisation changes the base",
+            config=LoraConfig(**lora, init_lora_weights=init),
+        )
     loftq = LoraConfig(**lora)
     loftq.init_lora_weights, loftq.loftq_config = "loftq", dict(loftq_bits=4, loftq_iter=1)
     yield refused("refused_loftq", base, "initialisation changes the base", config=loftq)
-    yield refused("refused_layer_replication", base, "layer_replication",
-                  config=LoraConfig(**lora, layer_replication=[[0, 2], [1, 3]]))
+    yield refused(
+        "refused_layer_replication",
+        base,
+        "layer_replication",
+        config=LoraConfig(**lora, layer_replication=[[0, 2], [1, 3]]),
+    )
     targets = ["k_proj"]
     others = dict(
         ia3=peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[]),
@@ -227,15 +335,36 @@ def refused_tensor_cases():
     yield spoiled("b_without_a", "B without A", without("A"))
     yield spoiled("rank_mismatch", "rank", replaced("B", lambda value: torch.cat([value, value], dim=1)))
     yield spoiled("wrong_input_size", "shape", replaced("A", lambda value: torch.cat([value, value], dim=1)))
-    yield spoiled("unknown_layer", "not in the base", lambda state: {
-        **state, **{name.replace("layers.1.", "layers.9."): value + 0 for name, value in state.items() if "layers.1." in name}})
+    yield spoiled(
+        "unknown_layer",
+        "not in the base",
+        lambda state: {
+            **state,
+            **{
+                name.replace("layers.1.", "layers.9."): value + 0
+                for name, value in state.items()
+                if "layers.1." in name
+            },
+        },
+    )
     yield spoiled("unknown_suffix", "not used", lambda state: {**state, key("C"): torch.ones(2, 2)})
-    yield spoiled("all_zero_b", "zero B", lambda state: {
-        name: value * 0 if "lora_B" in name else value for name, value in state.items()})
-    yield spoiled("empty_zero3_save", "empty", lambda state: {name: value.new_empty(0) for name, value in state.items()})
+    yield spoiled(
+        "all_zero_b",
+        "zero B",
+        lambda state: {name: value * 0 if "lora_B" in name else value for name, value in state.items()},
+    )
+    yield spoiled(
+        "empty_zero3_save", "empty", lambda state: {name: value.new_empty(0) for name, value in state.items()}
+    )
     yield spoiled("nan", "NaN", replaced("A", lambda value: value.index_fill(0, torch.tensor([0]), float("nan"))))
     yield spoiled("inf", "Inf", replaced("B", lambda value: value.index_fill(0, torch.tensor([3]), float("inf"))))
-    yield spoiled("f16_overflow", "overflow", replaced("B", lambda value: value * 1e8), on="tiny-qwen2-f16", made_on="tiny-qwen2-f16")
+    yield spoiled(
+        "f16_overflow",
+        "overflow",
+        replaced("B", lambda value: value * 1e8),
+        on="tiny-qwen2-f16",
+        made_on="tiny-qwen2-f16",
+    )
     yield spoiled("other_base", "shape", lambda state: state, on="tiny-qwen2-bf16", made_on="tiny-qwen2-untied")
 
 
@@ -244,18 +373,37 @@ def newer_cases():
     yield merged("newer_plain", "tiny-qwen2-bf16", FEW, note="a config with all the keys of PEFT 0.18")
     yield merged("newer_lora_bias", "tiny-qwen2-untied", dict(FEW, lora_bias=True))
     yield merged("newer_lora_bias_bf16", "tiny-qwen2-bf16", dict(PLAIN, lora_bias=True))
-    yield merged("newer_patterns_looked_up_apart", "tiny-qwen2-bf16",
-                 dict(PLAIN, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 32}),
-                 note="layer 0: rank 2 from one key, alpha 32 from another; PEFT 0.12 would take the default alpha")
-    yield merged("newer_pattern_full_name", "tiny-qwen2-bf16",
-                 dict(PLAIN, alpha_pattern={r"^model.layers.1.self_attn.v_proj": 3, "lf_attn.q_proj": 77}),
-                 note="a key matches a whole name or what follows a dot: the second key matches nothing")
-    yield merged("newer_trainable_tokens_untied", "tiny-qwen2-untied",
-                 dict(FEW, trainable_token_indices={"embed_tokens": [3, 500, 7]}))
-    yield merged("newer_trainable_tokens_tied", "tiny-qwen2-bf16", dict(FEW, trainable_token_indices=[3, 500, 7]), tied=True,
-                 note="PEFT ties the new rows of both matrices, so the result stays tied")
-    yield merged("newer_dora_embedding", "tiny-qwen2-untied", dict(r=2, lora_alpha=16, use_dora=True, target_modules=["embed_tokens"]),
-                 compare="close", edit=drop_base_layers)
+    yield merged(
+        "newer_patterns_looked_up_apart",
+        "tiny-qwen2-bf16",
+        dict(PLAIN, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 32}),
+        note="layer 0: rank 2 from one key, alpha 32 from another; PEFT 0.12 would take the default alpha",
+    )
+    yield merged(
+        "newer_pattern_full_name",
+        "tiny-qwen2-bf16",
+        dict(PLAIN, alpha_pattern={r"^model.layers.1.self_attn.v_proj": 3, "lf_attn.q_proj": 77}),
+        note="a key matches a whole name or what follows a dot: the second key matches nothing",
+    )
+    yield merged(
+        "newer_trainable_tokens_untied",
+        "tiny-qwen2-untied",
+        dict(FEW, trainable_token_indices={"embed_tokens": [3, 500, 7]}),
+    )
+    yield merged(
+        "newer_trainable_tokens_tied",
+        "tiny-qwen2-bf16",
+        dict(FEW, trainable_token_indices=[3, 500, 7]),
+        tied=True,
+        note="PEFT ties the new rows of both matrices, so the result stays tied",
+    )
+    yield merged(
+        "newer_dora_embedding",
+        "tiny-qwen2-untied",
+        dict(r=2, lora_alpha=16, use_dora=True, target_modules=["embed_tokens"]),
+        compare="close",
+        edit=drop_base_layers,
+    )
     yield merged("newer_exclude_modules", "tiny-qwen2-bf16", dict(FEW, exclude_modules=["layers.0.self_attn.k_proj"]))
     yield merged("newer_qwen3", "tiny-qwen3", dict(FEW, target_modules=["k_proj", "v_proj"]))
 
@@ -263,13 +411,26 @@ def newer_cases():
 def newer_refused_cases():
     base = "tiny-qwen2-bf16"
     lora = dict(FEW, task_type="CAUSAL_LM")
-    yield refused("refused_newer_corda", base, "initialisation changes the base",
-                  config=LoraConfig(**lora, init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig()))
+    yield refused(
+        "refused_newer_corda",
+        base,
+        "initialisation changes the base",
+        config=LoraConfig(**lora, init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig()),
+    )
     yield refused("refused_newer_alora", base, "alora", config=LoraConfig(**lora, alora_invocation_tokens=[5, 6]))
-    yield refused("refused_newer_target_parameters", base, "target_parameters",
-                  config=LoraConfig(**lora, target_parameters=["mlp.experts.gate_up_proj"]))
+    yield refused(
+        "refused_newer_target_parameters",
+        base,
+        "target_parameters",
+        config=LoraConfig(**lora, target_parameters=["mlp.experts.gate_up_proj"]),
+    )
     yield refused("refused_newer_qalora", base, "use_qalora", config=LoraConfig(**lora, use_qalora=True))
-    yield refused("refused_newer_arrow", base, "arrow_config", config=LoraConfig(**lora, arrow_config=peft.tuners.lora.config.ArrowConfig()))
+    yield refused(
+        "refused_newer_arrow",
+        base,
+        "arrow_config",
+        config=LoraConfig(**lora, arrow_config=peft.tuners.lora.config.ArrowConfig()),
+    )
 
     def lora_ga(folder):
         shutil.copytree(ADAPTERS / "refused_pissa" / "adapter", folder)
@@ -281,13 +442,35 @@ def newer_refused_cases():
         make_adapter(base, dict(FEW, target_modules=["k_proj"], lora_bias=True), folder, "refused_lora_bias")
         edit_tensors(folder, lambda state: {name.replace("k_proj", "o_proj"): value for name, value in state.items()})
         state = load_file(folder / "adapter_model.safetensors")
-        edit_tensors(folder, lambda _: {name: torch.ones(64, 2) if name.endswith("lora_B.weight")
-                                        else torch.ones(64) if name.endswith("bias") else value for name, value in state.items()})
+        edit_tensors(
+            folder,
+            lambda _: {
+                name: (
+                    torch.ones(64, 2)
+                    if name.endswith("lora_B.weight")
+                    else torch.ones(64) if name.endswith("bias") else value
+                )
+                for name, value in state.items()
+            },
+        )
         edit_config(folder, target_modules=["o_proj"])
 
     yield refused("refused_lora_bias_without_base_bias", base, "no bias", adapter=bias_on_o_proj)
 
 
-CASES = (plain_cases, pattern_cases, target_cases, dora_cases, head_and_embedding_cases, modules_to_save_cases, bias_cases,
-         vocabulary_cases, conv1d_cases, several_adapter_cases, checkpoint_cases, refused_config_cases, refused_tensor_cases)
+CASES = (
+    plain_cases,
+    pattern_cases,
+    target_cases,
+    dora_cases,
+    head_and_embedding_cases,
+    modules_to_save_cases,
+    bias_cases,
+    vocabulary_cases,
+    conv1d_cases,
+    several_adapter_cases,
+    checkpoint_cases,
+    refused_config_cases,
+    refused_tensor_cases,
+)
 NEWER_CASES = (newer_cases, newer_refused_cases)

@@ -43,7 +43,9 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     cases = []
     if NEWER:
-        cases = [case for case in json.loads((ADAPTERS / "cases.json").read_text())["cases"] if case["peft"] == "0.12.0"]
+        cases = [
+            case for case in json.loads((ADAPTERS / "cases.json").read_text())["cases"] if case["peft"] == "0.12.0"
+        ]
     else:
         for path in ADAPTERS.glob("*/"):
             shutil.rmtree(path)
@@ -53,15 +55,20 @@ def main():
 
     for make in adapter_cases.NEWER_CASES if NEWER else adapter_cases.CASES:
         cases.extend(make())
-    write_json(ADAPTERS / "cases.json", dict(prompt_token_ids=PROMPT, cases=sorted(cases, key=lambda case: case["case"])), indent=None)
+    write_json(
+        ADAPTERS / "cases.json",
+        dict(prompt_token_ids=PROMPT, cases=sorted(cases, key=lambda case: case["case"])),
+        indent=None,
+    )
     if not NEWER:
         make_shard_goldens(cases)
     total = sum(path.stat().st_size for path in ADAPTERS.rglob("*") if path.is_file())
     print(f"{len(cases)} cases, {total / 1e6:.2f} MB")
 
 
-def merged(name, base, config, *, tied=None, dtype="f32", resize=None, edit=None, prepare=None, compare="bits",
-           note=None):
+def merged(
+    name, base, config, *, tied=None, dtype="f32", resize=None, edit=None, prepare=None, compare="bits", note=None
+):
     """Makes the case of one adapter on `base` and returns its description.
 
     `tied` is the tie_word_embeddings that the merged model must have (None: as the base), `resize` the new
@@ -87,8 +94,16 @@ def refused(name, base, reason, *, config=None, adapter=None, note=None):
         config.base_model_name_or_path = base
         config.inference_mode = True
         config.save_pretrained(folder)
-    return dict(case=name, peft=peft.__version__, base=base, expect="refused", reason=reason, note=note,
-                adapters=[dict(dir=f"{name}/adapter", weight=1.0)], files=files_of(name))
+    return dict(
+        case=name,
+        peft=peft.__version__,
+        base=base,
+        expect="refused",
+        reason=reason,
+        note=note,
+        adapters=[dict(dir=f"{name}/adapter", weight=1.0)],
+        files=files_of(name),
+    )
 
 
 def golden(name, base, adapters, *, tied=None, resize=None, compare="bits", accumulate="fp32", note=None):
@@ -117,24 +132,41 @@ def golden(name, base, adapters, *, tied=None, resize=None, compare="bits", accu
         state = load_file(f"{output}/model.safetensors")
         logits = logits_of(AutoModelForCausalLM.from_pretrained(output, torch_dtype=torch.float32))
         file_sha256 = sha256(pathlib.Path(output) / "model.safetensors")
-    changed = {key: value for key, value in state.items()
-               if key not in base_state or not same_bits(value, base_state[key])}
+    changed = {
+        key: value for key, value in state.items() if key not in base_state or not same_bits(value, base_state[key])
+    }
     stored = {key: value for key, value in changed.items() if not is_copy(value, base_state, folder, adapters)}
     if stored:
         save_file(stored, folder / "merged.safetensors", metadata={"format": "pt"})
     difference = check_live(folder, base, adapters, resize, logits, base_state)
     assert changed, name
     return dict(
-        case=name, peft=peft.__version__, base=base, expect="merged", note=note, accumulate=accumulate,
+        case=name,
+        peft=peft.__version__,
+        base=base,
+        expect="merged",
+        note=note,
+        accumulate=accumulate,
         adapters=[dict(dir=f"{name}/{directory}", weight=weight) for directory, weight in adapters],
-        compare=compare, tie_word_embeddings=model.config.tie_word_embeddings,
+        compare=compare,
+        tie_word_embeddings=model.config.tie_word_embeddings,
         config_changes=config_changes(model, base, resize),
-        tensors={key: dict(dtype=dtype_name(value), shape=list(value.shape), sha256=tensor_sha256(value),
-                           golden="merged.safetensors" if key in stored else None)
-                 for key, value in sorted(changed.items())},
-        added=sorted(set(state) - set(base_state)), removed=sorted(set(base_state) - set(state)),
-        num_tensors=len(state), total_size=sum(value.numel() * value.element_size() for value in state.values()),
-        model_safetensors_sha256=file_sha256, max_live_difference=difference, files=files_of(name),
+        tensors={
+            key: dict(
+                dtype=dtype_name(value),
+                shape=list(value.shape),
+                sha256=tensor_sha256(value),
+                golden="merged.safetensors" if key in stored else None,
+            )
+            for key, value in sorted(changed.items())
+        },
+        added=sorted(set(state) - set(base_state)),
+        removed=sorted(set(base_state) - set(state)),
+        num_tensors=len(state),
+        total_size=sum(value.numel() * value.element_size() for value in state.values()),
+        model_safetensors_sha256=file_sha256,
+        max_live_difference=difference,
+        files=files_of(name),
     )
 
 
@@ -217,16 +249,26 @@ def load(base, resize=None, untie=False, dtype="auto"):
 def make_gpt2_base():
     """Writes bases/tiny-gpt2: its Conv1D layers keep their weights as [in, out], which fan_in_fan_out is for."""
     torch.manual_seed(21)
-    config = GPT2Config(vocab_size=512, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=509,
-                        eos_token_id=511, initializer_range=0.3)
+    config = GPT2Config(
+        vocab_size=512,
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=509,
+        eos_token_id=511,
+        initializer_range=0.3,
+    )
     GPT2LMHeadModel(config).eval().save_pretrained(ADAPTERS / "bases" / "tiny-gpt2")
 
 
 def make_shard_goldens(cases):
     """Writes shards.json: what save_pretrained writes for several max_shard_size, by name, size and sha256."""
     entries = []
-    sources = [("base", name) for name in
-               ("tiny-qwen2", "tiny-qwen2-untied", "tiny-qwen2-bf16", "tiny-qwen2-f16", "tiny-llama")]
+    sources = [
+        ("base", name)
+        for name in ("tiny-qwen2", "tiny-qwen2-untied", "tiny-qwen2-bf16", "tiny-qwen2-f16", "tiny-llama")
+    ]
     sources += [("case", "all_linear_bf16"), ("case", "lm_head_lora_tied"), ("case", "modules_to_save_both_untied")]
     by_name = {case["case"]: case for case in cases}
     for kind, name in sources:
@@ -240,14 +282,21 @@ def make_shard_goldens(cases):
             with tempfile.TemporaryDirectory() as output:
                 model.save_pretrained(output, safe_serialization=True, max_shard_size=size)
                 paths = sorted(path for path in pathlib.Path(output).iterdir() if ".safetensors" in path.name)
-                entries.append(dict(source={kind: name}, max_shard_size=size, files={
-                    path.name: dict(size=path.stat().st_size, sha256=sha256(path)) for path in paths}))
+                entries.append(
+                    dict(
+                        source={kind: name},
+                        max_shard_size=size,
+                        files={path.name: dict(size=path.stat().st_size, sha256=sha256(path)) for path in paths},
+                    )
+                )
     write_json(ADAPTERS / "shards.json", dict(transformers=transformers.__version__, entries=entries), indent=1)
 
 
 def stored_state(base):
     """Returns the tensors in a base's files."""
-    return {key: value for path in sorted(base_path(base).glob("*.safetensors")) for key, value in load_file(path).items()}
+    return {
+        key: value for path in sorted(base_path(base).glob("*.safetensors")) for key, value in load_file(path).items()
+    }
 
 
 def base_path(base):

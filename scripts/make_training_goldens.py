@@ -74,14 +74,26 @@ def make_gradients(folder):
         loss, gradients = gradients_of(model, [batch])
         save_file(gradients, folder / name / "gradients.safetensors", metadata={"format": "pt"})
         _, exact = gradients_of(trainable(base, folder / name).double(), [batch])
-        entries.append(dict(
-            case=name, peft=peft.__version__, transformers=transformers.__version__, base=base, adapter=name,
-            sequences=batch, loss=loss, num_target_tokens=num_targets(batch), token_losses=token_losses(model, batch),
-            grad_norm=norm_of(gradients), gradients=f"{name}/gradients.safetensors",
-            f32_noise=max(relative(value, exact[key]) for key, value in gradients.items()),
-        ))
+        entries.append(
+            dict(
+                case=name,
+                peft=peft.__version__,
+                transformers=transformers.__version__,
+                base=base,
+                adapter=name,
+                sequences=batch,
+                loss=loss,
+                num_target_tokens=num_targets(batch),
+                token_losses=token_losses(model, batch),
+                grad_norm=norm_of(gradients),
+                gradients=f"{name}/gradients.safetensors",
+                f32_noise=max(relative(value, exact[key]) for key, value in gradients.items()),
+            )
+        )
         print(name, loss, entries[-1]["grad_norm"], entries[-1]["f32_noise"])
-    write_json(folder / "cases.json", dict(sequences=sequences(), cases=entries))
+    write_json(
+        folder / "cases.json", dict(sequences=sequences(), cases=sorted(entries, key=lambda entry: entry["case"]))
+    )
 
 
 def make_trajectories(folder):
@@ -91,37 +103,95 @@ def make_trajectories(folder):
     cases = [
         ("cosine_accumulation_1", "tiny-qwen2", lora, dict(accumulation=1, **cosine)),
         ("cosine_accumulation_4", "tiny-qwen2", lora, dict(accumulation=4, **cosine)),
-        ("warmup_lr_accumulation_4", "tiny-qwen2", lora,
-         dict(accumulation=4, deepspeed_scheduler=dict(type="WarmupLR", warmup_num_steps=5), weight_decay=0.01)),
-        ("warmup_lr_accumulation_1", "tiny-qwen2", lora,
-         dict(accumulation=1, deepspeed_scheduler=dict(type="WarmupLR", warmup_num_steps=0), weight_decay=0.01)),
-        ("constant_without_clip", "tiny-qwen2", lora, dict(accumulation=1, lr_scheduler_type="constant", max_grad_norm=0.0)),
-        ("linear_weight_decay", "tiny-qwen2", lora,
-         dict(accumulation=1, lr_scheduler_type="linear", warmup_steps=3, weight_decay=0.1, max_grad_norm=8.0)),
-        ("lora_plus", "tiny-qwen2", lora, dict(accumulation=1, weight_decay=0.01, loraplus_lr_ratio=16.0, learning_rate=5e-4, **cosine)),
-        ("llama_accumulation_2", "tiny-llama", dict(lora, target_modules=["q_proj", "v_proj"], r=4), dict(accumulation=2, **cosine)),
+        (
+            "warmup_lr_accumulation_4",
+            "tiny-qwen2",
+            lora,
+            dict(accumulation=4, deepspeed_scheduler=dict(type="WarmupLR", warmup_num_steps=5), weight_decay=0.01),
+        ),
+        (
+            "warmup_lr_accumulation_1",
+            "tiny-qwen2",
+            lora,
+            dict(accumulation=1, deepspeed_scheduler=dict(type="WarmupLR", warmup_num_steps=0), weight_decay=0.01),
+        ),
+        (
+            "constant_without_clip",
+            "tiny-qwen2",
+            lora,
+            dict(accumulation=1, lr_scheduler_type="constant", max_grad_norm=0.0),
+        ),
+        (
+            "linear_weight_decay",
+            "tiny-qwen2",
+            lora,
+            dict(accumulation=1, lr_scheduler_type="linear", warmup_steps=3, weight_decay=0.1, max_grad_norm=8.0),
+        ),
+        (
+            "lora_plus",
+            "tiny-qwen2",
+            lora,
+            dict(accumulation=1, weight_decay=0.01, loraplus_lr_ratio=16.0, learning_rate=5e-4, **cosine),
+        ),
+        (
+            "llama_accumulation_2",
+            "tiny-llama",
+            dict(lora, target_modules=["q_proj", "v_proj"], r=4),
+            dict(accumulation=2, **cosine),
+        ),
     ]
     if NEWER:
-        cases = [("qwen3_accumulation_2", "tiny-qwen3", dict(lora, target_modules=["q_proj", "v_proj"], r=4), dict(accumulation=2, **cosine))]
+        cases = [
+            (
+                "qwen3_accumulation_2",
+                "tiny-qwen3",
+                dict(lora, target_modules=["q_proj", "v_proj"], r=4),
+                dict(accumulation=2, **cosine),
+            )
+        ]
     entries = kept(folder / "cases.json")
     for name, base, config, options in cases:
-        options = dict(dict(learning_rate=2e-3, weight_decay=0.0, max_grad_norm=1.0, adam_beta1=0.9, adam_beta2=0.999,
-                            adam_epsilon=1e-8, warmup_steps=0, micro_batch_size=2), **options)
+        options = dict(
+            dict(
+                learning_rate=2e-3,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                adam_beta1=0.9,
+                adam_beta2=0.999,
+                adam_epsilon=1e-8,
+                warmup_steps=0,
+                micro_batch_size=2,
+            ),
+            **options,
+        )
         new_adapter(base, config, folder / name / "initial", name, zero_b=True)
         initial = folder / name / "initial"
         log, state = train(trainable(base, initial), options)
         save_file(state, folder / name / "final.safetensors", metadata={"format": "pt"})
         _, exact = train(trainable(base, initial).double(), options)
         entry = dict(
-            case=name, peft=peft.__version__, base=base, adapter=f"{name}/initial", final=f"{name}/final.safetensors",
-            options=options, steps=log, f32_noise=max(float((value - exact[key]).abs().max()) for key, value in state.items()),
-            trainer_4_46_2=None if NEWER or "deepspeed_scheduler" in options or "loraplus_lr_ratio" in options
-            else compare_with_trainer(trainable(base, initial), options, log, state),
+            case=name,
+            peft=peft.__version__,
+            base=base,
+            adapter=f"{name}/initial",
+            final=f"{name}/final.safetensors",
+            options=options,
+            steps=log,
+            f32_noise=max(float((value - exact[key]).abs().max()) for key, value in state.items()),
+            trainer_4_46_2=(
+                None
+                if NEWER or "deepspeed_scheduler" in options or "loraplus_lr_ratio" in options
+                else compare_with_trainer(trainable(base, initial), options, log, state)
+            ),
         )
         entries.append(entry)
         norms = [step["grad_norm"] for step in log]
-        print(name, log[0]["loss"], log[-1]["loss"], min(norms), max(norms), entry["f32_noise"], entry["trainer_4_46_2"])
-    write_json(folder / "cases.json", dict(sequences=sequences(), cases=entries))
+        print(
+            name, log[0]["loss"], log[-1]["loss"], min(norms), max(norms), entry["f32_noise"], entry["trainer_4_46_2"]
+        )
+    write_json(
+        folder / "cases.json", dict(sequences=sequences(), cases=sorted(entries, key=lambda entry: entry["case"]))
+    )
 
 
 def train(model, options):
@@ -138,8 +208,13 @@ def train(model, options):
         norm = norm_of(gradients)
         if options["max_grad_norm"] > 0:
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, options["max_grad_norm"]))
-        entry = dict(micro_batches=micro_batches, num_target_tokens=sum(map(num_targets, micro_batches)), loss=loss,
-                     grad_norm=norm, learning_rates=[group["lr"] for group in optimizer.param_groups])
+        entry = dict(
+            micro_batches=micro_batches,
+            num_target_tokens=sum(map(num_targets, micro_batches)),
+            loss=loss,
+            grad_norm=norm,
+            learning_rates=[group["lr"] for group in optimizer.param_groups],
+        )
         optimizer.step()
         scheduler.step()
         entry["learning_rates_after"] = [group["lr"] for group in optimizer.param_groups]
@@ -157,12 +232,21 @@ def optimizer_and_scheduler(model, options):
     if "loraplus_lr_ratio" in options:
         a = [parameter for name, parameter in named if "lora_B" not in name]
         b = [parameter for name, parameter in named if "lora_B" in name]
-        groups = [dict(params=a, lr=rate, weight_decay=decay), dict(params=b, lr=rate * options["loraplus_lr_ratio"], weight_decay=decay)]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(options["adam_beta1"], options["adam_beta2"]), eps=options["adam_epsilon"])
+        groups = [
+            dict(params=a, lr=rate, weight_decay=decay),
+            dict(params=b, lr=rate * options["loraplus_lr_ratio"], weight_decay=decay),
+        ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=rate, betas=(options["adam_beta1"], options["adam_beta2"]), eps=options["adam_epsilon"]
+    )
     if "deepspeed_scheduler" in options:
         config = dict(options["deepspeed_scheduler"])
-        return optimizer, order.deepspeed_schedule(optimizer, config.pop("type"), warmup_min_lr=0.0, warmup_max_lr=rate, **config)
-    return optimizer, transformers.get_scheduler(options["lr_scheduler_type"], optimizer, warmup_count(options), NUM_STEPS)
+        return optimizer, order.deepspeed_schedule(
+            optimizer, config.pop("type"), warmup_min_lr=0.0, warmup_max_lr=rate, **config
+        )
+    return optimizer, transformers.get_scheduler(
+        options["lr_scheduler_type"], optimizer, warmup_count(options), NUM_STEPS
+    )
 
 
 def warmup_count(options):
@@ -186,8 +270,11 @@ def gradients_of(model, micro_batches):
         loss = model(**padded(batch), num_items_in_batch=targets).loss
         loss.backward()
         total += float(loss)
-    gradients = {saved_name(name): parameter.grad.clone().float() for name, parameter in model.named_parameters()
-                 if parameter.requires_grad}
+    gradients = {
+        saved_name(name): parameter.grad.clone().float()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     return total, dict(sorted(gradients.items()))
 
 
@@ -205,12 +292,24 @@ def compare_with_trainer(model, options, log, state):
 
     with tempfile.TemporaryDirectory() as output:
         arguments = transformers.TrainingArguments(
-            output, per_device_train_batch_size=options["micro_batch_size"], max_steps=NUM_STEPS, logging_steps=1,
-            gradient_accumulation_steps=options["accumulation"], learning_rate=options["learning_rate"],
-            weight_decay=options["weight_decay"], max_grad_norm=options["max_grad_norm"], optim="adamw_torch",
-            lr_scheduler_type=options["lr_scheduler_type"], warmup_ratio=options.get("warmup_ratio", 0.0),
-            warmup_steps=options["warmup_steps"], report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-            remove_unused_columns=False, logging_nan_inf_filter=False,
+            output,
+            per_device_train_batch_size=options["micro_batch_size"],
+            max_steps=NUM_STEPS,
+            logging_steps=1,
+            gradient_accumulation_steps=options["accumulation"],
+            learning_rate=options["learning_rate"],
+            weight_decay=options["weight_decay"],
+            max_grad_norm=options["max_grad_norm"],
+            optim="adamw_torch",
+            lr_scheduler_type=options["lr_scheduler_type"],
+            warmup_ratio=options.get("warmup_ratio", 0.0),
+            warmup_steps=options["warmup_steps"],
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,
         )
         trainer = Fixed(model=model, args=arguments, train_dataset=order, data_collator=without_first_label)
         trainer.remove_callback(transformers.PrinterCallback)
@@ -220,9 +319,14 @@ def compare_with_trainer(model, options, log, state):
     trained = trained_tensors(model)
     differences = dict(
         max_loss_difference=max(abs(entry["loss"] - ours["loss"]) for entry, ours in zip(logs, log)),
-        max_grad_norm_difference=max(abs(entry["grad_norm"] - ours["grad_norm"]) for entry, ours in zip(logs, log))
-        if options["max_grad_norm"] > 0 else None,
-        max_learning_rate_difference=max(abs(entry["learning_rate"] - ours["learning_rates_after"][0]) for entry, ours in zip(logs, log)),
+        max_grad_norm_difference=(
+            max(abs(entry["grad_norm"] - ours["grad_norm"]) for entry, ours in zip(logs, log))
+            if options["max_grad_norm"] > 0
+            else None
+        ),
+        max_learning_rate_difference=max(
+            abs(entry["learning_rate"] - ours["learning_rates_after"][0]) for entry, ours in zip(logs, log)
+        ),
         max_final_difference=max(float((value - trained[key]).abs().max()) for key, value in state.items()),
     )
     # The Trainer rounds the losses that it logs to four decimals; without clipping it logs no norm.
@@ -243,9 +347,17 @@ def make_adapters(folder):
         config = dict(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=ALL_LINEAR)
         new_adapter(base, config, folder / name, name, zero_b=False)
         logits = logits_of(PeftModel.from_pretrained(load(base), folder / name))
-        write_json(folder / name / "logits.json", dict(
-            base=base, peft=peft.__version__, token_ids=PROMPT, positions=[len(PROMPT) - 2, len(PROMPT) - 1],
-            logits=[[round(float(value), 6) for value in row] for row in logits]), indent=None)
+        write_json(
+            folder / name / "logits.json",
+            dict(
+                base=base,
+                peft=peft.__version__,
+                token_ids=PROMPT,
+                positions=[len(PROMPT) - 2, len(PROMPT) - 1],
+                logits=[[round(float(value), 6) for value in row] for row in logits],
+            ),
+            indent=None,
+        )
 
 
 def new_adapter(base, config, folder, seed, *, zero_b):
@@ -266,8 +378,11 @@ def trainable(base, folder):
 
 
 def trained_tensors(model):
-    tensors = {saved_name(name): parameter.detach().clone().float() for name, parameter in model.named_parameters()
-               if parameter.requires_grad}
+    tensors = {
+        saved_name(name): parameter.detach().clone().float()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     return dict(sorted(tensors.items()))
 
 
@@ -284,7 +399,7 @@ def sequences():
     pool = []
     for index, length in enumerate(lengths):
         ids = torch.randint(0, 509, (length,), generator=generator).tolist()
-        labels = [-100] * (length // 3) + ids[length // 3:]
+        labels = [-100] * (length // 3) + ids[length // 3 :]
         if index == 1:  # Two turns: two spans of targets.
             labels = [-100] * 8 + ids[8:15] + [-100] * 10 + ids[25:]
         if index == 5:  # Trained on the prompt too; the first label has no position that predicts it.
@@ -308,8 +423,11 @@ def padded(batch):
     def pad(values, filler):
         return torch.tensor([value + [filler] * (width - len(value)) for value in values])
 
-    return dict(input_ids=pad([row["input_ids"] for row in rows], 509), labels=pad([row["labels"] for row in rows], -100),
-                attention_mask=pad([[1] * len(row["input_ids"]) for row in rows], 0))
+    return dict(
+        input_ids=pad([row["input_ids"] for row in rows], 509),
+        labels=pad([row["labels"] for row in rows], -100),
+        attention_mask=pad([[1] * len(row["input_ids"]) for row in rows], 0),
+    )
 
 
 @torch.no_grad()

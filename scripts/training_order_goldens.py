@@ -25,7 +25,15 @@ MASK32, MASK64, MASK128 = 2**32 - 1, 2**64 - 1, 2**128 - 1
 def make_schedules(folder):
     """The learning rate of every update under each schedule of transformers and of DeepSpeed."""
     huggingface = []
-    names = ["linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+    names = [
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "constant",
+        "constant_with_warmup",
+        "polynomial",
+        "inverse_sqrt",
+    ]
     for name in names:
         for steps, warmup in ((20, 0), (20, 2), (7, 3), (20, 20), (480, 48)):
             if name == "polynomial" and steps == warmup:
@@ -50,32 +58,53 @@ def make_schedules(folder):
             bounds = dict(warmup_min_lr=0.0, warmup_max_lr=LEARNING_RATE, warmup_num_steps=warmup, warmup_type=kind)
             deepspeed.append(deepspeed_list("WarmupLR", total, bounds))
             deepspeed.append(deepspeed_list("WarmupDecayLR", total, dict(total_num_steps=total, **bounds)))
-            deepspeed.append(deepspeed_list("WarmupCosineLR", total, dict(
-                total_num_steps=total, warmup_num_steps=warmup, warmup_type=kind)))
+            deepspeed.append(
+                deepspeed_list(
+                    "WarmupCosineLR", total, dict(total_num_steps=total, warmup_num_steps=warmup, warmup_type=kind)
+                )
+            )
     deepspeed.append(deepspeed_list("WarmupLR", 20, dict(warmup_min_lr=1e-5, warmup_max_lr=1e-3, warmup_num_steps=6)))
-    deepspeed.append(deepspeed_list("WarmupDecayLR", 20, dict(
-        total_num_steps=15, warmup_min_lr=1e-5, warmup_max_lr=1e-3, warmup_num_steps=6)))
-    deepspeed.append(deepspeed_list("WarmupCosineLR", 20, dict(
-        total_num_steps=20, warmup_num_steps=4, warmup_min_ratio=0.1, cos_min_ratio=0.05)))
-    write(folder / "schedules.json", dict(
-        notes=[
-            "rates[t] is the learning rate of update t, from 0; one more entry than updates: the rate after the last.",
-            "peak is the optimizer's rate, which WarmupLR and WarmupDecayLR ignore for warmup_max_lr.",
-            "DeepSpeed sets the minimum at construction (WarmupCosineLR: 0) and steps after each update, so that"
-            " rates[0] is the minimum and rates[t] has batch iteration t - 1: the first two are both the minimum.",
-            "warmup_num_steps below 2 counts as 2. log: min + (max - min) * ln(t) / ln(warmup), linear: (t - 1) / warmup.",
-            "WarmupDecayLR does not fall below 0 after total_num_steps.",
-            "transformers 4.46 takes the scheduler's own default keyword arguments where kwargs is empty.",
-        ],
-        versions=dict(transformers=transformers.__version__, deepspeed="0.16.3"),
-        peak=LEARNING_RATE, transformers=huggingface, deepspeed=deepspeed))
+    deepspeed.append(
+        deepspeed_list(
+            "WarmupDecayLR", 20, dict(total_num_steps=15, warmup_min_lr=1e-5, warmup_max_lr=1e-3, warmup_num_steps=6)
+        )
+    )
+    deepspeed.append(
+        deepspeed_list(
+            "WarmupCosineLR", 20, dict(total_num_steps=20, warmup_num_steps=4, warmup_min_ratio=0.1, cos_min_ratio=0.05)
+        )
+    )
+    write(
+        folder / "schedules.json",
+        dict(
+            notes=[
+                "rates[t] is the learning rate of update t, from 0, and the last entry the rate after the last update.",
+                "peak is the optimizer's rate, which WarmupLR and WarmupDecayLR ignore for warmup_max_lr.",
+                "DeepSpeed sets the minimum at construction (WarmupCosineLR: 0) and steps after each update, so that"
+                " rates[0] is the minimum and rates[t] has batch iteration t - 1: the first two are both the minimum.",
+                "warmup_num_steps below 2 counts as 2. log: min + (max - min) * ln(t) / ln(warmup);"
+                " linear: (t - 1) / warmup in place of the logarithms.",
+                "WarmupDecayLR does not fall below 0 after total_num_steps.",
+                "transformers 4.46 takes the scheduler's own default keyword arguments where kwargs is empty.",
+            ],
+            versions=dict(transformers=transformers.__version__, deepspeed="0.16.3"),
+            peak=LEARNING_RATE,
+            transformers=huggingface,
+            deepspeed=deepspeed,
+        ),
+    )
 
 
 def hf_schedule(name, steps, warmup, kwargs):
     optimizer = dummy_optimizer()
     scheduler = transformers.get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
-    return dict(name=name, num_training_steps=steps, num_warmup_steps=warmup, kwargs=kwargs,
-                rates=rates_of(optimizer, scheduler, steps))
+    return dict(
+        name=name,
+        num_training_steps=steps,
+        num_warmup_steps=warmup,
+        kwargs=kwargs,
+        rates=rates_of(optimizer, scheduler, steps),
+    )
 
 
 def deepspeed_list(name, steps, kwargs):
@@ -105,7 +134,9 @@ def deepspeed_schedule(optimizer, name, **kwargs):
         for module, fields in (("deepspeed", {}), ("deepspeed.utils", dict(logger=logger))):
             sys.modules[module] = types.ModuleType(module)
             vars(sys.modules[module]).update(fields)
-        spec = importlib.util.spec_from_file_location("deepspeed.lr_schedules", stack() / "deepspeed" / "lr_schedules.py")
+        spec = importlib.util.spec_from_file_location(
+            "deepspeed.lr_schedules", stack() / "deepspeed" / "lr_schedules.py"
+        )
         sys.modules["deepspeed.lr_schedules"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["deepspeed.lr_schedules"])
         # Only wanted for its type; a plain module must not pass for an installed DeepSpeed.
@@ -130,14 +161,46 @@ def make_order(folder):
         epochs.append(epoch_entry(size, 42, 0, (2,)))
     check_trainer_order(10, 4)
     write(folder / "sampler.json", dict(notes=SAMPLER_NOTES, epochs=epochs))
-    write(folder / "num_samples.json", dict(notes=NUM_SAMPLES_NOTES, cases=[
-        num_samples_entry(seed, datasets) for seed, datasets in (
-            (42, [(10, 4)]), (42, [(10, 10)]), (42, [(10, 25)]), (7, [(10, 25)]), (42, [(100, 30), (10, 25), (5, 3)]),
-            (42, [(1, 3)]), (42, [(2030, 12)]), (0, [(300, 310)]))]))
-    write(folder / "val_size.json", dict(notes=VAL_SIZE_NOTES, cases=[
-        val_size_entry(num_examples, seed, size) for num_examples, seed, size in (
-            (10, 42, 0.1), (10, 42, 0.25), (10, 7, 3), (91, 42, 0.1), (91, 0, 0.05), (91, 42, 90), (2030, 42, 0.1),
-            (2030, 42, 200), (2, 42, 0.5), (3, 2**32 + 5, 0.34))]))
+    write(
+        folder / "num_samples.json",
+        dict(
+            notes=NUM_SAMPLES_NOTES,
+            cases=[
+                num_samples_entry(seed, datasets)
+                for seed, datasets in (
+                    (42, [(10, 4)]),
+                    (42, [(10, 10)]),
+                    (42, [(10, 25)]),
+                    (7, [(10, 25)]),
+                    (42, [(100, 30), (10, 25), (5, 3)]),
+                    (42, [(1, 3)]),
+                    (42, [(2030, 12)]),
+                    (0, [(300, 310)]),
+                )
+            ],
+        ),
+    )
+    write(
+        folder / "val_size.json",
+        dict(
+            notes=VAL_SIZE_NOTES,
+            cases=[
+                val_size_entry(num_examples, seed, size)
+                for num_examples, seed, size in (
+                    (10, 42, 0.1),
+                    (10, 42, 0.25),
+                    (10, 7, 3),
+                    (91, 42, 0.1),
+                    (91, 0, 0.05),
+                    (91, 42, 90),
+                    (2030, 42, 0.1),
+                    (2030, 42, 200),
+                    (2, 42, 0.5),
+                    (3, 2**32 + 5, 0.34),
+                )
+            ],
+        ),
+    )
 
 
 def epoch_entry(num_examples, seed, epoch, batch_sizes):
@@ -159,9 +222,20 @@ def epoch_entry(num_examples, seed, epoch, batch_sizes):
     for batch_size in batch_sizes:
         for world_size in (1, 2, 8):
             ranks = [batches(batch_size, world_size, rank) for rank in range(world_size)]
-            shards.append(dict(batch_size=batch_size, world_size=world_size, ranks=[
-                shard if num_examples <= 10 else dict(num_batches=len(shard), first=shard[0], last=shard[-1],
-                                                      sha256=digest(shard)) for shard in ranks]))
+            shards.append(
+                dict(
+                    batch_size=batch_size,
+                    world_size=world_size,
+                    ranks=[
+                        (
+                            shard
+                            if num_examples <= 10
+                            else dict(num_batches=len(shard), first=shard[0], last=shard[-1], sha256=digest(shard))
+                        )
+                        for shard in ranks
+                    ],
+                )
+            )
     return dict(num_examples=num_examples, seed=seed, epoch=epoch, permutation=permutation, shards=shards)
 
 
@@ -182,10 +256,23 @@ def check_trainer_order(num_examples, batch_size):
     model = Recorder()
     with tempfile.TemporaryDirectory() as output:
         arguments = transformers.TrainingArguments(
-            output, per_device_train_batch_size=batch_size, num_train_epochs=3, report_to=[], save_strategy="no",
-            use_cpu=True, disable_tqdm=True, logging_strategy="no", remove_unused_columns=False, seed=42)
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=list(range(num_examples)),
-                                       data_collator=lambda rows: dict(index=torch.tensor(rows)))
+            output,
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=3,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+            seed=42,
+        )
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(range(num_examples)),
+            data_collator=lambda rows: dict(index=torch.tensor(rows)),
+        )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     flat = [index for batch in model.seen for index in batch]
@@ -257,8 +344,16 @@ def val_size_entry(num_examples, seed, val_size):
         j = own.interval(i)
         permutation[i], permutation[j] = permutation[j], permutation[i]
     assert test + train == permutation, (num_examples, seed)
-    return dict(num_examples=num_examples, seed=seed, val_size=val_size, num_test=len(test), num_train=len(train),
-                test=test, train_first=train[:10], train_sha256=digest([train]))
+    return dict(
+        num_examples=num_examples,
+        seed=seed,
+        val_size=val_size,
+        num_test=len(test),
+        num_train=len(train),
+        test=test,
+        train_first=train[:10],
+        train_sha256=digest([train]),
+    )
 
 
 def make_init(folder):
@@ -283,9 +378,14 @@ def make_init(folder):
             actual = module.lora_A["default"].weight.detach()
             assert torch.equal(mine, actual), (name, (mine - actual).abs().max())
             assert not module.lora_B["default"].weight.any()
-            tensors.append(dict(module=name.removeprefix("base_model.model."), shape=list(actual.shape),
-                                first=[float(value) for value in actual.flatten()[:4]],
-                                sha256=hashlib.sha256(actual.contiguous().numpy().tobytes()).hexdigest()))
+            tensors.append(
+                dict(
+                    module=name.removeprefix("base_model.model."),
+                    shape=list(actual.shape),
+                    first=[float(value) for value in actual.flatten()[:4]],
+                    sha256=hashlib.sha256(actual.contiguous().numpy().tobytes()).hexdigest(),
+                )
+            )
         entries.append(dict(base=base, r=rank, target_modules=targets, seed=seed, lora_A=tensors))
     write(folder / "lora_init.json", dict(notes=INIT_NOTES, cases=entries))
 
@@ -310,11 +410,22 @@ def make_plot(folder):
     random = Mt19937(3)
     curves = [[], [2.5], [2.5, 1.0], [1.0] * 5]
     for length in (20, 48, 381):
-        curves.append([round(0.4 + 2.2 * math.exp(-4 * step / length) + 0.3 * (random.next_u32() / 2**32), 4) for step in range(length)])
-    write(folder / "smooth.json", dict(
-        notes=["LLaMA-Factory 0.9.1, smooth(): w = 1.8 * (1 / (1 + exp(-0.05 * n)) - 0.5); s starts as x[0]; for each x:"
-               " s = w * s + (1 - w) * x."],
-        cases=[dict(values=curve, smoothed=scope["smooth"](curve)) for curve in curves]))
+        curves.append(
+            [
+                round(0.4 + 2.2 * math.exp(-4 * step / length) + 0.3 * (random.next_u32() / 2**32), 4)
+                for step in range(length)
+            ]
+        )
+    write(
+        folder / "smooth.json",
+        dict(
+            notes=[
+                "LLaMA-Factory 0.9.1, smooth(): w = 1.8 * (1 / (1 + exp(-0.05 * n)) - 0.5); s starts as x[0];"
+                " for each x: s = w * s + (1 - w) * x."
+            ],
+            cases=[dict(values=curve, smoothed=scope["smooth"](curve)) for curve in curves],
+        ),
+    )
 
 
 def torch_randperm(count, seed):
