@@ -29,7 +29,7 @@ pub use supervised::{
 };
 pub use tokenizer::{AddSpecialTokens, NamedToken, SkipSpecialTokens, Tokenizer};
 pub use training_template::{
-    Conversation, EncodedTurn, Message, Role, Slot, TemplatePart, Thinking, ThoughtHistory,
-    TrainingTemplate,
+    Conversation, EncodedTurn, Message, Role, Slot, TEMPLATE_RECORD_FILE, TemplatePart,
+    TemplateRecord, Thinking, ThoughtHistory, TrainingTemplate, python_json,
 };
 pub use vocabulary::GgufVocabulary;

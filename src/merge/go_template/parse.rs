@@ -54,7 +54,11 @@ fn cut(source: &str) -> Result<Vec<Piece>, GoTemplateError> {
             Some((text, action)) => (text, Some(action)),
             None => (rest, None),
         };
-        let mut text = if trims { text.trim_start_matches(BLANKS) } else { text };
+        let mut text = if trims {
+            text.trim_start_matches(BLANKS)
+        } else {
+            text
+        };
         let Some(action) = action else {
             pieces.push(Piece::Text(text.to_owned()));
             return Ok(pieces);
@@ -111,11 +115,19 @@ fn lex(
                 (Token::Variable(rest[..name].to_owned(), path), name + len)
             }
             '-' | '0'..='9' => {
-                let len = 1 + rest[1..].find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len() - 1);
+                let len = 1 + rest[1..]
+                    .find(|c: char| !c.is_ascii_digit())
+                    .unwrap_or(rest.len() - 1);
                 let number = rest[..len].parse();
-                (Token::Int(number.map_err(|_| error("a number was wanted"))?), len)
+                (
+                    Token::Int(number.map_err(|_| error("a number was wanted"))?),
+                    len,
+                )
             }
-            _ => match ["(", ")", ":=", "=", ","].into_iter().find(|s| rest.starts_with(s)) {
+            _ => match ["(", ")", ":=", "=", ","]
+                .into_iter()
+                .find(|s| rest.starts_with(s))
+            {
                 Some(symbol) => (Token::Symbol(symbol), symbol.len()),
                 None => match word_len(rest) {
                     0 => return Err(error(&format!("{first:?} is not understood"))),

@@ -85,7 +85,11 @@ impl State {
     }
 
     fn variable(&mut self, name: &str) -> Result<&mut Value, GoTemplateError> {
-        let found = self.variables.iter_mut().rev().find(|(known, _)| known == name);
+        let found = self
+            .variables
+            .iter_mut()
+            .rev()
+            .find(|(known, _)| known == name);
         found
             .map(|(_, value)| value)
             .ok_or_else(|| GoTemplateError::Render {

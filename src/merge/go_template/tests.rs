@@ -14,13 +14,31 @@ fn pieces_render_as_in_go() {
     let cases = [
         ("a {{ .A }} b", "a x b"),
         ("a \n{{- .A -}}\n b", "axb"),
-        ("{{ if .E }}1{{ else if eq .A \"x\" }}2{{ else }}3{{ end }}", "2"),
-        ("{{ if and .A (not .E) }}1{{ end }}{{ if or .E .Missing }}2{{ end }}", "1"),
-        ("{{ range $i, $v := .L }}{{ $i }}{{ $v }}{{ . }}{{ $.A }}{{ end }}", "0ppx1qqx"),
-        ("{{ $p := \"\" }}{{ range .L }}{{ $p }}{{ $p = . }}{{ end }}{{ $p }}", "pq"),
-        ("{{ $p := 1 }}{{ if .A }}{{ $p := 2 }}{{ $p }}{{ end }}{{ $p }}", "21"),
+        (
+            "{{ if .E }}1{{ else if eq .A \"x\" }}2{{ else }}3{{ end }}",
+            "2",
+        ),
+        (
+            "{{ if and .A (not .E) }}1{{ end }}{{ if or .E .Missing }}2{{ end }}",
+            "1",
+        ),
+        (
+            "{{ range $i, $v := .L }}{{ $i }}{{ $v }}{{ . }}{{ $.A }}{{ end }}",
+            "0ppx1qqx",
+        ),
+        (
+            "{{ $p := \"\" }}{{ range .L }}{{ $p }}{{ $p = . }}{{ end }}{{ $p }}",
+            "pq",
+        ),
+        (
+            "{{ $p := 1 }}{{ if .A }}{{ $p := 2 }}{{ $p }}{{ end }}{{ $p }}",
+            "21",
+        ),
         ("{\"a\": {{ .O }}}", "{\"a\": {\"k\": [1, 2.0]}}"),
-        ("{{ len .L }}{{ gt (len .L) 1 }}{{ gt .N -1 }}{{ lt .N 3 }}", "2truetruefalse"),
+        (
+            "{{ len .L }}{{ gt (len .L) 1 }}{{ gt .N -1 }}{{ lt .N 3 }}",
+            "2truetruefalse",
+        ),
         ("{{ $l := -1 }}{{ $l }}{{ \"a\\n}}\" }}", "-1a\n}}"),
         ("{{ .O.k }}", "[1, 2.0]"),
     ];
@@ -35,7 +53,10 @@ fn faults_say_what_is_wrong() {
         ("{{ if .A }}", "an if ends with File"),
         ("{{ end }}", "without a beginning"),
         ("{{ .A", "not closed with }}"),
-        ("{{ slice .A 1 }}", "the function \"slice\" is not known here"),
+        (
+            "{{ slice .A 1 }}",
+            "the function \"slice\" is not known here",
+        ),
         ("{{ eq .A }}", "Eq has 1 arguments"),
         ("{{ (not .A }}", "a ( is not closed"),
         ("{{ .A | len }}", "'|' is not understood"),
@@ -46,7 +67,11 @@ fn faults_say_what_is_wrong() {
         let error = GoTemplate::parse(source).unwrap_err().to_string();
         assert!(error.contains(want), "{source}: {error}");
     }
-    for (source, want) in [("{{ $x }}", "undefined variable $x"), ("{{ gt .A 1 }}", "whole number"), ("{{ eq .A 1 }}", "compared")] {
+    for (source, want) in [
+        ("{{ $x }}", "undefined variable $x"),
+        ("{{ gt .A 1 }}", "whole number"),
+        ("{{ eq .A 1 }}", "compared"),
+    ] {
         let template = GoTemplate::parse(source).unwrap();
         let error = template.render(&json!({"A": "x"})).unwrap_err().to_string();
         assert!(error.contains(want), "{source}: {error}");

@@ -95,8 +95,8 @@ pub fn parse_modelfile(text: &str) -> Result<Vec<Instruction>, ModelfileError> {
     Ok(instructions)
 }
 
-/// Returns the characters outside comments that Ollama drops: what is neither printable nor a
-/// space, tab or end of a line. Each once, in order.
+/// Returns the characters that Ollama drops: what is neither printable nor a space, tab or end of a
+/// line. Each once, in order.
 pub fn lost_characters(text: &str) -> Vec<char> {
     let mut lost = Vec::new();
     for character in text.strip_prefix('\u{feff}').unwrap_or(text).chars() {

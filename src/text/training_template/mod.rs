@@ -9,6 +9,7 @@
 
 mod conversation;
 mod encode;
+mod record;
 mod registry;
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,9 @@ use std::borrow::Cow;
 
 pub use self::conversation::{Conversation, Message, Role};
 pub use self::encode::EncodedTurn;
+pub use self::record::{TEMPLATE_RECORD_FILE, TemplateRecord};
 use self::tools::ToolFormat;
+pub use self::tools::python_json;
 use super::{TextError, Tokenizer};
 
 /// Marks where the content goes in a [`Slot::Text`].
@@ -38,7 +41,8 @@ pub enum Slot {
 
 /// What a reasoning template does with an answer that has no thought: LLaMA-Factory's
 /// `enable_thinking`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Thinking {
     /// `true`, the default: an empty thought is put before it and learned.
     Enabled,
@@ -49,7 +53,8 @@ pub enum Thinking {
 }
 
 /// Whether thoughts of earlier answers are kept: LLaMA-Factory's `preserve_thinking`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ThoughtHistory {
     /// As the chat templates of reasoning models do.
     Dropped,
@@ -122,6 +127,11 @@ impl TrainingTemplate {
     /// Returns the words that end an answer.
     pub fn stop_words(&self) -> &'static [&'static str] {
         self.stop_words
+    }
+
+    /// Returns whether the template writes tools as the models' own chat templates do.
+    pub fn has_native_tools(&self) -> bool {
+        self.tool_format != ToolFormat::React
     }
 
     /// Returns what is done with thoughts; nothing for a template without reasoning.

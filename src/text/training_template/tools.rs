@@ -139,8 +139,16 @@ fn is_wrapped(tool: &Value) -> bool {
     tool.get("type").and_then(Value::as_str) == Some("function")
 }
 
-/// Returns `json.dumps(value, ensure_ascii=False)`, with line breaks if there is an indent.
-pub(super) fn json(value: &Value, indent: Option<&str>) -> Result<String, TextError> {
+/// Returns `json.dumps(value, ensure_ascii=False)` of Python.
+///
+/// # Errors
+/// [`TextError::InvalidMessages`]: more than 100 levels or 32 MiB of text.
+pub fn python_json(value: &Value) -> Result<String, TextError> {
+    json(value, None)
+}
+
+/// Returns the JSON of a value as Python writes it, with line breaks if there is an indent.
+fn json(value: &Value, indent: Option<&str>) -> Result<String, TextError> {
     let style = JsonStyle {
         indent: indent.map(str::to_owned),
         item_separator: if indent.is_some() { "," } else { ", " }.to_owned(),
