@@ -194,7 +194,6 @@ TEMPLATES = [
     ("smollm", "new", "smollm"),
     ("smollm2", "new", "smollm2"),
     ("default", "new", "default"),
-    ("default@0.9.2", "old", "default"),
     ("empty", "new", "empty"),
 ]
 THINKING = {"enabled": True, "unset": None, "disabled": False}

@@ -26,7 +26,7 @@ enum Piece {
 
 /// What ends a list of nodes.
 #[derive(Debug, PartialEq, Eq)]
-enum End {
+enum Stop {
     File,
     End,
     /// `else`, or `else if` with the tokens of its condition.
@@ -39,7 +39,7 @@ pub(super) fn parse(source: &str) -> Result<Vec<Node>, GoTemplateError> {
         source_len: source.len(),
     };
     match parser.nodes()? {
-        (nodes, End::File) => Ok(nodes),
+        (nodes, Stop::File) => Ok(nodes),
         (_, end) => Err(parser.error(format!("{end:?} without a beginning"))),
     }
 }
@@ -180,7 +180,7 @@ impl Parser {
     }
 
     /// Reads nodes up to what ends them.
-    fn nodes(&mut self) -> Result<(Vec<Node>, End), GoTemplateError> {
+    fn nodes(&mut self) -> Result<(Vec<Node>, Stop), GoTemplateError> {
         let mut nodes = Vec::new();
         while let Some(piece) = self.pieces.next() {
             let (offset, tokens) = match piece {
@@ -195,11 +195,11 @@ impl Parser {
                 _ => "",
             };
             match keyword {
-                "end" => return Ok((nodes, End::End)),
+                "end" => return Ok((nodes, Stop::End)),
                 "else" => {
                     let is_if = tokens.get(1) == Some(&Token::Word("if".to_owned()));
                     let condition = is_if.then(|| tokens[2..].to_vec());
-                    return Ok((nodes, End::Else(condition)));
+                    return Ok((nodes, Stop::Else(condition)));
                 }
                 "if" => {
                     let condition = expression(&tokens[1..], offset)?;
@@ -209,7 +209,7 @@ impl Parser {
                 _ => nodes.push(action(&tokens, offset)?),
             }
         }
-        Ok((nodes, End::File))
+        Ok((nodes, Stop::File))
     }
 
     fn branches(&mut self, condition: Expression, offset: usize) -> Result<Node, GoTemplateError> {
@@ -220,9 +220,9 @@ impl Parser {
             let was_else = condition.is_none();
             branches.push((condition, nodes));
             condition = match end {
-                End::End => return Ok(Node::If(branches)),
-                End::Else(Some(tokens)) if !was_else => Some(expression(&tokens, offset)?),
-                End::Else(None) if !was_else => None,
+                Stop::End => return Ok(Node::If(branches)),
+                Stop::Else(Some(tokens)) if !was_else => Some(expression(&tokens, offset)?),
+                Stop::Else(None) if !was_else => None,
                 end => return Err(self.error(format!("an if ends with {end:?}"))),
             };
         }
@@ -244,7 +244,7 @@ impl Parser {
         };
         let list = expression(list, offset)?;
         match self.nodes()? {
-            (body, End::End) => Ok(Node::Range {
+            (body, Stop::End) => Ok(Node::Range {
                 index,
                 item,
                 list,

@@ -63,11 +63,11 @@ pub(super) fn samples(with_tools: bool) -> Vec<Sample> {
         Turn::Calls(one),
         Turn::Results(vec!["{\"sky\": \"blue\"}"]),
     ];
-    all.push(with_tools("tools", None, &[question.clone()]));
+    all.push(with_tools("tools", None, &several[..1]));
     all.push(with_tools(
         "tools under a system prompt",
         system,
-        &[question.clone()],
+        &several[..1],
     ));
     all.push(with_tools("a call of a tool", None, &called));
     all.push(with_tools(

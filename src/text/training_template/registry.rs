@@ -73,7 +73,6 @@ const DEFAULT_USER: &[Slot] = &[
     Slot::Eos,
     Slot::Text("\nAssistant:"),
 ];
-const OLD_DEFAULT_USER: &[Slot] = &[Slot::Text("Human: {{content}}\nAssistant:")];
 
 const DEFAULT: TrainingTemplate = TrainingTemplate {
     name: "default",
@@ -92,7 +91,7 @@ const DEFAULT: TrainingTemplate = TrainingTemplate {
 };
 
 /// Every template that [`TrainingTemplate::named`] knows.
-pub(super) static TEMPLATES: [TrainingTemplate; 11] = [
+pub(super) static TEMPLATES: [TrainingTemplate; 10] = [
     QWEN,
     TrainingTemplate {
         name: "qwen@0.9.2",
@@ -135,13 +134,6 @@ pub(super) static TEMPLATES: [TrainingTemplate; 11] = [
         ..SMOLLM
     },
     DEFAULT,
-    TrainingTemplate {
-        name: "default@0.9.2",
-        system: &[Slot::Text("System: {{content}}\n")],
-        user: OLD_DEFAULT_USER,
-        observation: OLD_DEFAULT_USER,
-        ..DEFAULT
-    },
     TrainingTemplate {
         name: "empty",
         system: CONTENT,

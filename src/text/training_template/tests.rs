@@ -314,7 +314,7 @@ fn unknown_template_is_answered_with_the_nearest() {
         error,
         "no training template \"qwen2\": did you mean \"qwen\"? The templates are qwen, \
          qwen@0.9.2, qwen3, qwen3_nothink, llama3, chatml, smollm, smollm2, default, \
-         default@0.9.2, empty"
+         empty"
     );
 }
 

@@ -21,7 +21,8 @@ pub(super) enum ToolFormat {
     React,
     /// Hermes' `<tools>` and `<tool_call>`.
     Qwen,
-    /// The same; a description that is wrapped as a function already is wrapped again.
+    /// The same, but a description that is wrapped as a function already is wrapped again, and
+    /// names of functions are not escaped.
     Qwen092,
     /// Llama 3.1's JSON in the system prompt.
     Llama3,
@@ -108,7 +109,10 @@ impl ToolFormat {
             }
             Self::Qwen | Self::Qwen092 => {
                 let lines = calls.iter().map(|call| {
-                    let call = json(&object("arguments", call), None)?;
+                    let call = match self {
+                        Self::Qwen092 => raw_call(call)?,
+                        _ => json(&object("arguments", call), None)?,
+                    };
                     Ok(format!("{CALL_OPEN}\n{call}\n{CALL_CLOSE}"))
                 });
                 Ok(lines.collect::<Result<Vec<_>, TextError>>()?.join("\n"))
@@ -133,6 +137,13 @@ impl ToolFormat {
         }
         serde_json::json!({ "type": "function", "function": tool })
     }
+}
+
+fn raw_call((name, arguments): &(String, Value)) -> Result<String, TextError> {
+    let arguments = json(arguments, None)?;
+    Ok(format!(
+        "{{\"name\": \"{name}\", \"arguments\": {arguments}}}"
+    ))
 }
 
 fn is_wrapped(tool: &Value) -> bool {
