@@ -26,6 +26,12 @@ pub enum DefaultSystemError {
         /// What the template makes of the question under that system prompt.
         wanted: String,
     },
+    /// A chat template that leaves system messages out.
+    #[error(
+        "the chat template leaves system messages out, so it cannot be given a default system \
+         prompt; export another one, such as that of the instruction-tuned model"
+    )]
+    NoSystemMessage,
     /// No prompt can not be made the default.
     #[error(
         "an empty default system prompt cannot be written into a chat template; leave \
@@ -53,7 +59,8 @@ pub struct DefaultSystem {
 /// conversations with and without a system message then render as they should.
 ///
 /// # Errors
-/// [`DefaultSystemError::Rewrite`] when neither way does.
+/// [`DefaultSystemError::Rewrite`] when neither way does, [`DefaultSystemError::NoSystemMessage`],
+/// [`DefaultSystemError::Empty`], and what the chat template raises.
 pub fn set_default_system(
     template: &TrainingTemplate,
     chat_template: &str,
@@ -65,6 +72,10 @@ pub fn set_default_system(
     }
     let old = ChatTemplate::compile(chat_template, special_tokens)?;
     let wanted = render(&old, Some(default_system))?;
+    // Templates trim.
+    if !wanted.contains(default_system.trim()) {
+        return Err(DefaultSystemError::NoSystemMessage);
+    }
     let replaced = literal_default(&old)?
         .map(|literal| chat_template.replace(&literal, &jinja_text(default_system)));
     let mut rendered = String::new();
@@ -177,6 +188,32 @@ mod tests {
     }
 
     #[test]
+    fn official_templates_are_given_another_default() {
+        for name in ["qwen2.5", "qwen3", "smollm2"] {
+            let path = format!(
+                "{}/tests/fixtures/chat_templates/official/{name}.jinja",
+                env!("CARGO_MANIFEST_DIR")
+            );
+            let source = std::fs::read_to_string(path).unwrap();
+            let new = set(&source, HARD);
+            assert_eq!(new.chat_template.contains("set messages"), name == "qwen3");
+            let compiled = ChatTemplate::compile(&new.chat_template, &[]).unwrap();
+            assert_eq!(
+                default_system_of(&compiled).unwrap().unwrap(),
+                HARD,
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn no_prompt_is_no_default() {
+        let template = TrainingTemplate::named("qwen").unwrap();
+        let error = set_default_system(template, "x", &[], "").unwrap_err();
+        assert!(matches!(error, DefaultSystemError::Empty));
+    }
+
+    #[test]
     fn template_without_a_default_is_given_one() {
         for name in ["chatml", "qwen3"] {
             let source = fallback_template(name).unwrap();
@@ -209,9 +246,8 @@ mod tests {
         let source = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}\
                       {% endfor %}";
         let template = TrainingTemplate::named("qwen").unwrap();
-        let new = set_default_system(template, source, &[], "Be brief.");
-        // It renders the same with and without, so there is nothing that could be wrong.
-        assert!(new.unwrap().chat_template.ends_with(source));
+        let error = set_default_system(template, source, &[], "Be brief.").unwrap_err();
+        assert!(matches!(error, DefaultSystemError::NoSystemMessage));
         let raising =
             "{% if messages | length > 1 %}{{ raise_exception('no system') }}{% endif %}x";
         let error = set_default_system(template, raising, &[], "Be brief.").unwrap_err();

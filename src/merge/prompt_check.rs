@@ -111,6 +111,24 @@ pub struct PromptReport {
     pub advice: Option<String>,
 }
 
+impl fmt::Display for PromptReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let num_equal = self.num_compared - self.differences.len();
+        write!(
+            f,
+            "{num_equal} of {} sample prompts have the tokens of the training",
+            self.num_compared
+        )?;
+        for difference in &self.differences {
+            write!(f, "\n  {difference}")?;
+        }
+        match &self.advice {
+            Some(advice) => write!(f, "\n{advice}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Errors of a check, other than differences.
 #[derive(Debug, thiserror::Error)]
 pub enum PromptCheckError {
@@ -174,27 +192,22 @@ pub fn check_prompts(input: &PromptCheckInput<'_>) -> Result<PromptReport, Promp
             });
         }
     }
-    report.advice = advice(input, &report)?;
+    report.advice = advice(input, &report);
     Ok(report)
 }
 
 /// Says what to do when the default system prompts differ.
-fn advice(
-    input: &PromptCheckInput<'_>,
-    report: &PromptReport,
-) -> Result<Option<String>, PromptCheckError> {
+fn advice(input: &PromptCheckInput<'_>, report: &PromptReport) -> Option<String> {
     let trained = input.template.default_system();
-    let Some(chat_template) = input
+    let chat_template = input
         .chat_template
-        .filter(|_| !report.differences.is_empty())
-    else {
-        return Ok(None);
-    };
-    let served = default_system_of(chat_template)?.unwrap_or_default();
+        .filter(|_| !report.differences.is_empty())?;
+    // A chat template that renders nothing has been reported as a difference already.
+    let served = default_system_of(chat_template).ok()?.unwrap_or_default();
     if served == trained {
-        return Ok(None);
+        return None;
     }
-    Ok(Some(if trained.is_empty() {
+    Some(if trained.is_empty() {
         format!(
             "the model was trained without a system prompt, and the chat template adds {served:?}: \
              send a system message, or train with default_system"
@@ -204,7 +217,7 @@ fn advice(
             "--default-system {trained:?} writes the system prompt of the training into the chat \
              template and the Modelfile"
         )
-    }))
+    })
 }
 
 fn render_chat(
