@@ -139,7 +139,9 @@ impl<'a> Reader<'a> {
     fn instruction(&mut self) -> Result<Instruction, ModelfileError> {
         let line = self.line;
         let word = self.take_while(|character| !is_newline(character) && !is_space(character));
-        let name = word.to_ascii_uppercase();
+        // The first character is not looked at before it is dropped; any later one has to be a letter.
+        let name = word.strip_prefix(|first| !is_kept(first)).unwrap_or(word);
+        let name = name.to_ascii_uppercase();
         let others = OTHERS.into_iter().find(|other| *other == name);
         if others.is_none() && !["FROM", "PARAMETER", "MESSAGE"].contains(&name.as_str()) {
             return Err(ModelfileError::UnknownInstruction {

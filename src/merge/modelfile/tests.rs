@@ -257,6 +257,7 @@ fn values_are_read_as_ollama_reads_them() {
         ("FROM x\nsystem \"\"\"two\nlines\n\"\"\"\n", "two\nlines\n"),
         ("# note\n  FROM x\nSYSTEM \"one\ntwo\"", "one\ntwo"),
         ("\u{feff}FROM x\nSYSTEM \"\"\"\"a\"\"\"\"", "\"a\""),
+        ("FROM x\n\u{a0}SYSTEM \u{a0}a\u{200d}b", "ab"),
         (
             "FROM x\r\nSYSTEM a # not a comment\r\n",
             "a # not a comment",

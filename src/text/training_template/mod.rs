@@ -3,9 +3,9 @@
 //! A template turns a conversation into elements, and each element is tokenised by itself, so that
 //! the border between what is given and what is learned is a token border. The chat template of a
 //! served model ([`crate::text::ChatTemplate`]) renders one text instead; `merge` compares the two.
-//! Behaviour: LLaMA-Factory 0.9.5, `data/template.py` and `data/formatter.py`; what 0.9.2 did
-//! otherwise has names with `@0.9.2`. One habit is left out: it replaces the text `{{idx}}` that a
-//! user writes by the number of the turn.
+//! Behaviour: LLaMA-Factory 0.9.5, `data/template.py` and `data/formatter.py`; `qwen@0.9.2` is what
+//! 0.9.2 called `qwen`, but for thoughts and texts around calls of tools, which it treated otherwise.
+//! One habit is left out: it replaces the text `{{idx}}` that a user writes by the turn's number.
 
 mod conversation;
 mod encode;
@@ -148,6 +148,15 @@ impl TrainingTemplate {
     /// one behind each answer.
     pub fn efficient_eos(&self) -> bool {
         self.efficient_eos
+    }
+
+    /// Returns the stop words that are no tokens of a tokenizer, such as those of another family of
+    /// models. An answer would end with pieces of text that no engine stops at.
+    pub fn missing_stop_words(&self, tokenizer: &Tokenizer) -> Vec<&'static str> {
+        let words = self.stop_words.iter().copied();
+        words
+            .filter(|word| tokenizer.token_id(word).is_none())
+            .collect()
     }
 
     /// Returns the text of the end-of-sequence token that training uses: the first stop word where

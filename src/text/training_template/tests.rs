@@ -356,6 +356,17 @@ fn faulty_conversations_are_refused_with_what_was_wanted() {
 }
 
 #[test]
+fn stop_words_of_another_family_are_found() {
+    let tokenizer = tokenizer();
+    let missing = |name| {
+        let template = TrainingTemplate::named(name).unwrap();
+        template.missing_stop_words(&tokenizer)
+    };
+    assert_eq!(missing("llama3"), ["<|eot_id|>", "<|eom_id|>"]);
+    assert_eq!(missing("chatml"), [""; 0]);
+}
+
+#[test]
 fn record_brings_the_template_back() {
     let template = TrainingTemplate::named("qwen3")
         .unwrap()
