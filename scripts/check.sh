@@ -2,7 +2,7 @@
 # Everything that CI checks, one line a step: format, clippy, tests, documentation, dependencies,
 # and the Python clients against a real server.
 #
-#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients (default: all)
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl (default: all)
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
 # and says so; with CI=true it fails instead.
@@ -39,6 +39,7 @@ summary() {
     test) awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
         END { printf "test result: ok. %d passed; %d failed; %d ignored", passed, failed, ignored }' "$log" ;;
     clients) grep -E '^[0-9]+ passed' "$log" || tail -n 1 "$log" ;;
+    gotmpl) tail -n 1 "$log" ;;
     deny) grep -E '^(advisories|note):? ' "$log" | tail -n 1 ;;
   esac
 }
@@ -62,6 +63,9 @@ deny() {
     echo 'advisories not checked: their database cannot be fetched from here'
   fi
 }
+
+# Go itself renders the TEMPLATEs of our Modelfiles.
+gotmpl() { scripts/check_modelfile.sh; }
 
 clients() {
   local environment=target/clients
@@ -91,8 +95,9 @@ for name in "${@:-all}"; do
       step doc doc
       step deny deny
       step clients clients
+      step gotmpl gotmpl
       ;;
-    fmt | clippy | doc | deny | clients) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2

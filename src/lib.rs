@@ -10,6 +10,7 @@
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
+//! | [`merge`] | base and adapters into what other programs load: Modelfile, prompts compared |
 //!
 //! | noun | |
 //! |---|---|
@@ -19,7 +20,7 @@
 //! | [`kernels`] | one safe function an operation, SIMD on the CPU |
 //! | [`distributed`] | ranks and their collectives |
 //! | [`weights`] | checkpoints: safetensors, GGUF, the hub |
-//! | [`text`] | tokenizer, chat template, detokenisation, stop strings |
+//! | [`text`] | tokenizer, chat and training templates, labels, detokenisation, stop strings |
 //!
 //! # Rules
 //!
@@ -56,6 +57,7 @@ pub mod distributed;
 pub mod engine;
 pub mod kernels;
 pub mod layers;
+pub mod merge;
 pub mod models;
 pub mod serve;
 pub mod text;
