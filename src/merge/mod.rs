@@ -1,0 +1,3 @@
+//! The verb `merge`: base and adapters into what other programs load.
+
+pub mod gguf;
