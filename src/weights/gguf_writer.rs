@@ -295,3 +295,104 @@ fn put_value(header: &mut Vec<u8>, value: &GgufValue) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gguf::{Value, read_header};
+    use super::super::index::StoredDtype;
+    use super::*;
+
+    fn layout() -> GgufLayout {
+        let metadata = [
+            ("a.u32", GgufValue::U32(7)),
+            ("a.f32", GgufValue::F32(0.5)),
+            ("a.bool", GgufValue::Bool(true)),
+            ("a.string", GgufValue::String("ä".to_owned())),
+            ("a.strings", GgufValue::Strings(vec!["x".into(), String::new()])),
+            ("a.i32s", GgufValue::I32s(vec![-1, 3])),
+            ("a.f32s", GgufValue::F32s(vec![-0.5])),
+        ]
+        .map(|(key, value)| (key.to_owned(), value));
+        let tensor = |name: &str, dtype, shape: &[usize]| GgufTensor {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+        };
+        let tensors = vec![
+            tensor("norm.weight", GgmlDType::F32, &[3]),
+            tensor("w.weight", GgmlDType::Q8_0, &[2, 32]),
+        ];
+        GgufLayout::new(&metadata, tensors).unwrap()
+    }
+
+    #[test]
+    fn a_written_file_reads_back_and_has_the_size_that_was_predicted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        let layout = layout();
+        let (file_bytes, tensor_bytes) = (layout.file_bytes(), layout.tensor_bytes());
+        assert_eq!(tensor_bytes, 12 + 68);
+        let mut writer = GgufWriter::create(&path, layout).unwrap();
+        writer.write(&[1; 12]).unwrap();
+        writer.write(&[2; 34]).unwrap();
+        assert!(!path.exists(), "the name appears with the complete file");
+        writer.write(&[3; 34]).unwrap();
+        writer.finish().unwrap();
+
+        let data = fs::read(&path).unwrap();
+        assert_eq!(data.len() as u64, file_bytes);
+        assert_eq!(data[4], 3);
+        let header = read_header(&path, &data).unwrap();
+        let expected = [
+            ("a.bool", Value::Bool(true)),
+            ("a.f32", Value::Float(0.5)),
+            ("a.f32s", Value::Array(vec![Value::Float(-0.5)])),
+            ("a.i32s", Value::Array(vec![Value::Signed(-1), Value::Signed(3)])),
+            ("a.string", Value::String("ä".to_owned())),
+            (
+                "a.strings",
+                Value::Array(vec![Value::String("x".into()), Value::String(String::new())]),
+            ),
+            ("a.u32", Value::Unsigned(7)),
+        ];
+        let found: Vec<_> = header.metadata.into_iter().collect();
+        assert_eq!(found, expected.map(|(key, value)| (key.to_owned(), value)));
+        let [(norm, first), (weight, second)] = &header.tensors[..] else {
+            panic!("{:?}", header.tensors);
+        };
+        assert_eq!((norm.as_str(), weight.as_str()), ("norm.weight", "w.weight"));
+        assert_eq!(data[first.range.clone()], [1; 12]);
+        assert_eq!(second.shape, [2, 32]);
+        assert_eq!(second.dtype, StoredDtype::Known(GgmlDType::Q8_0));
+        assert_eq!(data[second.range.clone()], [[2; 34], [3; 34]].concat());
+        assert_eq!(second.range.start % 32, 0);
+        // Nothing stays beside it.
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn data_that_was_not_announced_is_refused_and_leaves_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        fs::write(&path, "before").unwrap();
+        let mut writer = GgufWriter::create(&path, layout()).unwrap();
+        assert!(matches!(writer.write(&[0; 13]), Err(WeightsError::GgufData { .. })));
+        writer.write(&[0; 12]).unwrap();
+        let error = writer.finish().unwrap_err().to_string();
+        assert!(error.contains("w.weight has 68 bytes by its shape, only 0 came"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "before");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        let mut writer = GgufWriter::create(&path, layout()).unwrap();
+        writer.write(&[0; 12]).unwrap();
+        writer.write(&[0; 68]).unwrap();
+        assert!(matches!(writer.write(&[0]), Err(WeightsError::GgufData { .. })));
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let path = Path::new("/nonexistent/m.gguf");
+        let error = GgufWriter::create(path, layout()).unwrap_err();
+        assert_eq!(error.to_string(), "cannot write /nonexistent/m.gguf");
+    }
+}

@@ -6,6 +6,8 @@
 //! `convert_lora_to_gguf.py` and `llama_tensor_get_type`.
 
 mod lora;
+#[cfg(test)]
+mod lora_tests;
 mod metadata;
 mod plan;
 mod recipe;

@@ -186,27 +186,24 @@ fn encode_blocks_avx2(dtype: GgmlDType, weights: &[f32], encoded: &mut [u8]) {
 
 #[inline(always)]
 fn encode_blocks_anywhere(dtype: GgmlDType, weights: &[f32], encoded: &mut [u8]) {
-    match dtype {
-        GgmlDType::Q8_0 => each_block(weights, encoded, legacy_blocks::q8_0),
-        GgmlDType::Q4_0 => each_block(weights, encoded, legacy_blocks::q4_0),
-        GgmlDType::Q5_0 => each_block(weights, encoded, legacy_blocks::q5_0),
-        GgmlDType::Q5_1 => each_block(weights, encoded, legacy_blocks::q5_1),
-        GgmlDType::Q4K => each_block(weights, encoded, k_blocks::q4_k),
-        GgmlDType::Q5K => each_block(weights, encoded, k_blocks::q5_k),
-        GgmlDType::Q6K => each_block(weights, encoded, k_blocks::q6_k),
-        dtype => floats::encode(dtype, weights, encoded),
+    // A macro, since functions passed as arguments would not be compiled for AVX2 with the rest.
+    macro_rules! each_block {
+        ($encode:path) => {{
+            let (weights, _) = weights.as_chunks();
+            let (encoded, _) = encoded.as_chunks_mut();
+            for (weights, encoded) in weights.iter().zip(encoded) {
+                $encode(weights, encoded);
+            }
+        }};
     }
-}
-
-#[inline(always)]
-fn each_block<const WEIGHTS: usize, const BYTES: usize>(
-    weights: &[f32],
-    encoded: &mut [u8],
-    encode: impl Fn(&[f32; WEIGHTS], &mut [u8; BYTES]),
-) {
-    let (weights, _) = weights.as_chunks::<WEIGHTS>();
-    let (encoded, _) = encoded.as_chunks_mut::<BYTES>();
-    for (weights, encoded) in weights.iter().zip(encoded) {
-        encode(weights, encoded);
+    match dtype {
+        GgmlDType::Q8_0 => each_block!(legacy_blocks::q8_0),
+        GgmlDType::Q4_0 => each_block!(legacy_blocks::q4_0),
+        GgmlDType::Q5_0 => each_block!(legacy_blocks::q5_0),
+        GgmlDType::Q5_1 => each_block!(legacy_blocks::q5_1),
+        GgmlDType::Q4K => each_block!(k_blocks::q4_k),
+        GgmlDType::Q5K => each_block!(k_blocks::q5_k),
+        GgmlDType::Q6K => each_block!(k_blocks::q6_k),
+        dtype => floats::encode(dtype, weights, encoded),
     }
 }

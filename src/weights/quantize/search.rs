@@ -7,6 +7,9 @@
 
 use super::lanes::Lanes;
 
+/// Codes without an offset go from `-HALF` to `HALF - 1`.
+const HALF: f32 = 32.0;
+
 /// Below this a group counts as zeros.
 const SMALLEST: f32 = 1e-15;
 
@@ -120,29 +123,17 @@ fn importance<const N: usize>(weights: &[Lanes<N>; 32]) -> [Lanes<N>; 32] {
 /// `-32..=31`; an error counts by the square of its weight.
 #[inline(always)]
 pub(super) fn scale<const N: usize>(weights: &[Lanes<N>; 16]) -> Lanes<N> {
-    const HALF: f32 = 32.0;
     let (mut largest, mut size) = (Lanes::ZERO, Lanes::ZERO);
     for &x in weights {
         let found = x.abs();
         largest = found.where_above(size, x, largest);
         size = found.where_above(size, found, size);
     }
-    let fit = |grid: f32| {
-        let inverse = largest.map(|largest| -grid / largest);
-        let (mut sum_xl, mut sum_l2) = (Lanes::ZERO, Lanes::ZERO);
-        for &x in weights {
-            let l = (inverse * x).round_within(-HALF, HALF - 1.0);
-            let w = x * x;
-            sum_xl = sum_xl + w * x * l;
-            sum_l2 = sum_l2 + w * l * l;
-        }
-        (sum_xl, sum_l2)
-    };
-    let (sum_xl, sum_l2) = fit(HALF);
+    let (sum_xl, sum_l2) = fit(weights, largest, HALF);
     let mut scale = sum_l2.where_above(Lanes::ZERO, sum_xl / sum_l2, Lanes::ZERO);
     let mut best = scale * sum_xl;
     for index in (-9_i32..=9).filter(|index| *index != 0) {
-        let (sum_xl, sum_l2) = fit(HALF + 0.1 * index as f32);
+        let (sum_xl, sum_l2) = fit(weights, largest, HALF + 0.1 * index as f32);
         // The squared error falls by `sum_xl² / sum_l2`; compared without the division.
         let better = (sum_xl * sum_xl).where_above(best * sum_l2, sum_l2, Lanes::ZERO);
         let new = sum_xl / sum_l2;
@@ -152,4 +143,23 @@ pub(super) fn scale<const N: usize>(weights: &[Lanes<N>; 16]) -> Lanes<N> {
     let smallest = Lanes::splat(SMALLEST);
     // Not `size > smallest`: a group of exactly that size is kept.
     smallest.where_above(size, Lanes::ZERO, scale)
+}
+
+/// Rounds weights to a grid that puts the largest at `-grid`; returns the sums whose quotient is
+/// the least-squares scale.
+#[inline(always)]
+fn fit<const N: usize>(
+    weights: &[Lanes<N>; 16],
+    largest: Lanes<N>,
+    grid: f32,
+) -> (Lanes<N>, Lanes<N>) {
+    let inverse = Lanes::splat(-grid) / largest;
+    let (mut sum_xl, mut sum_l2) = (Lanes::ZERO, Lanes::ZERO);
+    for &x in weights {
+        let l = (inverse * x).round_within(-HALF, HALF - 1.0);
+        let w = x * x;
+        sum_xl = sum_xl + w * x * l;
+        sum_l2 = sum_l2 + w * l * l;
+    }
+    (sum_xl, sum_l2)
 }
