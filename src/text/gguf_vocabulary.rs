@@ -142,10 +142,10 @@ impl GgufVocabulary {
         let (bos, eos, unknown, padding) = (find("bos"), find("eos"), find("unk"), find("pad"));
         // What a text gets around it, whether a post-processor or a flag says so.
         let around = tokenizer.encode("", AddSpecialTokens::Yes)?;
-        self.add_bos = bos.map(|bos| around.first() == Some(&bos));
-        self.add_eos = eos
-            .filter(|eos| around.last() == Some(eos) && self.add_bos.is_some())
-            .map(|_| true);
+        self.add_bos = Some(bos.is_some() && around.first().copied() == bos);
+        // An empty text between two equal tokens could be either; the beginning wins.
+        let ends = eos.is_some() && around.last().copied() == eos;
+        self.add_eos = (ends && (eos != bos || around.len() > 1)).then_some(true);
         (self.bos, self.eos, self.unknown, self.padding) = (bos, eos, unknown, padding);
         Ok(())
     }

@@ -227,13 +227,13 @@ fn llama_3s_frequencies_are_written_as_divisors() {
     let written = Checkpoint::open(&path).unwrap();
     let factors = written.config()["rope_freq_factors"].as_array().unwrap();
     let factors: Vec<f64> = factors.iter().map(|it| it.as_f64().unwrap()).collect();
-    // Wavelengths 2π · 10000^(i/4) of a trained length of 128: 20 turns, 6.4, 2.04, 0.64.
+    // Wavelengths 2π · 10^i make 20, 2, 0.2 and 0.02 turns in the trained length of 128.
     assert_eq!(factors.len(), 4);
-    assert_eq!((factors[0], factors[1], factors[3]), (1.0, 1.0, 8.0));
+    assert_eq!((factors[0], factors[2], factors[3]), (1.0, 8.0, 8.0));
     let turns = 128.0 / (2.0 * std::f64::consts::PI * 10.0);
     let kept = (turns - 1.0) / 3.0;
     let expected = 1.0 / ((1.0 - kept) / 8.0 + kept);
-    assert!((factors[2] - expected).abs() < 1e-6, "{factors:?}");
+    assert!((factors[1] - expected).abs() < 1e-6, "{factors:?}");
 }
 
 #[test]
