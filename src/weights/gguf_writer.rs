@@ -308,7 +308,10 @@ mod tests {
             ("a.f32", GgufValue::F32(0.5)),
             ("a.bool", GgufValue::Bool(true)),
             ("a.string", GgufValue::String("ä".to_owned())),
-            ("a.strings", GgufValue::Strings(vec!["x".into(), String::new()])),
+            (
+                "a.strings",
+                GgufValue::Strings(vec!["x".into(), String::new()]),
+            ),
             ("a.i32s", GgufValue::I32s(vec![-1, 3])),
             ("a.f32s", GgufValue::F32s(vec![-0.5])),
         ]
@@ -347,11 +350,17 @@ mod tests {
             ("a.bool", Value::Bool(true)),
             ("a.f32", Value::Float(0.5)),
             ("a.f32s", Value::Array(vec![Value::Float(-0.5)])),
-            ("a.i32s", Value::Array(vec![Value::Signed(-1), Value::Signed(3)])),
+            (
+                "a.i32s",
+                Value::Array(vec![Value::Signed(-1), Value::Signed(3)]),
+            ),
             ("a.string", Value::String("ä".to_owned())),
             (
                 "a.strings",
-                Value::Array(vec![Value::String("x".into()), Value::String(String::new())]),
+                Value::Array(vec![
+                    Value::String("x".into()),
+                    Value::String(String::new()),
+                ]),
             ),
             ("a.u32", Value::Unsigned(7)),
         ];
@@ -360,7 +369,10 @@ mod tests {
         let [(norm, first), (weight, second)] = &header.tensors[..] else {
             panic!("{:?}", header.tensors);
         };
-        assert_eq!((norm.as_str(), weight.as_str()), ("norm.weight", "w.weight"));
+        assert_eq!(
+            (norm.as_str(), weight.as_str()),
+            ("norm.weight", "w.weight")
+        );
         assert_eq!(data[first.range.clone()], [1; 12]);
         assert_eq!(second.shape, [2, 32]);
         assert_eq!(second.dtype, StoredDtype::Known(GgmlDType::Q8_0));
@@ -376,17 +388,26 @@ mod tests {
         let path = dir.path().join("m.gguf");
         fs::write(&path, "before").unwrap();
         let mut writer = GgufWriter::create(&path, layout()).unwrap();
-        assert!(matches!(writer.write(&[0; 13]), Err(WeightsError::GgufData { .. })));
+        assert!(matches!(
+            writer.write(&[0; 13]),
+            Err(WeightsError::GgufData { .. })
+        ));
         writer.write(&[0; 12]).unwrap();
         let error = writer.finish().unwrap_err().to_string();
-        assert!(error.contains("w.weight has 68 bytes by its shape, only 0 came"), "{error}");
+        assert!(
+            error.contains("w.weight has 68 bytes by its shape, only 0 came"),
+            "{error}"
+        );
         assert_eq!(fs::read_to_string(&path).unwrap(), "before");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 
         let mut writer = GgufWriter::create(&path, layout()).unwrap();
         writer.write(&[0; 12]).unwrap();
         writer.write(&[0; 68]).unwrap();
-        assert!(matches!(writer.write(&[0]), Err(WeightsError::GgufData { .. })));
+        assert!(matches!(
+            writer.write(&[0]),
+            Err(WeightsError::GgufData { .. })
+        ));
     }
 
     #[test]

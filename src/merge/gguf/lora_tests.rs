@@ -26,8 +26,11 @@ fn module(name: &str, [out_features, in_features, rank]: [usize; 3], scale: f32)
     }
 }
 
-/// Returns alpha and the tensors of a file: name, row-major shape, values.
-fn read(path: &Path) -> (f64, Vec<(String, Vec<usize>, Vec<f32>)>) {
+/// Name, row-major shape and values of a tensor.
+type Values = (String, Vec<usize>, Vec<f32>);
+
+/// Returns alpha and the tensors of a file.
+fn read(path: &Path) -> (f64, Vec<Values>) {
     let mut file = std::fs::File::open(path).unwrap();
     let content = candle_core::quantized::gguf_file::Content::read(&mut file).unwrap();
     let alpha = content.metadata["adapter.lora.alpha"].to_f32().unwrap();
@@ -40,12 +43,16 @@ fn read(path: &Path) -> (f64, Vec<(String, Vec<usize>, Vec<f32>)>) {
         let cpu = candle_core::Device::Cpu;
         let tensor = content.tensor(&mut file, &name, &cpu).unwrap();
         let values = tensor.dequantize(&cpu).unwrap().flatten_all().unwrap();
-        (name, tensor.shape().dims().to_vec(), values.to_vec1().unwrap())
+        (
+            name,
+            tensor.shape().dims().to_vec(),
+            values.to_vec1().unwrap(),
+        )
     });
     (f64::from(alpha), tensors.collect())
 }
 
-fn write(modules: &[LoraModule], config: &Value) -> (f64, Vec<(String, Vec<usize>, Vec<f32>)>) {
+fn write(modules: &[LoraModule], config: &Value) -> (f64, Vec<Values>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("lora.gguf");
     export_gguf_lora(modules, config, Some("mine"), &path).unwrap();
@@ -71,7 +78,10 @@ fn modules_that_are_alike_keep_their_b_and_others_get_their_scale_folded_in() {
         ]
     );
     assert_eq!((&tensors[2].1, &tensors[2].2), (&vec![2, 8], &modules[0].a));
-    assert_eq!((&tensors[3].1, &tensors[3].2), (&vec![12, 2], &modules[0].b));
+    assert_eq!(
+        (&tensors[3].1, &tensors[3].2),
+        (&vec![12, 2], &modules[0].b)
+    );
     // llama.cpp will multiply by 16 / 4, wanted is 1.
     let quarter: Vec<f32> = modules[1].b.iter().map(|value| value / 4.0).collect();
     assert_eq!(tensors[1].2, quarter);
@@ -94,7 +104,10 @@ fn the_a_of_an_embedding_is_transposed() {
     let (_, tensors) = write(&modules, &config("qwen2"));
     assert_eq!(tensors[0].0, "token_embd.weight.lora_a");
     assert_eq!(tensors[0].1, [5, 2]);
-    assert_eq!(tensors[0].2, [0.0, 5.0, 1.0, 6.0, 2.0, 7.0, 3.0, 8.0, 4.0, 9.0]);
+    assert_eq!(
+        tensors[0].2,
+        [0.0, 5.0, 1.0, 6.0, 2.0, 7.0, 3.0, 8.0, 4.0, 9.0]
+    );
     assert_eq!(tensors[1].1, [8, 2]);
 }
 
@@ -108,7 +121,10 @@ fn modules_that_the_base_does_not_have_are_refused() {
     let error = refused(module("model.layers.0.mlp.up_proj", [12, 9, 2], 1.0));
     assert!(error.contains("[12, 9], the base has [12, 8]"), "{error}");
     let error = refused(module("model.layers.0.input_layernorm", [8, 8, 2], 1.0));
-    assert!(error.contains("cannot adapt model.layers.0.input_layernorm"), "{error}");
+    assert!(
+        error.contains("cannot adapt model.layers.0.input_layernorm"),
+        "{error}"
+    );
     let error = refused(module("lm_head", [5, 8, 2], 1.0));
     assert!(error.contains("tied to the embedding"), "{error}");
     let mut short = module("model.layers.0.mlp.up_proj", [12, 8, 2], 1.0);

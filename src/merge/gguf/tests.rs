@@ -102,12 +102,42 @@ fn tensor_data_has_llama_cpps_sizes_for_the_whole_family() {
     use GgufFileType::{F16, Q4KM, Q8_0};
     // Shape, vocabulary, tied; bytes of the tensors in f16, q8_0 and q4_k_m.
     let family = [
-        ([896, 4864, 24, 14, 2], 151_936, true, [988_208_640, 525_120_000, 391_859_712]),
-        ([1536, 8960, 28, 12, 2], 151_936, true, [3_087_718_400, 1_640_622_080, 980_097_536]),
-        ([2048, 11008, 36, 16, 2], 151_936, true, [6_172_360_704, 3_279_519_744, 1_923_946_496]),
-        ([3584, 18944, 28, 28, 4], 152_064, false, [15_231_899_648, 8_092_571_648, 4_677_120_000]),
-        ([5120, 13824, 48, 40, 8], 152_064, false, [29_541_748_736, 15_695_630_336, 8_982_142_976]),
-        ([5120, 27648, 64, 40, 8], 152_064, false, [65_529_991_168, 34_814_906_368, 19_845_357_568]),
+        (
+            [896, 4864, 24, 14, 2],
+            151_936,
+            true,
+            [988_208_640, 525_120_000, 391_859_712],
+        ),
+        (
+            [1536, 8960, 28, 12, 2],
+            151_936,
+            true,
+            [3_087_718_400, 1_640_622_080, 980_097_536],
+        ),
+        (
+            [2048, 11008, 36, 16, 2],
+            151_936,
+            true,
+            [6_172_360_704, 3_279_519_744, 1_923_946_496],
+        ),
+        (
+            [3584, 18944, 28, 28, 4],
+            152_064,
+            false,
+            [15_231_899_648, 8_092_571_648, 4_677_120_000],
+        ),
+        (
+            [5120, 13824, 48, 40, 8],
+            152_064,
+            false,
+            [29_541_748_736, 15_695_630_336, 8_982_142_976],
+        ),
+        (
+            [5120, 27648, 64, 40, 8],
+            152_064,
+            false,
+            [65_529_991_168, 34_814_906_368, 19_845_357_568],
+        ),
     ];
     for (shape, vocab_size, tied, expected) in family {
         let (config, headers) = qwen2(shape, vocab_size, tied);
@@ -137,7 +167,10 @@ fn tensor_types_are_those_of_llama_cpps_recipes() {
     let large = [3584, 18944, 28, 28, 4];
     assert_eq!(
         types(small, 151_936, true, GgufFileType::Q4KM),
-        ("F32 121, Q4_K 12, Q5_0 132, Q6_K 12, Q8_0 13".to_owned(), 144)
+        (
+            "F32 121, Q4_K 12, Q5_0 132, Q6_K 12, Q8_0 13".to_owned(),
+            144
+        )
     );
     assert_eq!(
         types(large, 152_064, false, GgufFileType::Q4KM),
@@ -155,14 +188,22 @@ fn tensor_types_are_those_of_llama_cpps_recipes() {
     // v of the 72B class gets a bit more; rows of 29568 do not divide by 256.
     assert_eq!(
         types([8192, 29568, 80, 64, 8], 152_064, false, GgufFileType::Q4KM),
-        ("F32 401, Q4_K 401, Q5_0 40, Q5_K 40, Q6_K 41, Q8_0 40".to_owned(), 80)
+        (
+            "F32 401, Q4_K 401, Q5_0 40, Q5_K 40, Q6_K 41, Q8_0 40".to_owned(),
+            80
+        )
     );
 }
 
 #[test]
 fn files_read_back_as_the_checkpoint_that_they_were_made_of() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["tiny-qwen2", "tiny-qwen2-untied", "tiny-qwen3", "tiny-llama"] {
+    for name in [
+        "tiny-qwen2",
+        "tiny-qwen2-untied",
+        "tiny-qwen3",
+        "tiny-llama",
+    ] {
         let original = Checkpoint::open(&fixture(name)).unwrap();
         let config = original.config();
         let vocabulary = GgufVocabulary::from_dir(&fixture(name), config).unwrap();
@@ -175,18 +216,30 @@ fn files_read_back_as_the_checkpoint_that_they_were_made_of() {
             .write(&original, &path, &mut |bytes| told += bytes)
             .unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), predicted);
-        assert_eq!((summary.file_bytes, summary.tensor_bytes), (predicted, told));
+        assert_eq!(
+            (summary.file_bytes, summary.tensor_bytes),
+            (predicted, told)
+        );
 
         let written = Checkpoint::open(&path).unwrap();
         assert!(written.names().eq(original.names()), "{name}");
         for tensor in original.names() {
-            let (before, after) = (original.tensor(tensor).unwrap(), written.tensor(tensor).unwrap());
+            let (before, after) = (
+                original.tensor(tensor).unwrap(),
+                written.tensor(tensor).unwrap(),
+            );
             assert_eq!(before.shape, after.shape, "{name} {tensor}");
             assert!(before.data == after.data, "{name} {tensor}");
         }
         for key in [
-            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
-            "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+            "model_type",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "vocab_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
             "tie_word_embeddings",
         ] {
             assert_eq!(written.config()[key], config[key], "{name} {key}");
@@ -246,7 +299,9 @@ fn a_checkpoint_that_does_not_fit_is_refused_before_a_byte_is_written() {
     let (config, mut headers) = qwen2([64, 96, 2, 4, 2], 100, true);
     assert!(plan(&config, &headers, 99).contains("has 99 tokens, config.json says vocab_size 100"));
 
-    headers.0.retain(|info| info.name != "model.layers.1.self_attn.k_proj.bias");
+    headers
+        .0
+        .retain(|info| info.name != "model.layers.1.self_attn.k_proj.bias");
     assert!(plan(&config, &headers, 100).contains("no tensor for blk.1.attn_k.bias"));
 
     let (config, mut headers) = qwen2([64, 96, 2, 4, 2], 100, true);
@@ -255,7 +310,9 @@ fn a_checkpoint_that_does_not_fit_is_refused_before_a_byte_is_written() {
 
     let (mut config, mut headers) = qwen2([64, 96, 2, 4, 2], 100, true);
     headers.0[0].name = "visual.embed.weight".into();
-    assert!(plan(&config, &headers, 100).contains("no name for these tensors of a qwen2 model: visual"));
+    assert!(
+        plan(&config, &headers, 100).contains("no name for these tensors of a qwen2 model: visual")
+    );
 
     config["model_type"] = "gemma3".into();
     assert!(plan(&config, &headers, 100).contains("model_type \"gemma3\""));

@@ -64,9 +64,12 @@ impl<const N: usize> Lanes<N> {
     #[inline(always)]
     pub(super) fn where_above(self, other: Self, yes: Self, no: Self) -> Self {
         let mut result = no.0;
-        for lane in 0..N {
-            let above = self.0[lane] > other.0[lane];
-            result[lane] = if above { yes.0[lane] } else { result[lane] };
+        let lanes = result
+            .iter_mut()
+            .zip(&yes.0)
+            .zip(self.0.iter().zip(&other.0));
+        for ((result, &yes), (one, other)) in lanes {
+            *result = if one > other { yes } else { *result };
         }
         Self(result)
     }

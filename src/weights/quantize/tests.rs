@@ -229,10 +229,18 @@ fn values_that_a_type_cannot_hold_are_refused_with_the_tensor() {
 
 #[test]
 fn what_does_not_fit_blocks_or_is_quantised_already_is_refused() {
-    let uneven = encode(&floats(&[2, 96], &sample()[..192]), GgmlDType::Q4K, RowOrder::AsStored);
+    let uneven = encode(
+        &floats(&[2, 96], &sample()[..192]),
+        GgmlDType::Q4K,
+        RowOrder::AsStored,
+    );
     assert!(matches!(
         uneven,
-        Err(WeightsError::UnevenBlocks { columns: 96, block_size: 256, .. })
+        Err(WeightsError::UnevenBlocks {
+            columns: 96,
+            block_size: 256,
+            ..
+        })
     ));
     let quantised = tensor(GgmlDType::Q8_0, &[1, 32], vec![0; 34]);
     assert!(matches!(
