@@ -1,6 +1,7 @@
 //! The verb `merge`: base and adapters into what other programs load.
 
 mod default_system;
+pub mod gguf;
 mod go_template;
 mod modelfile;
 mod prompt_check;

@@ -78,6 +78,14 @@ pub enum TextError {
         /// Its length.
         found: usize,
     },
+    /// A tokenizer that a GGUF file cannot hold.
+    #[error("the tokenizer {path:?} cannot be written into a GGUF file: {reason}")]
+    NotExportable {
+        /// Its `tokenizer.json`.
+        path: PathBuf,
+        /// What GGUF or llama.cpp does not have.
+        reason: String,
+    },
     /// A token id outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size} tokens")]
     UnknownTokenId {
@@ -181,6 +189,7 @@ impl TextError {
             | Self::UnsupportedVocabulary { .. }
             | Self::UnsupportedPreTokenizer { .. }
             | Self::VocabularyLength { .. }
+            | Self::NotExportable { .. }
             | Self::UnknownTemplate { .. }
             | Self::UnknownTrainingTemplate { .. } => false,
         }

@@ -4,6 +4,7 @@
 mod chat_template;
 mod detokenizer;
 mod error;
+mod gguf_vocabulary;
 mod pre_tokenizer;
 mod stop_strings;
 mod supervised;

@@ -11,7 +11,8 @@ use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::TextError;
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const GPT2: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -69,6 +70,17 @@ impl PreTokenizer {
             }
         };
         Ok(found)
+    }
+
+    /// Returns llama.cpp's name of the way of cutting with these expressions, one after the other.
+    pub(super) fn name_of(expressions: &[&str], ignore_merges: bool) -> Option<&'static str> {
+        // Of names for one way the one that most models have.
+        const NAMES: [&str; 6] = ["qwen2", "llama-bpe", "smollm", "gpt-2", "tekken", "dbrx"];
+        NAMES.into_iter().find(|name| {
+            Self::named(Some(name)).is_ok_and(|known| {
+                known.expressions == expressions && known.ignore_merges == ignore_merges
+            })
+        })
     }
 
     /// Builds the pre-tokenizer, ending in the byte alphabet.

@@ -201,7 +201,9 @@ fn read_text(path: &Path) -> Result<Option<String>, TextError> {
 }
 
 /// Reads a JSON file that may be absent.
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, TextError> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(
+    path: &Path,
+) -> Result<Option<T>, TextError> {
     let Some(text) = read_text(path)? else {
         return Ok(None);
     };

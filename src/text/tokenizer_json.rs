@@ -173,7 +173,7 @@ pub(super) fn check_merges(
 }
 
 /// Token to id, read without growing step by step.
-struct Vocab(AHashMap<String, u32>);
+pub(super) struct Vocab(pub(super) AHashMap<String, u32>);
 
 impl<'de> Deserialize<'de> for Vocab {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -196,7 +196,7 @@ impl<'de> Deserialize<'de> for Vocab {
 }
 
 /// Pairs, written as `["a", "b"]` or, in older files, as `"a b"`.
-struct Merges(Vec<(String, String)>);
+pub(super) struct Merges(pub(super) Vec<(String, String)>);
 
 struct Merge(String, String);
 

@@ -17,9 +17,9 @@ use super::{ChatTemplateSources, TextError, tokenizer_json};
 /// How errors name the source.
 const ORIGIN: &str = "the GGUF vocabulary";
 /// `tokenizer.ggml.token_type` of control tokens (`<|im_start|>`).
-const CONTROL: i32 = 3;
+pub(super) const CONTROL: i32 = 3;
 /// `tokenizer.ggml.token_type` of tokens matched whole but kept in the text (`<think>`).
-const USER_DEFINED: i32 = 4;
+pub(super) const USER_DEFINED: i32 = 4;
 
 /// The `tokenizer.*` metadata of a GGUF file as plain data.
 #[derive(Debug, Clone, Default, PartialEq)]

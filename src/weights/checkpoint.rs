@@ -17,7 +17,8 @@ use serde_json::Value;
 
 use super::{
     GgufVocabulary, StoredTensor, WeightsError, directory, gguf, gguf_file,
-    index::{RowOrder, StoredDtype, TensorEntry},
+    gguf_names::RowOrder,
+    index::{StoredDtype, TensorEntry},
 };
 
 /// The file format of a checkpoint.
@@ -150,7 +151,10 @@ impl Checkpoint {
         };
         Ok(match entry.row_order {
             RowOrder::AsStored => tensor,
-            RowOrder::Interleaved { num_heads } => undo_interleaving(&tensor, num_heads),
+            order @ RowOrder::Interleaved { .. } => {
+                let num_rows = tensor.shape[0];
+                tensor.permute_rows(|row| order.stored_row(row, num_rows))
+            }
         })
     }
 
@@ -170,20 +174,6 @@ impl Checkpoint {
             .map(|(_, entry)| entry.range.len() as u64)
             .sum()
     }
-}
-
-/// Puts the rows of q or k back into Hugging Face's order.
-///
-/// The rotary embedding turns pairs of rows of a head. Hugging Face pairs row `i` with
-/// `i + head_dim / 2`, llama.cpp's `llama` pairs `2 i` with `2 i + 1`, and its converter moves
-/// the rows accordingly: row `half * head_dim / 2 + i` of a head is stored as row `2 i + half`.
-fn undo_interleaving(tensor: &StoredTensor, num_heads: usize) -> StoredTensor {
-    let head_dim = tensor.shape[0] / num_heads;
-    let pairs = head_dim / 2;
-    tensor.permute_rows(|row| {
-        let (head, row) = (row / head_dim, row % head_dim);
-        head * head_dim + 2 * (row % pairs) + row / pairs
-    })
 }
 
 /// Returns whether the file name ends in `.extension`.

@@ -262,6 +262,60 @@ pub enum WeightsError {
         /// One past the last column wanted.
         end: usize,
     },
+    /// A tensor holds a value that the type to be written cannot express.
+    #[error(
+        "tensor {tensor} holds {value}, which cannot be stored as {dtype} ({limit}): the weights \
+         are damaged, or need a file of a wider type"
+    )]
+    Unrepresentable {
+        /// The tensor, by its name in the file that is written.
+        tensor: String,
+        /// The value.
+        value: f32,
+        /// The type.
+        dtype: String,
+        /// What the type can hold.
+        limit: &'static str,
+    },
+    /// A tensor that is to be encoded in another type is not stored as plain numbers.
+    #[error(
+        "tensor {tensor} is stored as {dtype}; only F32, F16 and BF16 can be converted: give the \
+         unquantised model"
+    )]
+    NotFloat {
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        dtype: String,
+    },
+    /// Rows that do not divide into the blocks of a type were to be stored in it.
+    #[error("tensor {tensor}: rows of {columns} do not divide into {dtype} blocks of {block_size}")]
+    UnevenBlocks {
+        /// The tensor.
+        tensor: String,
+        /// Elements of a row.
+        columns: usize,
+        /// The type.
+        dtype: String,
+        /// Elements of a block.
+        block_size: usize,
+    },
+    /// A GGUF file was given other tensor data than was announced in its header.
+    #[error("{}: {reason}", path.display())]
+    GgufData {
+        /// The file.
+        path: PathBuf,
+        /// What was announced and what came.
+        reason: String,
+    },
+    /// A file could not be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Disk full, no permission, …
+        source: io::Error,
+    },
     /// A model is neither a path nor a hub id.
     #[error("there is no file or directory {spec:?}, and it is not a hub id (owner/name)")]
     UnknownModel {
@@ -367,7 +421,11 @@ impl WeightsError {
                 source.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
             ),
-            Self::HubStatus { .. } | Self::HubUnreachable { .. } | Self::HubDisk { .. } => false,
+            Self::HubStatus { .. }
+            | Self::HubUnreachable { .. }
+            | Self::HubDisk { .. }
+            | Self::GgufData { .. }
+            | Self::Write { .. } => false,
             _ => true,
         }
     }

@@ -13,7 +13,8 @@ use candle_core::quantized::GgmlDType;
 
 use super::{
     WeightsError,
-    index::{RowOrder, StoredDtype, TensorEntry},
+    gguf_names::RowOrder,
+    index::{StoredDtype, TensorEntry},
 };
 
 /// Arrays of arrays do not occur in practice; deeper nesting is an attack on the stack.
@@ -21,7 +22,22 @@ const MAX_ARRAY_DEPTH: usize = 4;
 /// ggml's own limit.
 const MAX_DIMENSIONS: usize = 4;
 /// Tensor data is aligned to this unless `general.alignment` says otherwise.
-const DEFAULT_ALIGNMENT: u64 = 32;
+pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
+
+/// ggml's numbers of the tensor types that infold reads and writes.
+pub(super) const GGML_TYPES: [(u32, GgmlDType); 11] = [
+    (0, GgmlDType::F32),
+    (1, GgmlDType::F16),
+    (2, GgmlDType::Q4_0),
+    (3, GgmlDType::Q4_1),
+    (6, GgmlDType::Q5_0),
+    (7, GgmlDType::Q5_1),
+    (8, GgmlDType::Q8_0),
+    (12, GgmlDType::Q4K),
+    (13, GgmlDType::Q5K),
+    (14, GgmlDType::Q6K),
+    (30, GgmlDType::BF16),
+];
 
 /// The tensor types that can be read, for messages.
 pub(super) const SUPPORTED_DTYPES: &str =
@@ -248,20 +264,10 @@ impl RawTensor {
 }
 
 fn stored_dtype(kind: u32) -> StoredDtype {
-    StoredDtype::Known(match kind {
-        0 => GgmlDType::F32,
-        1 => GgmlDType::F16,
-        2 => GgmlDType::Q4_0,
-        3 => GgmlDType::Q4_1,
-        6 => GgmlDType::Q5_0,
-        7 => GgmlDType::Q5_1,
-        8 => GgmlDType::Q8_0,
-        12 => GgmlDType::Q4K,
-        13 => GgmlDType::Q5K,
-        14 => GgmlDType::Q6K,
-        30 => GgmlDType::BF16,
-        _ => return StoredDtype::Other(other_type_name(kind)),
-    })
+    match GGML_TYPES.iter().find(|(number, _)| *number == kind) {
+        Some((_, dtype)) => StoredDtype::Known(*dtype),
+        None => StoredDtype::Other(other_type_name(kind)),
+    }
 }
 
 /// Returns ggml's name of a tensor type that infold does not read.

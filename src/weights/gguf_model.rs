@@ -1,8 +1,7 @@
 //! Translates what a GGUF file says about its model into Hugging Face's words: tensor names,
 //! `config.json`, `generation_config.json` and the vocabulary.
 //!
-//! Names follow llama.cpp's `gguf-py/gguf/constants.py` (metadata keys, tensor names) and the
-//! `LlamaModel.permute` of its converter (row order of q and k).
+//! Metadata keys follow llama.cpp's `gguf-py/gguf/constants.py`; tensor names are in `gguf_names`.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -11,7 +10,8 @@ use serde_json::{Map, json};
 use super::{
     WeightsError,
     gguf::Value,
-    index::{RowOrder, TensorEntry},
+    gguf_names::{HeadCounts, RowOrder, hf_name, part_of},
+    index::TensorEntry,
 };
 
 /// The type of tokens that are never text.
@@ -356,22 +356,15 @@ impl<'a> Metadata<'a> {
         entry: &mut TensorEntry,
     ) -> Result<String, WeightsError> {
         let hf_name = hf_name(name).unwrap_or_else(|| name.to_owned());
-        let num_heads = match part_of(name) {
-            Some("attn_q") if self.architecture == "llama" => self.num_heads()?,
-            Some("attn_k") if self.architecture == "llama" => self.num_kv_heads()?,
-            _ => return Ok(hf_name),
-        };
-        let rows = entry.shape.first().copied().unwrap_or(0);
-        let num_heads = usize::try_from(num_heads).unwrap_or(usize::MAX);
-        if num_heads == 0 || rows % num_heads != 0 || rows / num_heads % 2 != 0 {
-            return Err(WeightsError::UnevenShard {
-                tensor: hf_name,
-                dim: 0,
-                size: rows,
-                world_size: num_heads,
-            });
+        if self.architecture == "llama" && matches!(part_of(name), Some("attn_q" | "attn_k")) {
+            let count = |heads: u64| usize::try_from(heads).unwrap_or(usize::MAX);
+            let heads = HeadCounts {
+                query: count(self.num_heads()?),
+                key_value: count(self.num_kv_heads()?),
+            };
+            let num_rows = entry.shape.first().copied().unwrap_or(0);
+            entry.row_order = RowOrder::of(&self.architecture, name, num_rows, heads)?;
         }
-        entry.row_order = RowOrder::Interleaved { num_heads };
         Ok(hf_name)
     }
 }
@@ -382,36 +375,4 @@ fn owned_text(value: &Value) -> Option<String> {
 
 fn list<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
     value.as_array()?.iter().map(read).collect()
-}
-
-/// Returns `attn_q` for `blk.3.attn_q.weight`.
-fn part_of(name: &str) -> Option<&str> {
-    let (_layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    rest.split_once('.').map(|(part, _kind)| part)
-}
-
-fn hf_name(name: &str) -> Option<String> {
-    let (stem, kind) = name.rsplit_once('.')?;
-    match stem {
-        "token_embd" => return Some(format!("model.embed_tokens.{kind}")),
-        "output" => return Some(format!("lm_head.{kind}")),
-        "output_norm" => return Some(format!("model.norm.{kind}")),
-        _ => {}
-    }
-    let (layer, part) = stem.strip_prefix("blk.")?.split_once('.')?;
-    let part = match part {
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
-    Some(format!("model.layers.{layer}.{part}.{kind}"))
 }

@@ -4,20 +4,13 @@ use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 
+use super::gguf_names::RowOrder;
+
 /// The type of a stored tensor: one that infold reads, or the format's name of another.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum StoredDtype {
     Known(GgmlDType),
     Other(String),
-}
-
-/// How the rows of a tensor in the file relate to those of the Hugging Face checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum RowOrder {
-    /// As in the Hugging Face checkpoint.
-    AsStored,
-    /// Each head's rows are interleaved, as llama.cpp's rotary embedding of adjacent pairs wants.
-    Interleaved { num_heads: usize },
 }
 
 /// One tensor of an index.

@@ -13,8 +13,8 @@ use serde::{
 };
 
 use super::{
-    WeightsError,
-    index::{RowOrder, StoredDtype, TensorEntry},
+    RowOrder, WeightsError,
+    index::{StoredDtype, TensorEntry},
 };
 
 /// The header's length comes first, as a little-endian `u64`.
