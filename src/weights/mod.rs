@@ -4,6 +4,7 @@
 //! by Hugging Face name; a rank of a tensor-parallel group takes its [`Shard`] of each.
 //! [`resolve_model`] finds the path of a model that is named by its hub id, and downloads it.
 
+mod adapter;
 mod checkpoint;
 mod directory;
 mod download;
@@ -14,12 +15,21 @@ mod gguf_model;
 mod hub;
 mod index;
 mod safetensors;
+mod safetensors_writer;
+mod shard_plan;
 mod source;
+mod state_dict_order;
 mod tensor;
 
+pub use adapter::{
+    Accumulate, Adapter, AdapterConfig, AdapterFaults, DeltaStats, Fault, LoraModule, LoraTarget,
+    MergeOptions, MergedCheckpoint, MergedTensor,
+};
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
 pub use hub::{HubOptions, Network, resolve_model};
-pub use source::{TensorInfo, TensorSource};
+pub use safetensors_writer::{WrittenFile, hex, write_shards};
+pub use shard_plan::{PlannedShard, ShardPlan};
+pub use source::{ModelSource, TensorInfo, TensorSource};
 pub use tensor::{Shard, StoredTensor};

@@ -4,7 +4,10 @@
 //! makes a tensor when it is asked for. Writers and loaders see only this trait, so that merging
 //! into a directory, into a GGUF file and at the start of a server is one code path.
 
+use std::{ops::Range, path::Path};
+
 use candle_core::quantized::GgmlDType;
+use serde_json::Value;
 
 use super::{Checkpoint, StoredTensor, WeightsError};
 
@@ -32,6 +35,34 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// No tensor of that name, or bytes that cannot be read.
     fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError>;
+
+    /// Returns rows of a tensor (of a vector, elements), for one pass over it in little memory:
+    /// what the rows hold is given back when they are dropped.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor), and rows that the tensor does not have.
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
+        self.tensor(name)?.narrow(0, rows)
+    }
+}
+
+/// A model that can be run: its tensors and its configuration.
+pub trait ModelSource: TensorSource {
+    /// Returns the content of `config.json`.
+    fn config(&self) -> &Value;
+
+    /// Returns where the (base) model lies.
+    fn path(&self) -> &Path;
+}
+
+impl ModelSource for Checkpoint {
+    fn config(&self) -> &Value {
+        Self::config(self)
+    }
+
+    fn path(&self) -> &Path {
+        Self::path(self)
+    }
 }
 
 impl TensorSource for Checkpoint {
@@ -48,5 +79,9 @@ impl TensorSource for Checkpoint {
 
     fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         Self::tensor(self, name)
+    }
+
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
+        self.passing_rows(name, rows)
     }
 }
