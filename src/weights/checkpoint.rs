@@ -16,7 +16,7 @@ use memmap2::{Advice, Mmap};
 use serde_json::Value;
 
 use super::{
-    GgufVocabulary, StoredTensor, WeightsError, directory, gguf, gguf_file,
+    GgufVocabulary, StoredTensor, TensorInfo, WeightsError, directory, gguf, gguf_file,
     index::{RowOrder, StoredDtype, TensorEntry},
 };
 
@@ -127,6 +127,18 @@ impl Checkpoint {
             RowOrder::AsStored => tensor,
             RowOrder::Interleaved { num_heads } => undo_interleaving(&tensor, num_heads),
         })
+    }
+
+    /// Returns what a tensor is, without a look at its bytes.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub(super) fn info(&self, name: &str) -> Result<TensorInfo, WeightsError> {
+        let (file, entry) = self.find(name)?;
+        let StoredTensor {
+            name, dtype, shape, ..
+        } = self.tensor_of(name, file, entry)?;
+        Ok(TensorInfo { name, dtype, shape })
     }
 
     fn find(&self, name: &str) -> Result<(&MappedFile, &TensorEntry), WeightsError> {

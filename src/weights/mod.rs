@@ -7,6 +7,7 @@
 mod adapter;
 mod checkpoint;
 mod directory;
+mod disk;
 mod download;
 mod error;
 mod gguf;
@@ -26,6 +27,7 @@ pub use adapter::{
     MergeOptions, MergedCheckpoint, MergedTensor,
 };
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
+pub use disk::{exchange, free_bytes};
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
 pub use hub::{HubOptions, Network, resolve_model};

@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
-use super::{PlannedShard, ShardPlan, TensorSource, WeightsError, shard_plan::size_bytes};
+use super::{PlannedShard, ShardPlan, TensorSource, WeightsError};
 
 /// Bytes of a block; a row larger than this is a block alone.
 const BLOCK_BYTES: u64 = 8 << 20;
@@ -118,7 +118,7 @@ fn make_pieces(
 fn blocks(shard: &PlannedShard) -> impl Iterator<Item = (&str, Range<usize>)> {
     shard.tensors.iter().flat_map(|tensor| {
         let num_rows = tensor.shape.first().copied().unwrap_or(1);
-        let row_bytes = size_bytes(tensor) / (num_rows.max(1) as u64);
+        let row_bytes = tensor.size_bytes() / (num_rows.max(1) as u64);
         let rows = (BLOCK_BYTES / row_bytes.max(1)).max(1) as usize;
         (0..num_rows)
             .step_by(rows)
@@ -228,7 +228,7 @@ mod tests {
         }
 
         fn bytes(tensor: &TensorInfo) -> Vec<u8> {
-            (0..size_bytes(tensor)).map(|i| (i % 251) as u8).collect()
+            (0..tensor.size_bytes()).map(|i| (i % 251) as u8).collect()
         }
     }
 

@@ -43,7 +43,7 @@ impl ShardPlan {
         let mut current: Vec<TensorInfo> = Vec::new();
         let mut current_bytes = 0;
         for tensor in tensors {
-            let bytes = size_bytes(&tensor);
+            let bytes = tensor.size_bytes();
             if bytes > max_shard_size {
                 shards.push(vec![tensor]);
                 continue;
@@ -113,7 +113,7 @@ impl PlannedShard {
         };
         Self {
             file_name,
-            data_bytes: tensors.iter().map(size_bytes).sum(),
+            data_bytes: tensors.iter().map(TensorInfo::size_bytes).sum(),
             tensors,
         }
     }
@@ -136,7 +136,7 @@ impl PlannedShard {
         let mut json = r#"{"__metadata__":{"format":"pt"}"#.to_owned();
         let mut offset = 0;
         for tensor in &self.tensors {
-            let end = offset + size_bytes(tensor);
+            let end = offset + tensor.size_bytes();
             let entry = Entry {
                 dtype: dtype_name(tensor.dtype),
                 shape: &tensor.shape,
@@ -153,12 +153,6 @@ impl PlannedShard {
         header.resize(ALIGNMENT + length, b' ');
         header
     }
-}
-
-/// Returns the bytes of a tensor.
-pub(super) fn size_bytes(tensor: &TensorInfo) -> u64 {
-    let elements: u64 = tensor.shape.iter().map(|size| *size as u64).product();
-    elements * tensor.dtype.type_size() as u64
 }
 
 /// Returns the place of a dtype in the order of the safetensors crate, which puts larger first.
@@ -347,7 +341,7 @@ mod tests {
                 GgmlDType::F16 => Dtype::F16,
                 _ => Dtype::BF16,
             };
-            let data = &data[..size_bytes(tensor) as usize];
+            let data = &data[..tensor.size_bytes() as usize];
             (
                 &tensor.name,
                 TensorView::new(dtype, tensor.shape.clone(), data).unwrap(),

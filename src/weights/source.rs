@@ -22,6 +22,18 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
+impl TensorInfo {
+    /// Returns the number of weights.
+    pub fn num_elements(&self) -> u64 {
+        self.shape.iter().map(|size| *size as u64).product()
+    }
+
+    /// Returns the bytes of all elements.
+    pub fn size_bytes(&self) -> u64 {
+        self.num_elements() / self.dtype.block_size() as u64 * self.dtype.type_size() as u64
+    }
+}
+
 /// Tensors by Hugging Face name, made when they are asked for.
 pub trait TensorSource: Send + Sync {
     /// Returns every tensor in the order of the checkpoint.
@@ -53,6 +65,12 @@ pub trait ModelSource: TensorSource {
 
     /// Returns where the (base) model lies.
     fn path(&self) -> &Path;
+
+    /// Returns the number of weights.
+    fn num_parameters(&self) -> u64;
+
+    /// Returns the bytes of all tensors.
+    fn size_bytes(&self) -> u64;
 }
 
 impl ModelSource for Checkpoint {
@@ -63,18 +81,19 @@ impl ModelSource for Checkpoint {
     fn path(&self) -> &Path {
         Self::path(self)
     }
+
+    fn num_parameters(&self) -> u64 {
+        Self::num_parameters(self)
+    }
+
+    fn size_bytes(&self) -> u64 {
+        Self::size_bytes(self)
+    }
 }
 
 impl TensorSource for Checkpoint {
     fn tensors(&self) -> Result<Vec<TensorInfo>, WeightsError> {
-        self.names()
-            .map(|name| {
-                let StoredTensor {
-                    name, dtype, shape, ..
-                } = self.tensor(name)?;
-                Ok(TensorInfo { name, dtype, shape })
-            })
-            .collect()
+        self.names().map(|name| self.info(name)).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {

@@ -401,6 +401,16 @@ impl ModelSource for MergedCheckpoint {
     fn path(&self) -> &Path {
         self.base.path()
     }
+
+    fn num_parameters(&self) -> u64 {
+        let infos = self.recipes.iter().map(|recipe| &recipe.info);
+        infos.map(TensorInfo::num_elements).sum()
+    }
+
+    fn size_bytes(&self) -> u64 {
+        let infos = self.recipes.iter().map(|recipe| &recipe.info);
+        infos.map(TensorInfo::size_bytes).sum()
+    }
 }
 
 /// Rows of an embedding that are measured at a time.
