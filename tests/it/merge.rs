@@ -274,7 +274,7 @@ fn a_full_disk_is_told_and_leaves_nothing() {
     let line = format!(
         "trap '' XFSZ; ulimit -f 100; exec {} merge --model {} --adapter {} --output {}",
         env!("CARGO_BIN_EXE_infold"),
-        base("tiny-qwen2").display(),
+        base("tiny-qwen2-untied").display(),
         adapter("all_linear_f32").display(),
         output.display()
     );
@@ -302,7 +302,7 @@ fn a_kill_at_any_moment_leaves_the_old_output_or_the_new_one() {
                 max_shard_size,
                 "--model",
             ])
-            .arg(base("tiny-qwen2"))
+            .arg(base("tiny-qwen2-untied"))
             .arg("--adapter")
             .arg(adapter("all_linear_f32"))
             .arg("--output")
@@ -320,7 +320,7 @@ fn a_kill_at_any_moment_leaves_the_old_output_or_the_new_one() {
     let many_files = snapshot(&output);
     assert_ne!(one_file.len(), many_files.len());
 
-    let inputs = snapshot(&base("tiny-qwen2"));
+    let inputs = snapshot(&base("tiny-qwen2-untied"));
     let (mut killed, mut finished) = (0, 0);
     for step in 0..24 {
         let mut process = start(if step % 2 == 0 { "5GB" } else { "20KB" });
@@ -342,7 +342,7 @@ fn a_kill_at_any_moment_leaves_the_old_output_or_the_new_one() {
         );
     }
     assert!(killed > 0, "{finished} runs finished, none was killed");
-    assert!(snapshot(&base("tiny-qwen2")) == inputs);
+    assert!(snapshot(&base("tiny-qwen2-untied")) == inputs);
     // The next whole run tidies up.
     assert!(start("5GB").wait().unwrap().success());
     let left: Vec<_> = fs::read_dir(dir.path())
@@ -362,7 +362,7 @@ fn a_read_only_base_behind_links_is_copied_not_linked() {
     let snapshot_dir = dir.path().join("models--org--tiny/snapshots/abc");
     fs::create_dir_all(&blobs).unwrap();
     fs::create_dir_all(&snapshot_dir).unwrap();
-    for (i, (file, content)) in snapshot(&base("tiny-qwen2")).into_iter().enumerate() {
+    for (i, (file, content)) in snapshot(&base("tiny-qwen2-untied")).into_iter().enumerate() {
         let blob = blobs.join(i.to_string());
         fs::write(&blob, content).unwrap();
         fs::set_permissions(&blob, fs::Permissions::from_mode(0o444)).unwrap();
