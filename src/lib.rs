@@ -1,4 +1,4 @@
-//! infold: one program that serves language models, and will train and merge them.
+//! infold: one program that serves and merges language models, and will train them.
 //!
 //! # The map
 //!
@@ -8,9 +8,9 @@
 //! | verb | |
 //! |---|---|
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
+//! | [`merge`] | base and LoRA adapters in, one model out: shards, GGUF, Modelfile |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
-//! | [`merge`] | base and adapters into what other programs load: Modelfile, prompts compared |
 //!
 //! | noun | |
 //! |---|---|
@@ -19,7 +19,7 @@
 //! | [`layers`] | tensor-parallel linears, attention, embeddings, rotary embedding |
 //! | [`kernels`] | one safe function an operation, SIMD on the CPU |
 //! | [`distributed`] | ranks and their collectives |
-//! | [`weights`] | checkpoints: safetensors, GGUF, the hub |
+//! | [`weights`] | checkpoints: safetensors, GGUF, the hub; adapters folded into them |
 //! | [`text`] | tokenizer, chat and training templates, labels, detokenisation, stop strings |
 //!
 //! # Rules
@@ -50,6 +50,17 @@
 //! [`weights::resolve_model`] finds the files, [`weights::Checkpoint`] maps them,
 //! [`models::ModelConfig`] checks the shape, `engine/config.rs` plans the KV cache, then each rank
 //! cuts its slices ([`layers::Loader`]) and packs quantised ones for its SIMD level.
+//!
+//! # One merge
+//!
+//! 1. `merge/settings.rs` reads the flags or LLaMA-Factory's file; [`weights::Adapter`] sorts the
+//!    tensors of each adapter by module.
+//! 2. [`weights::MergedCheckpoint::plan`] finds by headers which tensor takes which deltas, and
+//!    every fault, before a byte is written; tied embeddings come apart if they must.
+//! 3. [`weights::ShardPlan`] splits the result as `save_pretrained` does; [`weights::write_shards`]
+//!    asks for blocks of rows, which are folded on all cores while others are written and hashed.
+//! 4. `merge/output.rs` wrote all that aside and renames it. The same [`weights::ModelSource`]
+//!    starts a server without writing anything (`infold serve --merge-adapter`).
 
 pub mod bench;
 pub mod chat;

@@ -6,13 +6,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use infold::{bench, chat, serve};
+use infold::{bench, chat, merge, serve};
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Serve language models over an OpenAI-compatible API, without Python
+/// Serve language models over an OpenAI-compatible API and merge LoRA adapters, without Python
 #[derive(Parser)]
 #[command(name = "infold", version, max_term_width = 100)]
 struct Cli {
@@ -23,6 +23,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Serve(Box<serve::ServeArgs>),
+    #[command(alias = "export")]
+    Merge(Box<merge::MergeArgs>),
     Bench(Box<bench::BenchArgs>),
     Chat(chat::ChatArgs),
 }
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     }
     let result = match &cli.command {
         Command::Serve(args) => serve::run(args),
+        Command::Merge(args) => merge::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Chat(args) => run_chat(args),
     };
@@ -51,22 +54,28 @@ fn main() -> ExitCode {
     }
 }
 
-/// Rewrites the flags of the verbs that take vLLM's into clap's spelling, with warnings.
+/// Rewrites the flags of the verbs that take vLLM's or LLaMA-Factory's into clap's spelling, with
+/// warnings.
 fn prepare(mut arguments: Vec<OsString>) -> anyhow::Result<(Vec<OsString>, Vec<String>)> {
-    let takes_engine_flags = arguments
-        .get(1)
-        .is_some_and(|verb| verb == "serve" || verb == "bench");
-    if !takes_engine_flags {
-        return Ok((arguments, Vec::new()));
+    match arguments.get(1).and_then(|verb| verb.to_str()) {
+        Some("serve" | "bench") => {
+            let prepared = serve::prepare_arguments(arguments.split_off(2))?;
+            arguments.extend(prepared.arguments);
+            Ok((arguments, prepared.warnings))
+        }
+        Some("merge" | "export") => {
+            let prepared = merge::prepare_arguments(arguments.split_off(2));
+            arguments.extend(prepared);
+            Ok((arguments, Vec::new()))
+        }
+        _ => Ok((arguments, Vec::new())),
     }
-    let prepared = serve::prepare_arguments(arguments.split_off(2))?;
-    arguments.extend(prepared.arguments);
-    Ok((arguments, prepared.warnings))
 }
 
 fn start_log(command: &Command) {
     let (format, default_level) = match command {
         Command::Serve(args) => (args.listen.log_format, "info"),
+        Command::Merge(_) => (serve::LogFormat::Text, "info"),
         Command::Bench(_) | Command::Chat(_) => (serve::LogFormat::Text, "warn"),
     };
     let filter =

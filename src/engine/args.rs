@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use crate::weights::{Checkpoint, HubOptions, resolve_model};
+use crate::weights::{Checkpoint, HubOptions, ModelSource, resolve_model};
 
 use super::{
     Engine, EngineError, EngineHandle, EngineOptions, KvCacheDtype, MaxModelLen, SchedulingPolicy,
@@ -103,7 +103,7 @@ impl EngineArgs {
     ///
     /// # Errors
     /// See [`Engine::start`].
-    pub fn start(&self, checkpoint: Arc<Checkpoint>) -> Result<EngineHandle, EngineError> {
+    pub fn start(&self, checkpoint: Arc<dyn ModelSource>) -> Result<EngineHandle, EngineError> {
         if self.dtype == Dtype::Float16 {
             tracing::info!(
                 "activations are float32 on a CPU, so --dtype half can not overflow here"

@@ -25,7 +25,7 @@ use candle_core::quantized::GgmlDType;
 
 use crate::layers::LayerError;
 use crate::models::{ModelConfig, ModelError};
-use crate::weights::{Checkpoint, WeightsError};
+use crate::weights::{ModelSource, WeightsError};
 
 pub use args::{Dtype, EngineArgs, parse_size};
 pub use config::{EngineOptions, KvCacheDtype, MaxModelLen};
@@ -133,17 +133,17 @@ impl Engine {
     /// # Errors
     /// [`EngineError`]; head counts that the ranks do not divide are found before loading.
     pub fn start(
-        checkpoint: Arc<Checkpoint>,
+        checkpoint: Arc<dyn ModelSource>,
         options: &EngineOptions,
     ) -> Result<EngineHandle, EngineError> {
         options.check()?;
         let model = ModelConfig::from_json(checkpoint.config())?;
         model.check_tensor_parallel(options.tensor_parallel_size)?;
-        let kv_dtype = kv_dtype(&checkpoint, options.kv_cache_dtype);
+        let kv_dtype = kv_dtype(&*checkpoint, options.kv_cache_dtype);
         // Mapped weights count as available memory until they are read, so take them off.
         let available = available_memory().saturating_sub(checkpoint.size_bytes());
         let plan = plan_kv_cache(options, &model, kv_dtype.size_in_bytes(), available)?;
-        log_plan(&checkpoint, &model, &plan, kv_dtype, options);
+        log_plan(&*checkpoint, &model, &plan, kv_dtype, options);
 
         let (ready, started) = mpsc::channel();
         let (commands, receiver) = mpsc::channel();
@@ -167,7 +167,7 @@ impl Engine {
 
 /// What the engine thread is made of before it runs.
 struct EngineThread {
-    checkpoint: Arc<Checkpoint>,
+    checkpoint: Arc<dyn ModelSource>,
     model: ModelConfig,
     plan: KvPlan,
     kv_dtype: DType,
@@ -263,7 +263,7 @@ fn default_num_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-fn kv_dtype(checkpoint: &Checkpoint, wanted: KvCacheDtype) -> DType {
+fn kv_dtype(checkpoint: &dyn ModelSource, wanted: KvCacheDtype) -> DType {
     match wanted {
         KvCacheDtype::F32 => DType::F32,
         KvCacheDtype::F16 => DType::F16,
@@ -275,7 +275,7 @@ fn kv_dtype(checkpoint: &Checkpoint, wanted: KvCacheDtype) -> DType {
 }
 
 fn log_plan(
-    checkpoint: &Checkpoint,
+    checkpoint: &dyn ModelSource,
     model: &ModelConfig,
     plan: &KvPlan,
     kv_dtype: DType,

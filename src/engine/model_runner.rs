@@ -12,7 +12,7 @@ use crate::distributed::Comm;
 use crate::kernels::{Kernels, KvBlocks};
 use crate::layers::{ForwardContext, Loader};
 use crate::models::{Decoder, ModelConfig};
-use crate::weights::Checkpoint;
+use crate::weights::ModelSource;
 
 use super::EngineError;
 use super::batch::StepInput;
@@ -23,7 +23,7 @@ const LOGITS_CHUNK: usize = 64;
 /// What every rank needs to start.
 #[derive(Clone)]
 pub(super) struct RunnerConfig {
-    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) checkpoint: Arc<dyn ModelSource>,
     pub(super) model: ModelConfig,
     pub(super) max_model_len: usize,
     pub(super) num_threads: usize,
@@ -47,7 +47,12 @@ impl ModelRunner {
         comm: Comm,
     ) -> std::result::Result<Self, EngineError> {
         let kernels = Kernels::cpu(config.num_threads)?;
-        let loader = Loader::new(&config.checkpoint, &kernels, comm.rank(), comm.world_size());
+        let loader = Loader::new(
+            &*config.checkpoint,
+            &kernels,
+            comm.rank(),
+            comm.world_size(),
+        );
         let decoder = Decoder::load(&loader, &config.model, config.max_model_len)?;
         let kv_cache = (0..config.model.num_layers)
             .map(|_| {
@@ -198,7 +203,9 @@ fn run_rank(
 }
 
 /// Returns the dtype whose name decides the KV cache's: that of the first attention weight.
-pub(super) fn weight_dtype(checkpoint: &Checkpoint) -> Option<candle_core::quantized::GgmlDType> {
+pub(super) fn weight_dtype(
+    checkpoint: &dyn ModelSource,
+) -> Option<candle_core::quantized::GgmlDType> {
     checkpoint
         .tensor("model.layers.0.self_attn.q_proj.weight")
         .ok()

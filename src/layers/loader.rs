@@ -5,14 +5,14 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use crate::kernels::{Kernels, Matrix};
-use crate::weights::{Checkpoint, StoredTensor};
+use crate::weights::{StoredTensor, TensorSource};
 
 use super::LayerError;
 
 /// A checkpoint seen by one rank, at a name prefix as `model.layers.3.mlp`.
 #[derive(Clone)]
 pub struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    checkpoint: &'a dyn TensorSource,
     kernels: &'a Kernels,
     rank: usize,
     world_size: usize,
@@ -22,7 +22,7 @@ pub struct Loader<'a> {
 impl<'a> Loader<'a> {
     /// Creates a loader at the root of `checkpoint`.
     pub fn new(
-        checkpoint: &'a Checkpoint,
+        checkpoint: &'a dyn TensorSource,
         kernels: &'a Kernels,
         rank: usize,
         world_size: usize,

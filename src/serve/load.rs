@@ -1,5 +1,8 @@
 //! From flags to a running engine.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use anyhow::Context;
 use serde_json::Value;
 
@@ -9,7 +12,9 @@ use crate::text::{
     fallback_template_for_architecture, resolve_chat_template,
 };
 
-use crate::weights::{self, Checkpoint, TokenizerSource};
+use crate::weights::{
+    self, Adapter, Checkpoint, MergeOptions, MergedCheckpoint, ModelSource, TokenizerSource,
+};
 
 use super::args::ServeArgs;
 use super::defaults;
@@ -80,10 +85,11 @@ pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
         None => tokenizer_of(&checkpoint),
     }
     .context("loading the tokenizer")?;
-    let config = checkpoint.config().clone();
     let generation_config = checkpoint.generation_config().cloned();
     let root = checkpoint.path().display().to_string();
-    let engine = args.engine.start(checkpoint)?;
+    let model = with_adapters(checkpoint, &args.merge_adapter)?;
+    let config = model.config().clone();
+    let engine = args.engine.start(model)?;
     Ok(LoadedModel {
         engine,
         tokenizer,
@@ -91,6 +97,28 @@ pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
         generation_config,
         root,
     })
+}
+
+/// Folds adapters into the weights, which happens when they are loaded.
+fn with_adapters(
+    base: Arc<Checkpoint>,
+    adapters: &[PathBuf],
+) -> anyhow::Result<Arc<dyn ModelSource>> {
+    if adapters.is_empty() {
+        return Ok(base);
+    }
+    let adapters = (adapters.iter())
+        .map(|path| {
+            let adapter = Adapter::open(path, None)
+                .with_context(|| format!("opening the adapter {}", path.display()))?;
+            Ok((adapter, 1.0))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let merged = MergedCheckpoint::plan(base, adapters, MergeOptions::default())?;
+    for warning in merged.warnings() {
+        tracing::warn!("{warning}");
+    }
+    Ok(Arc::new(merged))
 }
 
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Tokenizer, TextError> {

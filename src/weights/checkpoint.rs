@@ -16,7 +16,7 @@ use memmap2::{Advice, Mmap};
 use serde_json::Value;
 
 use super::{
-    GgufVocabulary, StoredTensor, WeightsError, directory, gguf, gguf_file,
+    GgufVocabulary, StoredTensor, TensorInfo, WeightsError, directory, gguf, gguf_file,
     gguf_names::RowOrder,
     index::{StoredDtype, TensorEntry},
 };
@@ -121,14 +121,47 @@ impl Checkpoint {
     /// [`WeightsError::MissingTensor`]; [`WeightsError::UnsupportedDtype`] when it is stored in
     /// a type that infold does not read.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
-        let (file, entry) = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| WeightsError::MissingTensor {
+        let (file, entry) = self.find(name)?;
+        let tensor = self.tensor_of(name, file, entry)?;
+        file.will_need(&entry.range);
+        Ok(match entry.row_order {
+            RowOrder::AsStored => tensor,
+            order @ RowOrder::Interleaved { .. } => {
+                let num_rows = tensor.shape[0];
+                tensor.permute_rows(|row| order.stored_row(row, num_rows))
+            }
+        })
+    }
+
+    /// Returns what a tensor is, without a look at its bytes.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub(super) fn info(&self, name: &str) -> Result<TensorInfo, WeightsError> {
+        let (file, entry) = self.find(name)?;
+        let StoredTensor {
+            name, dtype, shape, ..
+        } = self.tensor_of(name, file, entry)?;
+        Ok(TensorInfo { name, dtype, shape })
+    }
+
+    fn find(&self, name: &str) -> Result<(&MappedFile, &TensorEntry), WeightsError> {
+        match self.tensors.get(name) {
+            Some((file, entry)) => Ok((&self.files[*file], entry)),
+            None => Err(WeightsError::MissingTensor {
                 path: self.path.clone(),
                 tensor: name.to_owned(),
-            })?;
-        let file = &self.files[*file];
+            }),
+        }
+    }
+
+    /// Returns a tensor with its rows in the order of the file.
+    fn tensor_of(
+        &self,
+        name: &str,
+        file: &MappedFile,
+        entry: &TensorEntry,
+    ) -> Result<StoredTensor, WeightsError> {
         let dtype = match &entry.dtype {
             StoredDtype::Known(dtype) => *dtype,
             StoredDtype::Other(dtype) => {
@@ -143,18 +176,37 @@ impl Checkpoint {
                 });
             }
         };
-        let tensor = StoredTensor {
+        Ok(StoredTensor {
             name: name.to_owned(),
             dtype,
             shape: entry.shape.clone(),
-            data: file.bytes(&entry.range),
-        };
-        Ok(match entry.row_order {
-            RowOrder::AsStored => tensor,
-            order @ RowOrder::Interleaved { .. } => {
-                let num_rows = tensor.shape[0];
-                tensor.permute_rows(|row| order.stored_row(row, num_rows))
-            }
+            data: file.bytes.slice(entry.range.clone()),
+        })
+    }
+
+    /// Returns rows of a tensor whose pages leave this process when the rows are dropped, so
+    /// that one pass over a model of any size stays small. They remain in the page cache.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor) and [`StoredTensor::narrow`].
+    pub(super) fn passing_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+    ) -> Result<StoredTensor, WeightsError> {
+        let (file, entry) = self.find(name)?;
+        if entry.row_order != RowOrder::AsStored {
+            return self.tensor(name)?.narrow(0, rows);
+        }
+        let tensor = self.tensor_of(name, file, entry)?;
+        let passing = tensor.narrow(0, rows)?;
+        // Read ahead by as much again, so that the disk works while these rows are.
+        let start = passing.data.as_ptr() as usize - file.data().as_ptr() as usize;
+        let end = (start + 2 * passing.data.len()).min(entry.range.end);
+        file.will_need(&(start..end));
+        Ok(StoredTensor {
+            data: file.passing(passing.data),
+            ..passing
         })
     }
 
@@ -199,6 +251,31 @@ impl AsRef<[u8]> for MapOwner {
     }
 }
 
+/// Bytes of a mapping that are read once.
+struct PassingBytes {
+    map: Arc<Mmap>,
+    bytes: Bytes,
+}
+
+impl AsRef<[u8]> for PassingBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for PassingBytes {
+    fn drop(&mut self) {
+        #[cfg(unix)]
+        {
+            let start = self.bytes.as_ptr() as usize - self.map.as_ptr() as usize;
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the mapping is of a file, shared with nobody and never written to. Pages
+            // that go come back with the same content when they are touched again.
+            let _ = unsafe { (self.map).unchecked_advise_range(advice, start, self.bytes.len()) };
+        }
+    }
+}
+
 impl MappedFile {
     /// Maps the file read-only.
     pub(super) fn open(path: &Path) -> Result<Self, WeightsError> {
@@ -223,12 +300,25 @@ impl MappedFile {
         &self.map
     }
 
-    /// Returns the bytes of a tensor and has the system begin to read them.
-    fn bytes(&self, range: &Range<usize>) -> Bytes {
+    /// Wraps bytes of the mapping so that their pages are let go with them.
+    fn passing(&self, bytes: Bytes) -> Bytes {
+        Bytes::from_owner(PassingBytes {
+            map: Arc::clone(&self.map),
+            bytes,
+        })
+    }
+
+    /// Has the system begin to read a range of the file.
+    fn will_need(&self, range: &Range<usize>) {
         // Only advice: where the system does not take it, pages come in as they are touched.
         let _ = self
             .map
             .advise_range(Advice::WillNeed, range.start, range.len());
+    }
+
+    /// Returns the bytes of a range and has the system begin to read them.
+    pub(super) fn bytes(&self, range: &Range<usize>) -> Bytes {
+        self.will_need(range);
         self.bytes.slice(range.clone())
     }
 }

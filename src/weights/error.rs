@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use super::AdapterFaults;
+
 /// Everything that can be wrong with a checkpoint or with fetching one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -40,6 +42,44 @@ pub enum WeightsError {
         path: PathBuf,
         /// `base_model_name_or_path` of its `adapter_config.json`.
         base_model: String,
+    },
+    /// A directory does not hold a LoRA adapter that can be read.
+    #[error("{} is not a LoRA adapter: {problem}", path.display())]
+    NotAnAdapter {
+        /// The directory.
+        path: PathBuf,
+        /// What is missing and what to do about it.
+        problem: String,
+    },
+    /// Adapters do not fit a base.
+    #[error(transparent)]
+    AdapterFaults(#[from] AdapterFaults),
+    /// A base into which no adapter can be folded.
+    #[error("{} cannot take adapters: {reason}", path.display())]
+    NotABase {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Why, and what to do about it.
+        reason: String,
+    },
+    /// A merged weight is no number, or too large for its dtype.
+    #[error(
+        "{tensor}: a merged weight is NaN or too large for {dtype} (choose --dtype bfloat16 or \
+         float32; if that fails too, the adapter or the base is damaged)"
+    )]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The dtype of the output.
+        dtype: String,
+    },
+    /// A file could not be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Disk full, no permission, ….
+        source: io::Error,
     },
     /// A directory holds several GGUF files that are not the parts of one.
     #[error("{} holds several GGUF files ({}): name one of them", path.display(), files.join(", "))]
@@ -307,14 +347,6 @@ pub enum WeightsError {
         path: PathBuf,
         /// What was announced and what came.
         reason: String,
-    },
-    /// A file could not be written.
-    #[error("cannot write {}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// Disk full, no permission, …
-        source: io::Error,
     },
     /// A model is neither a path nor a hub id.
     #[error("there is no file or directory {spec:?}, and it is not a hub id (owner/name)")]

@@ -4,8 +4,10 @@
 //! by Hugging Face name; a rank of a tensor-parallel group takes its [`Shard`] of each.
 //! [`resolve_model`] finds the path of a model that is named by its hub id, and downloads it.
 
+mod adapter;
 mod checkpoint;
 mod directory;
+mod disk;
 mod download;
 mod error;
 mod gguf;
@@ -17,15 +19,25 @@ mod hub;
 mod index;
 mod quantize;
 mod safetensors;
+mod safetensors_writer;
+mod shard_plan;
 mod source;
+mod state_dict_order;
 mod tensor;
 
+pub use adapter::{
+    Accumulate, Adapter, AdapterConfig, AdapterFaults, DeltaStats, Fault, LoraModule, LoraTarget,
+    MergeOptions, MergedCheckpoint, MergedTensor,
+};
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
+pub use disk::{exchange, free_bytes};
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
 pub use gguf_names::{HeadCounts, RowOrder, gguf_name};
 pub use gguf_writer::{GgufLayout, GgufTensor, GgufValue, GgufWriter};
 pub use hub::{HubOptions, Network, resolve_model};
 pub use quantize::{RowEncoder, encoded_bytes};
-pub use source::{TensorInfo, TensorSource};
+pub use safetensors_writer::{WrittenFile, hex, write_shards};
+pub use shard_plan::{PlannedShard, ShardPlan};
+pub use source::{ModelSource, TensorInfo, TensorSource};
 pub use tensor::{Shard, StoredTensor};

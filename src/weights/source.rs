@@ -4,7 +4,10 @@
 //! makes a tensor when it is asked for. Writers and loaders see only this trait, so that merging
 //! into a directory, into a GGUF file and at the start of a server is one code path.
 
+use std::{ops::Range, path::Path};
+
 use candle_core::quantized::GgmlDType;
+use serde_json::Value;
 
 use super::{Checkpoint, StoredTensor, WeightsError};
 
@@ -17,6 +20,18 @@ pub struct TensorInfo {
     pub dtype: GgmlDType,
     /// Shape, outermost dimension first.
     pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Returns the number of weights.
+    pub fn num_elements(&self) -> u64 {
+        self.shape.iter().map(|size| *size as u64).product()
+    }
+
+    /// Returns the bytes of all elements.
+    pub fn size_bytes(&self) -> u64 {
+        self.num_elements() / self.dtype.block_size() as u64 * self.dtype.type_size() as u64
+    }
 }
 
 /// Tensors by Hugging Face name, made when they are asked for.
@@ -32,21 +47,60 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// No tensor of that name, or bytes that cannot be read.
     fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError>;
+
+    /// Returns rows of a tensor (of a vector, elements), for one pass over it in little memory:
+    /// what the rows hold is given back when they are dropped.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor), and rows that the tensor does not have.
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
+        self.tensor(name)?.narrow(0, rows)
+    }
+}
+
+/// A model that can be run: its tensors and its configuration.
+pub trait ModelSource: TensorSource {
+    /// Returns the content of `config.json`.
+    fn config(&self) -> &Value;
+
+    /// Returns where the (base) model lies.
+    fn path(&self) -> &Path;
+
+    /// Returns the number of weights.
+    fn num_parameters(&self) -> u64;
+
+    /// Returns the bytes of all tensors.
+    fn size_bytes(&self) -> u64;
+}
+
+impl ModelSource for Checkpoint {
+    fn config(&self) -> &Value {
+        Self::config(self)
+    }
+
+    fn path(&self) -> &Path {
+        Self::path(self)
+    }
+
+    fn num_parameters(&self) -> u64 {
+        Self::num_parameters(self)
+    }
+
+    fn size_bytes(&self) -> u64 {
+        Self::size_bytes(self)
+    }
 }
 
 impl TensorSource for Checkpoint {
     fn tensors(&self) -> Result<Vec<TensorInfo>, WeightsError> {
-        self.names()
-            .map(|name| {
-                let StoredTensor {
-                    name, dtype, shape, ..
-                } = self.tensor(name)?;
-                Ok(TensorInfo { name, dtype, shape })
-            })
-            .collect()
+        self.names().map(|name| self.info(name)).collect()
     }
 
     fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         Self::tensor(self, name)
+    }
+
+    fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
+        self.passing_rows(name, rows)
     }
 }

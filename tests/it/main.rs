@@ -9,6 +9,7 @@ mod architecture;
 mod chat_templates;
 mod engine_invariance;
 mod hub;
+mod merge;
 mod models_golden;
 mod openai_sdk;
 mod tiny_engine;

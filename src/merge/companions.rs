@@ -1,0 +1,321 @@
+//! The files beside the weights: copied byte for byte, except keys that must change.
+//!
+//! What is written is meant for transformers 4 and 5, vLLM, Ollama and llama.cpp alike: the older
+//! ones read `rope_theta` and `torch_dtype` at the top of `config.json` only, Ollama finds the
+//! chat template in `tokenizer_config.json` only, newer transformers in `chat_template.jinja`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::json_edit;
+use crate::weights::MergedCheckpoint;
+
+const CONFIG: &str = "config.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
+/// Files that make a tokenizer.
+const TOKENIZER_FILES: &[&str] = &[
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    CHAT_TEMPLATE,
+];
+
+/// Files by name, and what was changed in them.
+#[derive(Debug, Default)]
+pub(super) struct Companions {
+    /// Content by name; a name may have one directory in front.
+    pub(super) files: BTreeMap<String, Vec<u8>>,
+    /// One sentence for each change.
+    pub(super) changes: Vec<String>,
+}
+
+impl Companions {
+    /// Reads the files beside the base's weights and makes the changes of the merge in them.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that is no JSON though it is changed.
+    pub(super) fn of(merged: &MergedCheckpoint) -> anyhow::Result<Self> {
+        let mut companions = Self {
+            files: read_companions(merged.base().path())?,
+            changes: Vec::new(),
+        };
+        companions.take_grown_tokenizer(merged)?;
+        for (key, value) in merged.config_changes() {
+            companions.set(CONFIG, key, value)?;
+        }
+        companions.complete_config()?;
+        companions.complete_chat_template()?;
+        Ok(companions)
+    }
+
+    /// Returns the bytes of all files.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.files
+            .values()
+            .map(|content| content.len() as u64)
+            .sum()
+    }
+
+    fn json(&self, name: &str) -> anyhow::Result<Option<Value>> {
+        (self.files.get(name))
+            .map(|content| serde_json::from_slice(content).with_context(|| format!("parse {name}")))
+            .transpose()
+    }
+
+    /// Sets a key of a JSON file.
+    fn set(&mut self, name: &str, key: &str, value: &Value) -> anyhow::Result<()> {
+        let content = self
+            .files
+            .get_mut(name)
+            .with_context(|| format!("there is no {name}"))?;
+        let text = std::str::from_utf8(content).with_context(|| format!("read {name}"))?;
+        *content = json_edit::set(text, key, value)
+            .with_context(|| format!("change {key} in {name}"))?
+            .into_bytes();
+        let shown = value.to_string();
+        let shown = if shown.len() > 60 { "…" } else { &shown };
+        self.changes.push(format!("{name}: {key} = {shown}"));
+        Ok(())
+    }
+
+    /// A vocabulary that grew in training is described by the tokenizer beside the adapter.
+    fn take_grown_tokenizer(&mut self, merged: &MergedCheckpoint) -> anyhow::Result<()> {
+        let grown = merged
+            .config_changes()
+            .iter()
+            .any(|(key, _)| key == "vocab_size");
+        let with_tokenizer = |dir: &&Path| dir.join("tokenizer.json").exists();
+        let dirs = merged.adapters().iter().map(|adapter| adapter.dir());
+        let Some(dir) = dirs.rev().find(with_tokenizer).filter(|_| grown) else {
+            return Ok(());
+        };
+        for name in TOKENIZER_FILES {
+            self.files.remove(*name);
+            if let Some(content) = read_if_there(&dir.join(name))? {
+                self.files.insert((*name).to_owned(), content);
+            }
+        }
+        self.changes
+            .push(format!("the tokenizer is that of {}", dir.display()));
+        Ok(())
+    }
+
+    /// Adds to a configuration of transformers 5 the keys that older readers look for.
+    fn complete_config(&mut self) -> anyhow::Result<()> {
+        let Some(config) = self.json(CONFIG)? else {
+            return Ok(());
+        };
+        if let (Some(dtype), None) = (config.get("dtype"), config.get("torch_dtype")) {
+            self.set(CONFIG, "torch_dtype", dtype)?;
+        }
+        let rope = config.get("rope_parameters").and_then(Value::as_object);
+        let theta = rope.and_then(|rope| rope.get("rope_theta"));
+        if let (Some(theta), None) = (theta, config.get("rope_theta")) {
+            self.set(CONFIG, "rope_theta", theta)?;
+        }
+        let scaling = config.get("rope_scaling").filter(|value| !value.is_null());
+        let mut scaling = match (scaling.and_then(Value::as_object), rope) {
+            (Some(scaling), _) => scaling.clone(),
+            (None, Some(rope)) => rope.clone(),
+            (None, None) => return Ok(()),
+        };
+        let is_old_form = scaling.contains_key("type") && scaling.contains_key("rope_type");
+        let kind = scaling
+            .get("rope_type")
+            .or_else(|| scaling.get("type"))
+            .cloned();
+        let kind = kind.filter(|kind| kind.as_str().is_some_and(|kind| kind != "default"));
+        if let (Some(kind), false) = (kind, is_old_form) {
+            // Ollama reads `type`, newer transformers `rope_type`.
+            scaling.remove("rope_theta");
+            scaling.insert("rope_type".to_owned(), kind.clone());
+            scaling.insert("type".to_owned(), kind);
+            self.set(CONFIG, "rope_scaling", &Value::Object(scaling))?;
+        }
+        Ok(())
+    }
+
+    /// Puts the chat template into both places where programs look for it.
+    fn complete_chat_template(&mut self) -> anyhow::Result<()> {
+        let Some(config) = self.json(TOKENIZER_CONFIG)? else {
+            return Ok(());
+        };
+        let inside = config.get("chat_template").filter(|value| !value.is_null());
+        match (inside, self.files.get(CHAT_TEMPLATE)) {
+            (None, Some(template)) => {
+                let template = std::str::from_utf8(template)
+                    .with_context(|| format!("read {CHAT_TEMPLATE}"))?;
+                self.set(TOKENIZER_CONFIG, "chat_template", &json!(template))?;
+            }
+            (Some(inside), None) => {
+                // A list has templates by name, of which one is for chats.
+                let named = inside.as_array().and_then(|templates| {
+                    let default = templates.iter().find(|entry| entry["name"] == "default");
+                    default.and_then(|entry| entry["template"].as_str())
+                });
+                if let Some(template) = inside.as_str().or(named) {
+                    self.changes
+                        .push(format!("{CHAT_TEMPLATE}: from {TOKENIZER_CONFIG}"));
+                    let content = template.as_bytes().to_vec();
+                    self.files.insert(CHAT_TEMPLATE.to_owned(), content);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Reads every file of a model directory that is neither weights nor the trace of a training.
+fn read_companions(dir: &Path) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
+    let entries = fs::read_dir(dir).with_context(|| format!("look into {}", dir.display()))?;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("look into {}", dir.display()))?;
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        let path = entry.path();
+        if path.is_dir() && name == "additional_chat_templates" {
+            for (inner, content) in read_companions(&path)? {
+                files.insert(format!("{name}/{inner}"), content);
+            }
+        } else if path.is_file() && is_companion(&name) {
+            // The content even of a link: the output must stand alone.
+            let content = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+            files.insert(name, content);
+        }
+    }
+    Ok(files)
+}
+
+fn is_companion(name: &str) -> bool {
+    const LEFT_OUT: &[&str] = &[
+        "adapter_config.json",
+        "merge_report.json",
+        "trainer_state.json",
+        "requirements.txt",
+    ];
+    let is_wanted = [".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"]
+        .iter()
+        .any(|end| name.ends_with(end));
+    let is_licence = ["LICENSE", "LICENCE", "NOTICE"]
+        .iter()
+        .any(|start| name.starts_with(start));
+    (is_wanted || is_licence)
+        && !name.starts_with('.')
+        && !name.ends_with(".index.json")
+        && !name.ends_with("_results.json")
+        && !LEFT_OUT.contains(&name)
+}
+
+fn read_if_there(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let content = fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    Ok(Some(content))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn companions(files: &[(&str, &str)]) -> Companions {
+        Companions {
+            files: (files.iter())
+                .map(|(name, content)| ((*name).to_owned(), content.as_bytes().to_vec()))
+                .collect(),
+            changes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_version_5_configuration_gets_the_older_keys() {
+        let config = r#"{"dtype": "bfloat16", "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}"#;
+        let mut companions = companions(&[(CONFIG, config)]);
+        companions.complete_config().unwrap();
+        let found = companions.json(CONFIG).unwrap().unwrap();
+        assert_eq!(found["torch_dtype"], "bfloat16");
+        assert_eq!(found["rope_theta"], 1_000_000.0);
+        assert!(found.get("rope_scaling").is_none());
+    }
+
+    #[test]
+    fn yarn_is_spelled_both_ways() {
+        for config in [
+            r#"{"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}"#,
+            r#"{"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}"#,
+            r#"{"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}"#,
+        ] {
+            let mut companions = companions(&[(CONFIG, config)]);
+            companions.complete_config().unwrap();
+            let found = companions.json(CONFIG).unwrap().unwrap();
+            let scaling = &found["rope_scaling"];
+            assert_eq!(
+                scaling,
+                &json!({"type": "yarn", "rope_type": "yarn", "factor": 4.0})
+            );
+            assert_eq!(found["rope_theta"], 1e6);
+        }
+    }
+
+    #[test]
+    fn a_complete_configuration_keeps_every_byte() {
+        let config = "{\n \"rms_norm_eps\": 1e-06,\"rope_scaling\": null, \"rope_theta\": 1e6, \"torch_dtype\": \"bfloat16\"}";
+        let mut companions = companions(&[(CONFIG, config)]);
+        companions.complete_config().unwrap();
+        assert_eq!(companions.files[CONFIG], config.as_bytes());
+        assert!(companions.changes.is_empty());
+    }
+
+    #[test]
+    fn the_chat_template_is_in_both_places() {
+        let mut inside = companions(&[(TOKENIZER_CONFIG, r#"{"chat_template": "{{ ü }}"}"#)]);
+        inside.complete_chat_template().unwrap();
+        assert_eq!(inside.files[CHAT_TEMPLATE], "{{ ü }}".as_bytes());
+        let mut beside = companions(&[(TOKENIZER_CONFIG, "{}"), (CHAT_TEMPLATE, "a\n\"b\"")]);
+        beside.complete_chat_template().unwrap();
+        let found = beside.json(TOKENIZER_CONFIG).unwrap().unwrap();
+        assert_eq!(found["chat_template"], "a\n\"b\"");
+        let list = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        let mut named = companions(&[(TOKENIZER_CONFIG, list)]);
+        named.complete_chat_template().unwrap();
+        assert_eq!(named.files[CHAT_TEMPLATE], b"d");
+    }
+
+    #[test]
+    fn weights_and_traces_of_training_are_no_companions() {
+        for name in [
+            "config.json",
+            "merges.txt",
+            "tokenizer.model",
+            "LICENSE",
+            "modeling_x.py",
+        ] {
+            assert!(is_companion(name), "{name}");
+        }
+        for name in [
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "trainer_state.json",
+            "train_results.json",
+            "README.md",
+            "Modelfile",
+            ".gitattributes",
+        ] {
+            assert!(!is_companion(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! PEFT LoRA adapters, and a base model with adapters folded in.
+//!
+//! [`Adapter::open`] reads a directory; [`MergedCheckpoint::plan`] finds by headers alone which
+//! tensor takes which deltas and every reason why it cannot be done; then each tensor is made
+//! when it is asked for. Semantics: PEFT's `merge_and_unload`, with one rounding.
+
+mod adapter_dir;
+mod config;
+mod convert;
+mod faults;
+mod fold;
+mod hints;
+mod keys;
+mod merged;
+mod plan;
+mod simd;
+mod tied;
+
+#[cfg(test)]
+mod tests;
+
+pub use adapter_dir::{Adapter, LoraModule, LoraTarget};
+pub use config::AdapterConfig;
+pub use faults::{AdapterFaults, Fault};
+pub use fold::DeltaStats;
+pub use merged::{Accumulate, MergeOptions, MergedCheckpoint, MergedTensor};

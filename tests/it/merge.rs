@@ -1,0 +1,423 @@
+//! `infold merge` through the binary: what it writes, what it refuses, what a kill leaves behind.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+
+use infold::engine::Engine;
+use infold::weights::{Adapter, Checkpoint, MergeOptions, MergedCheckpoint};
+use serde_json::Value;
+
+use crate::tiny_engine::{self, fixtures};
+
+fn infold(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_infold"))
+        .args(arguments)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap()
+}
+
+fn succeed(arguments: &[&str]) -> String {
+    let output = infold(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fail(arguments: &[&str]) -> String {
+    let output = infold(arguments);
+    assert!(!output.status.success(), "{arguments:?} succeeded");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn base(name: &str) -> PathBuf {
+    fixtures().join(name)
+}
+
+fn adapter(case: &str) -> PathBuf {
+    fixtures().join("adapters").join(case).join("adapter")
+}
+
+/// Every file below a directory, also hidden ones.
+fn snapshot(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(snapshot(&path));
+        } else {
+            files.insert(
+                path.strip_prefix(dir).unwrap().to_owned(),
+                fs::read(&path).unwrap(),
+            );
+        }
+    }
+    files
+}
+
+fn golden_sha256(case: &str) -> String {
+    let json: Value =
+        serde_json::from_slice(&fs::read(fixtures().join("adapters/cases.json")).unwrap()).unwrap();
+    let cases = json["cases"].as_array().unwrap();
+    let case = cases.iter().find(|found| found["case"] == case).unwrap();
+    case["model_safetensors_sha256"]
+        .as_str()
+        .unwrap()
+        .to_owned()
+}
+
+fn report(dir: &Path) -> Value {
+    serde_json::from_slice(&fs::read(dir.join("merge_report.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn the_example_of_the_readme_merges_what_peft_merges() {
+    let readme =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let line = readme
+        .lines()
+        .find(|line| line.starts_with("target/release/infold merge --model tests/fixtures"))
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("merged");
+    let mut arguments: Vec<&str> = line.split_whitespace().skip(1).collect();
+    *arguments.last_mut().unwrap() = output.to_str().unwrap();
+    let table = succeed(&arguments);
+    assert!(
+        table.contains("q_proj") && table.contains("tensors merged"),
+        "{table}"
+    );
+    let report = report(&output);
+    let weights = &report["files"][0];
+    assert_eq!(weights["name"], "model.safetensors");
+    assert_eq!(weights["sha256"], golden_sha256("all_linear_bf16"));
+    assert_eq!(
+        fs::read(output.join("config.json")).unwrap(),
+        fs::read(base("tiny-qwen2-bf16").join("config.json")).unwrap()
+    );
+}
+
+#[test]
+fn a_llamafactory_file_is_read_and_the_result_checks() {
+    let dir = tempfile::tempdir().unwrap();
+    let yaml = dir.path().join("merge.yaml");
+    let text = format!(
+        "model_name_or_path: {}\nadapter_name_or_path: {}\ntemplate: qwen\ntrust_remote_code: true\n\
+         export_dir: {}\nexport_size: 5\nexport_device: gpu\nexport_legacy_format: false\n",
+        base("tiny-qwen2").display(),
+        adapter("lm_head_lora_tied").display(),
+        dir.path().join("out").display()
+    );
+    fs::write(&yaml, text).unwrap();
+    let yaml = yaml.to_str().unwrap();
+    let plan = succeed(&["export", yaml, "max_shard_size=150KB", "dry_run=true"]);
+    assert!(plan.contains("model-00001-of-000"), "{plan}");
+    assert!(!dir.path().join("out").exists());
+
+    succeed(&["export", yaml, "max_shard_size=150KB"]);
+    let out = dir.path().join("out");
+    let config: Value =
+        serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["tie_word_embeddings"], false);
+    assert!(out.join("model.safetensors.index.json").exists());
+    assert!(out.join("chat_template.jinja").exists());
+    let agrees = succeed(&["merge", yaml, "max_shard_size=150KB", "--check"]);
+    assert!(agrees.contains("is what this merge writes"), "{agrees}");
+
+    // One bit in the middle of a tensor.
+    let shard = out.join("model-00002-of-00005.safetensors");
+    let mut bytes = fs::read(&shard).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    let error = fail(&["merge", yaml, "max_shard_size=150KB", "--check"]);
+    assert!(error.contains("differs first in row"), "{error}");
+}
+
+#[test]
+fn the_same_inputs_give_the_same_bytes_with_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, threads: &str| {
+        let output = dir.path().join(name);
+        let status = Command::new(env!("CARGO_BIN_EXE_infold"))
+            .args(["merge", "--model"])
+            .arg(base("tiny-qwen2-bf16"))
+            .arg("--adapter")
+            .arg(adapter("dora_bf16"))
+            .arg("--output")
+            .arg(&output)
+            .env("RAYON_NUM_THREADS", threads)
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        snapshot(&output)
+    };
+    assert!(write("one", "1") == write("four", "4"));
+}
+
+#[test]
+fn nothing_is_written_when_something_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let output = output.to_str().unwrap();
+    let model = base("tiny-qwen2-bf16");
+    let model = model.to_str().unwrap();
+    let good = adapter("all_linear_bf16");
+    let good = good.to_str().unwrap();
+    let overflow = adapter("refused_f16_overflow");
+    let f16 = base("tiny-qwen2-f16");
+    for (arguments, wanted) in [
+        (
+            vec!["--model", model, "--adapter", good, "--output", good],
+            "choose another --output",
+        ),
+        (
+            vec!["--model", model, "--adapter", good, "--output", model],
+            "choose another --output",
+        ),
+        (
+            vec![
+                "--model",
+                model,
+                "--adapter",
+                "/no/adapter",
+                "--output",
+                output,
+            ],
+            "/no/adapter",
+        ),
+        (
+            vec![
+                "--model",
+                "/no/model",
+                "--adapter",
+                good,
+                "--output",
+                output,
+            ],
+            "/no/model",
+        ),
+        (vec!["export_dri=x"], "did you mean \"export_dir\""),
+        (
+            vec![
+                "--model",
+                f16.to_str().unwrap(),
+                "--adapter",
+                overflow.to_str().unwrap(),
+                "--output",
+                output,
+            ],
+            "too large for F16",
+        ),
+    ] {
+        let mut line = vec!["merge"];
+        line.extend(arguments);
+        let error = fail(&line);
+        assert!(error.contains(wanted), "{error}");
+        assert!(snapshot(dir.path()).is_empty(), "{line:?}");
+    }
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let copy = |from: &Path, name: &str| {
+        let to = dir.path().join(name);
+        fs::create_dir(&to).unwrap();
+        for (file, content) in snapshot(from) {
+            fs::write(to.join(file), content).unwrap();
+        }
+        to
+    };
+    let model = copy(&base("tiny-qwen2-bf16"), "base");
+    let lora = copy(&adapter("all_linear_bf16"), "lora");
+    let merge = || {
+        let output = output.to_str().unwrap();
+        let (model, lora) = (model.to_str().unwrap(), lora.to_str().unwrap());
+        fail(&[
+            "merge",
+            "--model",
+            model,
+            "--adapter",
+            lora,
+            "--output",
+            output,
+        ])
+    };
+    for file in [
+        model.join("model.safetensors"),
+        lora.join("adapter_model.safetensors"),
+        lora.join("adapter_config.json"),
+        model.join("config.json"),
+    ] {
+        let whole = fs::read(&file).unwrap();
+        for damaged in [&whole[..whole.len() * 2 / 3], &whole[..5], b""] {
+            fs::write(&file, damaged).unwrap();
+            let error = merge();
+            assert!(error.contains(file.to_str().unwrap()), "{error}");
+            assert!(!output.exists());
+        }
+        fs::write(&file, whole).unwrap();
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_and_leaves_nothing() {
+    // A limit on the size of files stands for the disk: the write fails in the same place.
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let line = format!(
+        "trap '' XFSZ; ulimit -f 100; exec {} merge --model {} --adapter {} --output {}",
+        env!("CARGO_BIN_EXE_infold"),
+        base("tiny-qwen2-untied").display(),
+        adapter("all_linear_f32").display(),
+        output.display()
+    );
+    let result = Command::new("bash").args(["-c", &line]).output().unwrap();
+    let error = String::from_utf8_lossy(&result.stderr);
+    assert!(!result.status.success());
+    assert!(
+        error.contains("cannot write") && error.contains("model.safetensors"),
+        "{error}"
+    );
+    assert!(error.contains("is as it was before"), "{error}");
+    assert!(snapshot(dir.path()).is_empty());
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_the_old_output_or_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("out");
+    let start = |max_shard_size: &str| {
+        Command::new(env!("CARGO_BIN_EXE_infold"))
+            .args([
+                "merge",
+                "--overwrite",
+                "--max-shard-size",
+                max_shard_size,
+                "--model",
+            ])
+            .arg(base("tiny-qwen2-untied"))
+            .arg("--adapter")
+            .arg(adapter("all_linear_f32"))
+            .arg("--output")
+            .arg(&output)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let time = std::time::Instant::now();
+    assert!(start("5GB").wait().unwrap().success());
+    let whole_run = time.elapsed();
+    let one_file = snapshot(&output);
+    assert!(start("20KB").wait().unwrap().success());
+    let many_files = snapshot(&output);
+    assert_ne!(one_file.len(), many_files.len());
+
+    let inputs = snapshot(&base("tiny-qwen2-untied"));
+    let (mut killed, mut finished) = (0, 0);
+    for step in 0..24 {
+        let mut process = start(if step % 2 == 0 { "5GB" } else { "20KB" });
+        // Each time another part of a whole run, which no signal of the program could name.
+        let deadline = std::time::Instant::now() + whole_run * (step + 1) / 20;
+        while std::time::Instant::now() < deadline && process.try_wait().unwrap().is_none() {
+            std::hint::spin_loop();
+        }
+        process.kill().unwrap();
+        if process.wait().unwrap().success() {
+            finished += 1;
+        } else {
+            killed += 1;
+        }
+        let found = snapshot(&output);
+        assert!(
+            found == one_file || found == many_files,
+            "half a model after step {step}"
+        );
+    }
+    assert!(killed > 0, "{finished} runs finished, none was killed");
+    assert!(snapshot(&base("tiny-qwen2-untied")) == inputs);
+    // The next whole run tidies up.
+    assert!(start("5GB").wait().unwrap().success());
+    let left: Vec<_> = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["out"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_read_only_base_behind_links_is_copied_not_linked() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = dir.path().join("blobs");
+    let snapshot_dir = dir.path().join("models--org--tiny/snapshots/abc");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(&snapshot_dir).unwrap();
+    for (i, (file, content)) in snapshot(&base("tiny-qwen2-untied")).into_iter().enumerate() {
+        let blob = blobs.join(i.to_string());
+        fs::write(&blob, content).unwrap();
+        fs::set_permissions(&blob, fs::Permissions::from_mode(0o444)).unwrap();
+        symlink(&blob, snapshot_dir.join(file)).unwrap();
+    }
+    let output = dir.path().join("out");
+    succeed(&[
+        "merge",
+        "--model",
+        snapshot_dir.to_str().unwrap(),
+        "--adapter",
+        adapter("all_linear_f32").to_str().unwrap(),
+        "--output",
+        output.to_str().unwrap(),
+    ]);
+    for entry in fs::read_dir(&output).unwrap() {
+        assert!(entry.unwrap().file_type().unwrap().is_file());
+    }
+    assert_eq!(
+        report(&output)["files"][0]["sha256"],
+        golden_sha256("all_linear_f32")
+    );
+}
+
+#[test]
+fn a_server_of_base_and_adapter_answers_as_the_merged_directory() {
+    for (case, model) in [
+        ("lm_head_lora_tied", "tiny-qwen2"),
+        ("all_linear_bf16", "tiny-qwen2-bf16"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let output = dir.path().join("out");
+        succeed(&[
+            "merge",
+            "--model",
+            base(model).to_str().unwrap(),
+            "--adapter",
+            adapter(case).to_str().unwrap(),
+            "--output",
+            output.to_str().unwrap(),
+        ]);
+        let options = tiny_engine::options();
+        let from_directory = tiny_engine::start(&output, &options);
+        let live = MergedCheckpoint::plan(
+            Arc::new(Checkpoint::open(&base(model)).unwrap()),
+            vec![(Adapter::open(&adapter(case), None).unwrap(), 1.0)],
+            MergeOptions::default(),
+        )
+        .unwrap();
+        let live = Engine::start(Arc::new(live), &options).unwrap();
+        let plain = tiny_engine::start(&base(model), &options);
+        let prompt = [5, 17, 301, 44, 260, 9, 128];
+        let answers = [&from_directory, &live, &plain]
+            .map(|engine| tiny_engine::run(engine, &prompt, tiny_engine::greedy(8)));
+        assert_eq!(answers[0], answers[1], "{case}");
+        assert_ne!(answers[0], answers[2], "{case}");
+    }
+}
