@@ -7,6 +7,8 @@ use anyhow::{Context, bail};
 use candle_core::quantized::GgmlDType;
 use clap::{Args, ValueEnum};
 
+use super::gguf::GgufFileType;
+use super::prompts::PromptOptions;
 use super::settings::{self, Settings};
 use crate::weights::{self, MergeOptions};
 
@@ -54,6 +56,30 @@ pub struct MergeArgs {
     #[arg(long, value_enum)]
     pub dtype: Option<Dtype>,
 
+    /// Take the model for one trained with this template (qwen, qwen@0.9.2, qwen3, llama3, chatml, …) [default: as the adapter says, else by the model's tokens]
+    #[arg(long, value_name = "NAME")]
+    pub template: Option<String>,
+
+    /// Give conversations without a system prompt this one: in chat template, Modelfile and record [default: as it is]
+    #[arg(long, value_name = "TEXT")]
+    pub default_system: Option<String>,
+
+    /// Write a Modelfile for Ollama in this style [default: complete]
+    #[arg(long, value_enum)]
+    pub modelfile: Option<ModelfileChoice>,
+
+    /// Write GGUF files of these types too, separated by commas [default: none]
+    #[arg(long, value_enum, value_name = "TYPE", value_delimiter = ',')]
+    pub gguf: Vec<GgufFileType>,
+
+    /// Write the GGUF files without the safetensors [default: off]
+    #[arg(long)]
+    pub gguf_only: bool,
+
+    /// Write nothing but the adapter as lora.gguf and a Modelfile that puts it on the model [default: off]
+    #[arg(long, conflicts_with_all = ["gguf", "gguf_only", "check"])]
+    pub gguf_lora: bool,
+
     /// Replace an output directory that holds a model [default: off]
     #[arg(long)]
     pub overwrite: bool,
@@ -78,6 +104,17 @@ pub enum Accumulate {
     Fp32,
     /// After each adapter.
     Llamafactory,
+}
+
+/// Which Modelfile is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ModelfileChoice {
+    /// With tools, all stop words and the model's sampling parameters.
+    Complete,
+    /// LLaMA-Factory's, byte for byte.
+    Llamafactory,
+    /// None.
+    None,
 }
 
 /// The type of the stored weights.
@@ -118,6 +155,17 @@ pub(super) enum Task {
     Check,
 }
 
+/// Which files hold the weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Files {
+    /// Shards of safetensors, and GGUF files of these types.
+    Model(Vec<GgufFileType>),
+    /// GGUF files of these types alone.
+    Gguf(Vec<GgufFileType>),
+    /// The adapter as a GGUF file.
+    GgufLora,
+}
+
 /// All that a merge is asked to do, checked.
 #[derive(Debug, Clone)]
 pub(super) struct MergeConfig {
@@ -128,6 +176,8 @@ pub(super) struct MergeConfig {
     pub(super) output: PathBuf,
     pub(super) max_shard_size: u64,
     pub(super) options: MergeOptions,
+    pub(super) prompts: PromptOptions,
+    pub(super) files: Files,
     pub(super) overwrite: bool,
     pub(super) task: Task,
     pub(super) revision: Option<String>,
@@ -145,6 +195,7 @@ impl MergeConfig {
     /// A file that cannot be read, an unknown key, a missing model or output directory.
     pub(super) fn from_args(args: &MergeArgs) -> anyhow::Result<Self> {
         let settings = Settings::read(&args.settings)?;
+        let files = Files::of(args, &settings)?;
         let model = args.model.clone().or(settings.model).context(
             "no model is given: set --model (model_name_or_path) to a directory or a hub id",
         )?;
@@ -172,6 +223,15 @@ impl MergeConfig {
         }
         let weight_of = |i: usize| weights.get(i).copied().unwrap_or(1.0);
         let accumulate = args.accumulate.or(settings.accumulate);
+        if (args.check || settings.check) && files != Files::Model(Vec::new()) {
+            bail!("--check compares safetensors: leave --gguf, --gguf-only and --gguf-lora out");
+        }
+        if files == Files::GgufLora && adapters.len() != 1 {
+            bail!(
+                "--gguf-lora needs exactly one adapter, {} are given",
+                adapters.len()
+            );
+        }
         Ok(Self {
             model,
             adapters: (adapters.into_iter().enumerate())
@@ -188,6 +248,13 @@ impl MergeConfig {
                 },
                 dtype: (args.dtype.or(settings.dtype)).and_then(Dtype::stored),
             },
+            prompts: PromptOptions {
+                template: args.template.clone().or(settings.template),
+                default_system: args.default_system.clone().or(settings.default_system),
+                modelfile: (args.modelfile.or(settings.modelfile))
+                    .unwrap_or(ModelfileChoice::Complete),
+            },
+            files,
             overwrite: args.overwrite || settings.overwrite,
             task: match (
                 args.dry_run || settings.dry_run,
@@ -201,6 +268,32 @@ impl MergeConfig {
             revision: args.revision.clone(),
             warnings: settings.warnings,
         })
+    }
+}
+
+impl Files {
+    fn of(args: &MergeArgs, settings: &Settings) -> anyhow::Result<Self> {
+        let types = if args.gguf.is_empty() {
+            &settings.gguf
+        } else {
+            &args.gguf
+        };
+        let mut gguf = Vec::new();
+        for file_type in types {
+            if !gguf.contains(file_type) {
+                gguf.push(*file_type);
+            }
+        }
+        let gguf_only = args.gguf_only || settings.gguf_only;
+        match (args.gguf_lora || settings.gguf_lora, gguf_only) {
+            (true, false) if gguf.is_empty() => Ok(Self::GgufLora),
+            (true, _) => bail!("--gguf-lora writes the adapter alone: leave --gguf out"),
+            (false, true) if gguf.is_empty() => {
+                bail!("--gguf-only needs --gguf with the types to write, such as q4_k_m")
+            }
+            (false, true) => Ok(Self::Gguf(gguf)),
+            (false, false) => Ok(Self::Model(gguf)),
+        }
     }
 }
 

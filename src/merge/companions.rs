@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -37,6 +37,8 @@ pub(super) struct Companions {
     pub(super) files: BTreeMap<String, Vec<u8>>,
     /// One sentence for each change.
     pub(super) changes: Vec<String>,
+    /// Where the tokenizer comes from.
+    pub(super) tokenizer_dir: PathBuf,
 }
 
 impl Companions {
@@ -48,6 +50,7 @@ impl Companions {
         let mut companions = Self {
             files: read_companions(merged.base().path())?,
             changes: Vec::new(),
+            tokenizer_dir: merged.base().path().to_owned(),
         };
         companions.take_grown_tokenizer(merged)?;
         for (key, value) in merged.config_changes() {
@@ -88,6 +91,27 @@ impl Companions {
         Ok(())
     }
 
+    /// Returns the chat template, if there is one.
+    pub(super) fn chat_template(&self) -> Option<&str> {
+        std::str::from_utf8(self.files.get(CHAT_TEMPLATE)?).ok()
+    }
+
+    /// Puts a chat template into both places.
+    pub(super) fn set_chat_template(&mut self, template: &str) -> anyhow::Result<()> {
+        let content = template.as_bytes().to_vec();
+        self.files.insert(CHAT_TEMPLATE.to_owned(), content);
+        self.changes.push(CHAT_TEMPLATE.to_owned());
+        if self.files.contains_key(TOKENIZER_CONFIG) {
+            self.set(TOKENIZER_CONFIG, "chat_template", &json!(template))?;
+        }
+        Ok(())
+    }
+
+    /// Returns `generation_config.json`, if there is one.
+    pub(super) fn generation_config(&self) -> anyhow::Result<Option<Value>> {
+        self.json("generation_config.json")
+    }
+
     /// A vocabulary that grew in training is described by the tokenizer beside the adapter.
     fn take_grown_tokenizer(&mut self, merged: &MergedCheckpoint) -> anyhow::Result<()> {
         let grown = merged
@@ -107,6 +131,7 @@ impl Companions {
         }
         self.changes
             .push(format!("the tokenizer is that of {}", dir.display()));
+        self.tokenizer_dir = dir.to_owned();
         Ok(())
     }
 

@@ -8,13 +8,15 @@ mod args;
 mod check;
 mod companions;
 mod default_system;
-mod gguf;
+pub mod gguf;
+mod gguf_files;
 mod go_template;
 mod json_edit;
 mod modelfile;
 mod output;
 mod progress;
 mod prompt_check;
+mod prompts;
 mod report;
 mod settings;
 
@@ -30,12 +32,25 @@ use crate::weights::{
     self, Adapter, Checkpoint, HubOptions, MergedCheckpoint, ShardPlan, TensorSource, WrittenFile,
 };
 
-pub use args::{Accumulate, Dtype, MergeArgs, prepare_arguments};
+pub use args::{Accumulate, Dtype, MergeArgs, ModelfileChoice, prepare_arguments};
+pub use default_system::{
+    DefaultSystem, DefaultSystemError, default_system_of, set_default_system,
+};
+pub use go_template::{GoTemplate, GoTemplateError};
+pub use modelfile::{
+    Instruction, Modelfile, ModelfileError, ModelfileInput, ModelfileStyle, lost_characters,
+    modelfile, ollama_template, parse_modelfile, stop_tokens,
+};
+pub use prompt_check::{
+    PromptCheckError, PromptCheckInput, PromptDifference, PromptReport, PromptSource, check_prompts,
+};
 
-use args::{MergeConfig, Task};
+use args::{Files, MergeConfig, Task};
 use companions::Companions;
+use gguf_files::GgufFile;
 use output::{Existing, Staging};
 use progress::Progress;
+use prompts::OllamaSource;
 use report::{Counts, Observed, REPORT_FILE, Report};
 
 /// Space that is asked for beyond the files themselves, in bytes.
@@ -65,7 +80,11 @@ struct Job<'a> {
     base_dir: PathBuf,
     merged: MergedCheckpoint,
     companions: Companions,
+    /// How the prompts of training and serving compare.
+    prompts: Option<PromptReport>,
+    /// The shards; without content if only GGUF files are written.
     plan: ShardPlan,
+    gguf: Vec<GgufFile>,
 }
 
 impl<'a> Job<'a> {
@@ -85,23 +104,64 @@ impl<'a> Job<'a> {
             })
             .collect::<anyhow::Result<_>>()?;
         let merged = MergedCheckpoint::plan(Arc::new(base), adapters, config.options)?;
-        let companions = Companions::of(&merged)?;
-        let plan = ShardPlan::new(merged.tensors()?, config.max_shard_size);
+        let mut companions = Companions::of(&merged)?;
+        let base_path = std::path::absolute(&base_dir).unwrap_or_else(|_| base_dir.clone());
+        let base_path = base_path.display().to_string();
+        let (types, tensors, from) = match &config.files {
+            Files::Model(types) => (&types[..], merged.tensors()?, ".".to_owned()),
+            Files::Gguf(types) => {
+                let first = types
+                    .first()
+                    .map(|file_type| gguf_files::file_name(*file_type));
+                (
+                    &types[..],
+                    Vec::new(),
+                    format!("./{}", first.unwrap_or_default()),
+                )
+            }
+            Files::GgufLora => (&[][..], Vec::new(), base_path),
+        };
+        let lora_file = format!("./{}", gguf_files::LORA_FILE);
+        let source = OllamaSource {
+            from: &from,
+            adapter: (config.files == Files::GgufLora).then_some(&lora_file[..]),
+        };
+        let prompts = prompts::complete(&mut companions, &merged, &config.prompts, source)?;
+        let name = config
+            .output
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
+        let gguf = gguf_files::plan(&merged, &companions, types, &name.unwrap_or_default())?;
+        if !matches!(config.files, Files::Model(_)) {
+            // A GGUF file holds the rest itself.
+            companions
+                .files
+                .retain(|name, _| name == prompts::MODELFILE);
+        }
+        let plan = ShardPlan::new(tensors, config.max_shard_size);
         Ok(Self {
             config,
             base_dir,
             merged,
             companions,
+            prompts,
             plan,
+            gguf,
         })
     }
 
     /// Returns the bytes that the output takes on the disk, nearly.
     fn output_bytes(&self) -> u64 {
-        self.plan.file_bytes() + self.companions.size_bytes() + SPARE_BYTES
+        self.weight_bytes() + self.companions.size_bytes() + SPARE_BYTES
     }
 
-    fn write(&self) -> anyhow::Result<()> {
+    /// Returns the bytes of shards and GGUF files.
+    fn weight_bytes(&self) -> u64 {
+        let gguf = self.gguf.iter().map(|file| file.plan.size_bytes());
+        self.plan.file_bytes() + gguf.sum::<u64>()
+    }
+
+    fn write(mut self) -> anyhow::Result<()> {
         let mut inputs: Vec<&Path> = vec![&self.base_dir];
         inputs.extend(self.merged.adapters().iter().map(Adapter::dir));
         let existing = if self.config.overwrite {
@@ -113,11 +173,27 @@ impl<'a> Job<'a> {
         self.check_space(staging.dir())?;
 
         let observed = Observed::new(&self.merged);
-        let progress = Progress::new(self.plan.file_bytes(), "merging");
+        let weight_bytes = self.weight_bytes();
+        let progress = Progress::new(weight_bytes, "merging");
         let mut files = weights::write_shards(&self.plan, &observed, staging.dir(), &mut |bytes| {
             progress.add(bytes);
         })
         .with_context(|| self.nothing_changed())?;
+        let mut notes = Vec::new();
+        for file in std::mem::take(&mut self.gguf) {
+            let (written, summary) =
+                gguf_files::write(file, &self.merged, staging.dir(), &progress)
+                    .with_context(|| self.nothing_changed())?;
+            notes.push(format!("{}: {summary}", written.name));
+            files.push(written);
+        }
+        if let (Files::GgufLora, [(_, weight)]) = (&self.config.files, &self.config.adapters[..]) {
+            files.push(gguf_files::write_lora(
+                &self.merged,
+                *weight,
+                staging.dir(),
+            )?);
+        }
         let elapsed = progress.finish();
 
         if let Some((name, index)) = self.plan.index() {
@@ -136,7 +212,7 @@ impl<'a> Job<'a> {
         };
         staging.write(REPORT_FILE, report.to_json().as_bytes())?;
         staging.publish().with_context(|| self.nothing_changed())?;
-        self.print_result(&report, elapsed)
+        self.print_result(&report, &notes, weight_bytes, elapsed)
     }
 
     fn nothing_changed(&self) -> String {
@@ -159,20 +235,34 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn print_result(&self, report: &Report, elapsed: Duration) -> anyhow::Result<()> {
-        let bytes = self.plan.file_bytes();
-        let speed = bytes as f64 / 1e6 / elapsed.as_secs_f64().max(1e-9);
+    fn print_result(
+        &self,
+        report: &Report,
+        notes: &[String],
+        bytes: u64,
+        elapsed: Duration,
+    ) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
-        write!(out, "{}", report.to_table()).context("print the report")?;
-        writeln!(
-            out,
-            "{} in {} files written to {} in {:.1} s ({speed:.0} MB/s)",
-            gigabytes(bytes),
-            self.plan.shards.len(),
-            self.config.output.display(),
-            elapsed.as_secs_f64(),
-        )
-        .context("print the report")
+        let mut print = || -> std::io::Result<()> {
+            if self.config.files != Files::GgufLora {
+                write!(out, "{}", report.to_table())?;
+            }
+            for note in notes {
+                writeln!(out, "{note}")?;
+            }
+            if let Some(prompts) = &self.prompts {
+                writeln!(out, "prompts: {prompts}")?;
+            }
+            let seconds = elapsed.as_secs_f64();
+            writeln!(
+                out,
+                "{} of weights written to {} in {seconds:.1} s ({:.0} MB/s)",
+                gigabytes(bytes),
+                self.config.output.display(),
+                bytes as f64 / 1e6 / seconds.max(1e-9),
+            )
+        };
+        print().context("print the report")
     }
 
     /// Says what would be written, and what it would take.
@@ -189,8 +279,16 @@ impl<'a> Job<'a> {
                     shard.file_bytes()
                 )?;
             }
+            for file in &self.gguf {
+                let (name, bytes) = (&file.name, file.plan.size_bytes());
+                writeln!(out, "{name:<36} {:>13} {bytes:>14} bytes", "")?;
+                writeln!(out, "  {}", file.plan.summary())?;
+            }
             for (name, content) in &self.companions.files {
                 writeln!(out, "{name:<36} {:>13} {:>14} bytes", "", content.len())?;
+            }
+            if let Some(prompts) = &self.prompts {
+                writeln!(out, "prompts: {prompts}")?;
             }
             for change in &self.companions.changes {
                 writeln!(out, "changed: {change}")?;
@@ -209,7 +307,7 @@ impl<'a> Job<'a> {
                 gigabytes(self.output_bytes()),
                 free.map_or_else(|| "an unknown amount".to_owned(), gigabytes)
             )?;
-            let megabytes = self.plan.file_bytes() as f64 / 1e6;
+            let megabytes = self.weight_bytes() as f64 / 1e6;
             writeln!(
                 out,
                 "time: {:.0} s on a disk that writes 200 MB/s, {:.0} s at 1 GB/s",

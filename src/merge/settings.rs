@@ -10,7 +10,8 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde_norway::Value;
 
-use super::args::{Accumulate, Dtype, parse_shard_size};
+use super::args::{Accumulate, Dtype, ModelfileChoice, parse_shard_size};
+use super::gguf::GgufFileType;
 
 /// What the keys say; flags win over it.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +24,12 @@ pub(super) struct Settings {
     pub(super) max_shard_size: Option<u64>,
     pub(super) accumulate: Option<Accumulate>,
     pub(super) dtype: Option<Dtype>,
+    pub(super) template: Option<String>,
+    pub(super) default_system: Option<String>,
+    pub(super) modelfile: Option<ModelfileChoice>,
+    pub(super) gguf: Vec<GgufFileType>,
+    pub(super) gguf_only: bool,
+    pub(super) gguf_lora: bool,
     pub(super) overwrite: bool,
     pub(super) dry_run: bool,
     pub(super) check: bool,
@@ -66,6 +73,10 @@ const OWN_KEYS: &[&str] = &[
     "max_shard_size",
     "accumulate",
     "dtype",
+    "modelfile",
+    "gguf",
+    "gguf_only",
+    "gguf_lora",
     "overwrite",
     "dry_run",
     "check",
@@ -73,7 +84,8 @@ const OWN_KEYS: &[&str] = &[
 
 /// Returns whether LLaMA-Factory's export has the key and no flag of that name exists here.
 pub(super) fn is_llamafactory_key(key: &str) -> bool {
-    key != "adapter_folder" && LLAMAFACTORY_KEYS.contains(&key)
+    !["adapter_folder", "template", "default_system"].contains(&key)
+        && LLAMAFACTORY_KEYS.contains(&key)
 }
 
 impl Settings {
@@ -154,6 +166,16 @@ impl Settings {
             }
             "accumulate" => self.accumulate = Some(choice(key, value)?),
             "dtype" | "infer_dtype" => self.dtype = Some(choice(key, value)?),
+            "template" => self.template = Some(text(key, value)?),
+            "default_system" => self.default_system = Some(text(key, value)?),
+            "modelfile" => self.modelfile = Some(choice(key, value)?),
+            "gguf" => {
+                self.gguf = (adapter_list(texts(key, value)?.iter().map(String::as_str)).into_iter())
+                    .map(|name| choice(key, &Value::String(name)))
+                    .collect::<anyhow::Result<_>>()?;
+            }
+            "gguf_only" => self.gguf_only = boolean(key, value)?,
+            "gguf_lora" => self.gguf_lora = boolean(key, value)?,
             "overwrite" => self.overwrite = boolean(key, value)?,
             "dry_run" => self.dry_run = boolean(key, value)?,
             "check" => self.check = boolean(key, value)?,
@@ -321,7 +343,6 @@ mod tests {
     #[test]
     fn keys_without_effect_are_accepted() {
         let settings = read(&[
-            "template=qwen",
             "use_kv_cache=false",
             "export_device=cuda",
             "resize_vocab=true",

@@ -6,6 +6,7 @@
 
 mod adapter;
 mod checkpoint;
+mod convert;
 mod directory;
 mod disk;
 mod download;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytes::{Bytes, BytesMut};
 use candle_core::quantized::GgmlDType;
 
-use super::WeightsError;
+use super::{WeightsError, convert};
 
 /// Which part of a tensor a rank keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,22 @@ impl StoredTensor {
             expected: expected.to_vec(),
             found: self.shape.clone(),
         })
+    }
+
+    /// Returns the elements of a float tensor (F32, F16 or BF16) as f32.
+    ///
+    /// # Errors
+    /// [`WeightsError::UnsupportedDtype`] for blocks of quantised weights.
+    pub fn to_f32(&self) -> Result<Vec<f32>, WeightsError> {
+        match self.dtype {
+            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => {
+                Ok(convert::values(self.dtype, &self.data))
+            }
+            dtype => Err(WeightsError::NotFloat {
+                tensor: self.name.clone(),
+                dtype: format!("{dtype:?}"),
+            }),
+        }
     }
 
     /// Returns the part that belongs to `shard.rank`: rows without a copy, columns copied.

@@ -15,6 +15,7 @@ mod shape;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::path::Path;
 
 use serde_json::Value;
@@ -47,6 +48,28 @@ pub struct GgufSummary {
     /// Tensors whose rows do not divide into the blocks that the file type asks for, so that they
     /// are stored in a larger type.
     pub fallbacks: Vec<String>,
+}
+
+impl fmt::Display for GgufSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let types: Vec<String> = (self.types.iter())
+            .map(|(dtype, count)| format!("{count} {dtype}"))
+            .collect();
+        write!(
+            f,
+            "{} bytes of tensors: {}",
+            self.tensor_bytes,
+            types.join(", ")
+        )?;
+        if !self.fallbacks.is_empty() {
+            let count = self.fallbacks.len();
+            write!(
+                f,
+                "; {count} in a larger type, their rows do not divide into its blocks"
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// Writes the model of `source` and `config` (its `config.json`) as a GGUF file at `path`, and

@@ -47,6 +47,19 @@ impl GgufFileType {
         }
     }
 
+    /// Returns the name in flags, such as `q4_k_m`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4KM => "q4_k_m",
+            Self::Q4KS => "q4_k_s",
+            Self::Q6K => "q6_k",
+        }
+    }
+
     fn base_type(self) -> GgmlDType {
         match self {
             Self::F32 => GgmlDType::F32,

@@ -10,13 +10,13 @@ use serde_json::Value;
 
 use super::{
     config::AdapterConfig,
-    convert,
     faults::{AdapterFaults, Fault},
     keys::{self, Part},
 };
 use crate::weights::{
     StoredTensor, WeightsError,
     checkpoint::MappedFile,
+    convert,
     directory::file_names,
     index::{StoredDtype, TensorEntry},
     safetensors,

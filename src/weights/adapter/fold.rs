@@ -7,7 +7,8 @@
 use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
-use super::{convert, merged::Accumulate, simd};
+use super::{merged::Accumulate, simd};
+use crate::weights::convert;
 
 /// Values that a thread folds at a time: three f32 buffers of these stay in its L2 cache.
 const GROUP_VALUES: usize = 48 * 1024;

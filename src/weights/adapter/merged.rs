@@ -7,13 +7,13 @@ use candle_core::quantized::GgmlDType;
 use serde_json::Value;
 
 use super::{
-    Adapter, convert,
+    Adapter,
     fold::{Block, DeltaStats, LowRank, NotFinite},
     keys::Part,
     plan, tied,
 };
 use crate::weights::{
-    Checkpoint, ModelSource, StoredTensor, TensorInfo, TensorSource, WeightsError,
+    Checkpoint, ModelSource, StoredTensor, TensorInfo, TensorSource, WeightsError, convert,
 };
 
 /// When the sum of several adapters is rounded.

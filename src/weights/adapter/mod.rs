@@ -6,7 +6,6 @@
 
 mod adapter_dir;
 mod config;
-mod convert;
 mod faults;
 mod fold;
 mod hints;

@@ -4,7 +4,6 @@
 //! hands out encoded bytes; the bytes depend neither on the number of threads nor on the
 //! instruction set. Quality is that of llama.cpp without an importance matrix.
 
-mod floats;
 mod k_blocks;
 mod lanes;
 mod legacy_blocks;
@@ -15,7 +14,7 @@ mod tests;
 use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
-use super::{RowOrder, StoredTensor, WeightsError};
+use super::{RowOrder, StoredTensor, WeightsError, convert};
 
 /// About how many weights one thread encodes at a time: they stay in its second-level cache.
 const PIECE: usize = 1 << 14;
@@ -137,7 +136,7 @@ impl RowEncoder<'_> {
             let source = self.order.source_row(first + row, shape.num_rows);
             let begin = source * shape.source_row_bytes;
             let bytes = &self.tensor.data[begin..begin + shape.source_row_bytes];
-            floats::decode(self.tensor.dtype, bytes, weights);
+            convert::to_f32(self.tensor.dtype, bytes, weights);
         }
         let (bound, limit) = bound(self.dtype);
         if let Some(&value) = weights
@@ -204,6 +203,6 @@ fn encode_blocks_anywhere(dtype: GgmlDType, weights: &[f32], encoded: &mut [u8])
         GgmlDType::Q4K => each_block!(k_blocks::q4_k),
         GgmlDType::Q5K => each_block!(k_blocks::q5_k),
         GgmlDType::Q6K => each_block!(k_blocks::q6_k),
-        dtype => floats::encode(dtype, weights, encoded),
+        dtype => convert::from_f32(dtype, weights, encoded),
     }
 }
