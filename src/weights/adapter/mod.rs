@@ -7,12 +7,14 @@
 mod adapter_dir;
 mod config;
 mod convert;
+mod deltas;
 mod faults;
 mod fold;
 mod hints;
 mod keys;
 mod merged;
 mod plan;
+mod replacements;
 mod simd;
 mod tied;
 
