@@ -6,12 +6,14 @@
 
 mod adapter_dir;
 mod config;
+mod deltas;
 mod faults;
 mod fold;
 mod hints;
 mod keys;
 mod merged;
 mod plan;
+mod replacements;
 mod simd;
 mod tied;
 

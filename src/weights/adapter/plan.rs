@@ -19,7 +19,7 @@ use super::{
     faults::{AdapterFaults, Fault},
     hints,
     keys::Part,
-    merged::{Accumulate, Delta, Layout, MergeOptions, MergedCheckpoint, Origin, Recipe},
+    merged::{Accumulate, MergeOptions, MergedCheckpoint, Origin, Recipe},
     tied::{self, Tied},
 };
 use crate::weights::{
@@ -129,17 +129,17 @@ fn check_base(base: &Checkpoint, re_export: bool) -> Result<(), WeightsError> {
 }
 
 /// The state of a plan while adapters are added, one after the other.
-struct Planner {
+pub(super) struct Planner {
     /// By name.
-    recipes: BTreeMap<String, Recipe>,
-    tied: Option<Tied>,
-    faults: Vec<(PathBuf, Fault)>,
-    warnings: Vec<String>,
+    pub(super) recipes: BTreeMap<String, Recipe>,
+    pub(super) tied: Option<Tied>,
+    pub(super) faults: Vec<(PathBuf, Fault)>,
+    pub(super) warnings: Vec<String>,
     /// The adapter being added: its number, directory and weight.
-    adapter: usize,
-    dir: PathBuf,
-    weight: f32,
-    num_adapters: usize,
+    pub(super) adapter: usize,
+    pub(super) dir: PathBuf,
+    pub(super) weight: f32,
+    pub(super) num_adapters: usize,
 }
 
 impl Planner {
@@ -174,7 +174,7 @@ impl Planner {
         Ok(())
     }
 
-    fn fault(&mut self, fault: Fault) {
+    pub(super) fn fault(&mut self, fault: Fault) {
         self.faults.push((self.dir.clone(), fault));
     }
 
@@ -241,7 +241,7 @@ impl Planner {
     }
 
     /// Returns the tensor that plays a part, which the adapter is known to have.
-    fn part(
+    pub(super) fn part(
         &self,
         adapter: &Adapter,
         module: &str,
@@ -252,407 +252,6 @@ impl Planner {
             tensor: format!("{module} ({part:?})"),
         };
         adapter.part(module, part)?.ok_or_else(missing)
-    }
-
-    /// Puts a tensor of the adapter in the place of the base's.
-    fn replace(&mut self, adapter: &Adapter, module: &str, part: Part) -> Result<(), WeightsError> {
-        let tensor = self.part(adapter, module, part)?;
-        let leaf = match part {
-            Part::BaseWeight | Part::SavedWeight | Part::Weight => "weight",
-            _ => "bias",
-        };
-        let name = format!("{module}.{leaf}");
-        let Some(recipe) = self.recipes.get(&name) else {
-            self.fault(Fault::Unmatched {
-                tensor: tensor.name,
-            });
-            return Ok(());
-        };
-        // A vocabulary may have grown in training.
-        let resizable = self.is_vocabulary(&name) && tensor.shape.len() == 2;
-        let fits = tensor.shape == recipe.info.shape
-            || resizable && tensor.shape[1] == recipe.info.shape[1];
-        if !fits {
-            self.fault(shape_fault(&tensor, &recipe.info.shape, ["out", "in"]));
-            return Ok(());
-        }
-        let is_base = matches!(part, Part::BaseWeight | Part::BaseBias);
-        let is_own = !is_base && adapter.config().saves_module(module);
-        let mut names = vec![name.clone()];
-        if let (Some(tied), false) = (&self.tied, is_own) {
-            // Below the adapter the two are one tensor, unless the file has both.
-            let other = tied.other(&name);
-            let has_other = |other: &str| {
-                let module = other.trim_end_matches(".weight");
-                [Part::BaseWeight, Part::Weight]
-                    .iter()
-                    .any(|part| adapter.parts.contains_key(&(module.to_owned(), *part)))
-            };
-            names.extend(other.filter(|other| !has_other(other)).map(str::to_owned));
-        }
-        for name in names {
-            self.set_origin(&name, adapter, module, part, &tensor);
-        }
-        Ok(())
-    }
-
-    /// PEFT writes some replacements twice; that is one replacement only if they are equal.
-    fn check_copies(
-        &mut self,
-        adapter: &Adapter,
-        module: &str,
-        first: Part,
-        second: Part,
-    ) -> Result<(), WeightsError> {
-        let Some(first) = adapter.part(module, first)? else {
-            return Ok(());
-        };
-        let second = self.part(adapter, module, second)?;
-        if (first.dtype, &first.shape, &first.data) != (second.dtype, &second.shape, &second.data) {
-            self.fault(Fault::ReplacedTwice {
-                tensor: module.to_owned(),
-                first: first.name,
-                second: second.name,
-            });
-        }
-        Ok(())
-    }
-
-    fn set_origin(
-        &mut self,
-        name: &str,
-        adapter: &Adapter,
-        module: &str,
-        part: Part,
-        tensor: &StoredTensor,
-    ) {
-        let Some(recipe) = self.recipes.get_mut(name) else {
-            return;
-        };
-        let first = match &recipe.origin {
-            Origin::Adapter { adapter: first, .. } if *first != self.adapter => Some(*first),
-            _ => None,
-        };
-        recipe.origin = Origin::Adapter {
-            adapter: self.adapter,
-            module: module.to_owned(),
-            part,
-        };
-        recipe.info.shape.clone_from(&tensor.shape);
-        if let Some(first) = first {
-            let second = format!("{} of {}", tensor.name, adapter.dir().display());
-            self.fault(Fault::ReplacedTwice {
-                tensor: name.to_owned(),
-                first: format!("adapter {} of the list", first + 1),
-                second,
-            });
-        } else if self.weight != 1.0 && !matches!(part, Part::BaseWeight | Part::BaseBias) {
-            self.fault(Fault::Combination {
-                what: format!(
-                    "{} replaces a tensor, and the adapter's weight is {}",
-                    tensor.name, self.weight
-                ),
-                advice: "a replacement cannot be weighted; leave the weight at 1",
-            });
-        }
-    }
-
-    fn is_vocabulary(&self, name: &str) -> bool {
-        name == "lm_head.weight"
-            || tied::is_embedding(name)
-            || self
-                .tied
-                .as_ref()
-                .is_some_and(|tied| tied.other(name).is_some())
-    }
-
-    fn add_linear(
-        &mut self,
-        adapter: &Adapter,
-        module: &str,
-        config: &Value,
-    ) -> Result<(), WeightsError> {
-        let a = self.part(adapter, module, Part::A)?;
-        let Some(b) = adapter.part(module, Part::B)? else {
-            self.fault(Fault::Unpaired {
-                module: module.to_owned(),
-                found: "lora_A",
-                missing: "lora_B",
-            });
-            return Ok(());
-        };
-        let name = format!("{module}.weight");
-        let Some(recipe) = self.recipes.get(&name) else {
-            self.fault(Fault::Unmatched { tensor: a.name });
-            self.fault(Fault::Unmatched { tensor: b.name });
-            return Ok(());
-        };
-        let shape = recipe.info.shape.clone();
-        let transposed = adapter.config().fan_in_fan_out
-            && shape.len() == 2
-            && (shape[0] != shape[1] && a.shape[1..] == shape[..1] || is_conv1d(config));
-        let (out, input) = match shape[..] {
-            [rows, cols] if transposed => (cols, rows),
-            [rows, cols] => (rows, cols),
-            _ => {
-                self.fault(shape_fault(&a, &shape, ["rank", "in"]));
-                return Ok(());
-            }
-        };
-        if self.check_rank(adapter, module, &a, &b, input, out) {
-            let layout = if transposed {
-                Layout::Transposed
-            } else {
-                Layout::Linear
-            };
-            self.add_delta(adapter, &name, module, layout, a.shape[0]);
-        }
-        Ok(())
-    }
-
-    fn add_embedding(&mut self, adapter: &Adapter, module: &str) -> Result<(), WeightsError> {
-        let a = self.part(adapter, module, Part::EmbeddingA)?;
-        let Some(b) = adapter.part(module, Part::EmbeddingB)? else {
-            self.fault(Fault::Unpaired {
-                module: module.to_owned(),
-                found: "lora_embedding_A",
-                missing: "lora_embedding_B",
-            });
-            return Ok(());
-        };
-        let name = format!("{module}.weight");
-        match self.recipes.get(&name).map(|recipe| &recipe.info.shape[..]) {
-            Some(&[vocabulary, hidden]) => {
-                if self.check_rank(adapter, module, &a, &b, vocabulary, hidden) {
-                    self.add_delta(adapter, &name, module, Layout::Embedding, a.shape[0]);
-                }
-            }
-            _ => {
-                self.fault(Fault::Unmatched { tensor: a.name });
-                self.fault(Fault::Unmatched { tensor: b.name });
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks `A` `[r, input]` and `B` `[out, r]` against the base and the configuration.
-    fn check_rank(
-        &mut self,
-        adapter: &Adapter,
-        module: &str,
-        a: &StoredTensor,
-        b: &StoredTensor,
-        input: usize,
-        out: usize,
-    ) -> bool {
-        let rank = adapter.config().rank_of(module);
-        let before = self.faults.len();
-        let [a_rank, b_rank] = [(a, 0), (b, 1)].map(|(tensor, dim)| tensor.shape.get(dim).copied());
-        match (&a.shape[..], &b.shape[..]) {
-            ([_, found_in], [found_out, _]) => {
-                if *found_in != input {
-                    self.fault(shape_fault(a, &[rank, input], ["rank", "in"]));
-                }
-                if *found_out != out {
-                    self.fault(shape_fault(b, &[out, rank], ["out", "rank"]));
-                }
-            }
-            _ => self.fault(shape_fault(a, &[rank, input], ["rank", "in"])),
-        }
-        if a_rank != Some(rank) || b_rank != Some(rank) {
-            self.fault(Fault::Rank {
-                module: module.to_owned(),
-                a: a_rank.unwrap_or(0),
-                b: b_rank.unwrap_or(0),
-                config: rank,
-            });
-        }
-        self.faults.len() == before
-    }
-
-    fn add_delta(
-        &mut self,
-        adapter: &Adapter,
-        name: &str,
-        module: &str,
-        layout: Layout,
-        rank: usize,
-    ) {
-        let config = adapter.config();
-        if config.is_ambiguous(module) {
-            self.warnings.push(format!(
-                "{module}: rank_pattern and alpha_pattern match it by different keys, PEFT before \
-                 0.14 would have used lora_alpha instead of the pattern"
-            ));
-        }
-        // PyTorch multiplies by the scaling as a double, rounded to f32 first.
-        let scale = config.scaling(module, rank) as f32 * self.weight;
-        if config.dora
-            && layout != Layout::Bias
-            && !adapter
-                .parts
-                .contains_key(&(module.to_owned(), Part::Magnitude))
-        {
-            self.fault(Fault::Unpaired {
-                module: module.to_owned(),
-                found: "a DoRA pair (use_dora is true)",
-                missing: "lora_magnitude_vector",
-            });
-        }
-        let delta = Delta {
-            adapter: self.adapter,
-            module: module.to_owned(),
-            layout,
-            scale,
-            column_factors: None,
-        };
-        if let Some(recipe) = self.recipes.get_mut(name) {
-            recipe.deltas.push(delta);
-        }
-    }
-
-    /// Complains of a `B` that has no `A`.
-    fn check_pair(&mut self, adapter: &Adapter, module: &str, part: Part) {
-        let (wanted, found, missing) = match part {
-            Part::B => (Part::A, "lora_B", "lora_A"),
-            _ => (Part::EmbeddingA, "lora_embedding_B", "lora_embedding_A"),
-        };
-        if !adapter.parts.contains_key(&(module.to_owned(), wanted)) {
-            self.fault(Fault::Unpaired {
-                module: module.to_owned(),
-                found,
-                missing,
-            });
-        }
-    }
-
-    /// Adds what `lora_bias` trained to the base's bias.
-    fn add_bias(&mut self, adapter: &Adapter, module: &str) -> Result<(), WeightsError> {
-        let bias = self.part(adapter, module, Part::BiasOfB)?;
-        let name = format!("{module}.bias");
-        match self
-            .recipes
-            .get(&name)
-            .map(|recipe| recipe.info.shape.clone())
-        {
-            None => self.fault(Fault::Refused {
-                what: format!("{} (lora_bias): the base layer has no bias, it", bias.name),
-                advice: "train without lora_bias, or on a base with biases",
-            }),
-            Some(shape) if shape != bias.shape => {
-                self.fault(shape_fault(&bias, &shape, ["out", ""]))
-            }
-            Some(_) => {
-                let rank = adapter.part(module, Part::A)?.map_or(1, |a| a.shape[0]);
-                self.add_delta(adapter, &name, module, Layout::Bias, rank);
-            }
-        }
-        Ok(())
-    }
-
-    fn check_magnitude(&mut self, adapter: &Adapter, module: &str) -> Result<(), WeightsError> {
-        let magnitude = self.part(adapter, module, Part::Magnitude)?;
-        let has = |part| adapter.parts.contains_key(&(module.to_owned(), part));
-        let is_embedding = has(Part::EmbeddingA);
-        if is_embedding && self.num_adapters > 1 {
-            self.fault(Fault::Combination {
-                what: format!(
-                    "{}: DoRA on an embedding beside other adapters",
-                    magnitude.name
-                ),
-                advice: "merge this adapter first, alone, then the others into the result",
-            });
-            return Ok(());
-        }
-        if !(has(Part::A) || is_embedding) || !adapter.config().dora {
-            self.fault(Fault::Unpaired {
-                module: module.to_owned(),
-                found: "lora_magnitude_vector",
-                missing: "lora_A and use_dora in adapter_config.json",
-            });
-            return Ok(());
-        }
-        let recipe = self.recipes.get(&format!("{module}.weight"));
-        let transposed = recipe.is_some_and(|recipe| {
-            (recipe.deltas.iter()).any(|delta| delta.layout == Layout::Transposed)
-        });
-        let shape = recipe.map(|recipe| recipe.info.shape.clone());
-        if transposed {
-            self.fault(Fault::Refused {
-                what: format!(
-                    "{}: DoRA on a transposed weight (fan_in_fan_out)",
-                    magnitude.name
-                ),
-                advice: "merge it with PEFT's merge_and_unload",
-            });
-        } else if let Some([rows, cols]) = shape.as_deref() {
-            // Of an embedding, whose rows are tokens, PEFT measures the columns.
-            let expected = if is_embedding { cols } else { rows };
-            if magnitude.shape.iter().product::<usize>() != *expected {
-                self.fault(shape_fault(&magnitude, &[*expected], ["out", ""]));
-            }
-        }
-        Ok(())
-    }
-
-    /// Has rows of an embedding replaced; of a tied one, in the head too.
-    fn put_token_rows(&mut self, adapter: &Adapter, module: &str) -> Result<(), WeightsError> {
-        let rows = self.part(adapter, module, Part::TokenRows)?;
-        let name = format!("{module}.weight");
-        let Some(shape) = self
-            .recipes
-            .get(&name)
-            .map(|recipe| recipe.info.shape.clone())
-        else {
-            self.fault(Fault::Unmatched { tensor: rows.name });
-            return Ok(());
-        };
-        let indices = adapter
-            .config()
-            .token_indices_of(module)
-            .unwrap_or_default();
-        let expected = [indices.len(), shape.get(1).copied().unwrap_or(0)];
-        if rows.shape != expected {
-            self.fault(shape_fault(
-                &rows,
-                &expected,
-                ["tokens in trainable_token_indices", "hidden"],
-            ));
-            return Ok(());
-        }
-        if let Some(index) = indices.iter().find(|index| **index >= shape[0]) {
-            self.fault(Fault::Config {
-                key: "trainable_token_indices".to_owned(),
-                reason: format!("has token {index}, {name} has {} rows", shape[0]),
-            });
-            return Ok(());
-        }
-        let mut names = vec![name.clone()];
-        names.extend(
-            self.tied
-                .as_ref()
-                .and_then(|tied| tied.other(&name))
-                .map(str::to_owned),
-        );
-        for name in names {
-            let Some(recipe) = self.recipes.get_mut(&name) else {
-                continue;
-            };
-            // A head with rows of its own keeps them.
-            let is_own = name == format!("{module}.weight");
-            let first = recipe.token_rows.as_ref().map(|(adapter, _)| *adapter);
-            if is_own || first.is_none() {
-                recipe.token_rows = Some((self.adapter, module.to_owned()));
-            }
-            if let Some(first) = first.filter(|first| *first != self.adapter) {
-                self.fault(Fault::ReplacedTwice {
-                    tensor: name,
-                    first: format!("the token rows of adapter {} of the list", first + 1),
-                    second: rows.name.clone(),
-                });
-            }
-        }
-        Ok(())
     }
 
     /// Complains of targets that the base has and for which the file has nothing.
@@ -686,17 +285,12 @@ impl Planner {
     }
 }
 
-/// Returns whether the linears of a family store their weights as `[in, out]`.
-fn is_conv1d(config: &Value) -> bool {
-    let model_type = config.get("model_type").and_then(Value::as_str);
-    matches!(
-        model_type,
-        Some("gpt2" | "openai-gpt" | "imagegpt" | "decision_transformer")
-    )
-}
-
 /// Describes a shape that differs, naming the first dimension that does.
-fn shape_fault(tensor: &StoredTensor, expected: &[usize], dims: [&'static str; 2]) -> Fault {
+pub(super) fn shape_fault(
+    tensor: &StoredTensor,
+    expected: &[usize],
+    dims: [&'static str; 2],
+) -> Fault {
     let differs = |dim: &usize| tensor.shape.get(*dim) != expected.get(*dim);
     let dim = match (0..2).find(differs) {
         Some(dim) if tensor.shape.len() == expected.len() => dims[dim],
