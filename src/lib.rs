@@ -8,6 +8,7 @@
 //! | verb | |
 //! |---|---|
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
+//! | [`merge`] | a checkpoint or an adapter into a GGUF file |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
 //!
@@ -56,6 +57,7 @@ pub mod distributed;
 pub mod engine;
 pub mod kernels;
 pub mod layers;
+pub mod merge;
 pub mod models;
 pub mod serve;
 pub mod text;

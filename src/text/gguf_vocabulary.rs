@@ -342,9 +342,11 @@ mod tests {
             "added_tokens": added,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                 {"type": "Digits", "individual_digits": true},
-                {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                 "use_regex": true},
             ]},
-            "decoder": {"type": "ByteLevel"},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                "use_regex": true},
             "model": {
                 "type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3}, "merges": [["a", "b"]],
             },
@@ -395,7 +397,7 @@ mod tests {
         // transformers believes the configuration where the two differ.
         let config = json!({
             "eos_token": "<end>",
-            "added_tokens_decoder": {"7": {"content": "<late>", "special": true}},
+            "added_tokens_decoder": {"7": token(7, "<late>", true)},
         });
         let dir = directory(&byte_level(added), &config);
         let vocabulary = GgufVocabulary::from_dir(dir.path(), &json!({"vocab_size": 8})).unwrap();

@@ -17,6 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["weights", "kernels", "distributed", "layers", "models"],
     ),
     ("serve", &["text", "weights", "engine"]),
+    ("merge", &["text", "weights"]),
     ("bench", &["engine"]),
     ("chat", &[]),
 ];

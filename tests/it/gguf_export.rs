@@ -18,7 +18,15 @@ fn check(model: &str, file_type: GgufFileType, tolerance: f32) {
         name: None,
     };
     let config = checkpoint.config();
-    export_gguf(&checkpoint, config, &vocabulary, &wanted, &path, &mut |_| {}).unwrap();
+    export_gguf(
+        &checkpoint,
+        config,
+        &vocabulary,
+        &wanted,
+        &path,
+        &mut |_| {},
+    )
+    .unwrap();
 
     let prompt: Vec<u32> = (0..40).map(|i| (i * i * 7 + 3) % 500).collect();
     let before = run(&start_fixture(model, &options()), &prompt, greedy(8));
@@ -28,7 +36,12 @@ fn check(model: &str, file_type: GgufFileType, tolerance: f32) {
 
 #[test]
 fn f32_files_answer_as_their_checkpoints_of_every_family() {
-    for model in ["tiny-qwen2", "tiny-qwen2-untied", "tiny-qwen3", "tiny-llama"] {
+    for model in [
+        "tiny-qwen2",
+        "tiny-qwen2-untied",
+        "tiny-qwen3",
+        "tiny-llama",
+    ] {
         check(model, GgufFileType::F32, 1e-4);
     }
 }
@@ -45,8 +58,15 @@ fn rows_too_short_for_blocks_of_256_are_stored_in_smaller_ones() {
         name: None,
     };
     let config = checkpoint.config();
-    let summary =
-        export_gguf(&checkpoint, config, &vocabulary, &wanted, &path, &mut |_| {}).unwrap();
+    let summary = export_gguf(
+        &checkpoint,
+        config,
+        &vocabulary,
+        &wanted,
+        &path,
+        &mut |_| {},
+    )
+    .unwrap();
     // Three layers of seven matrices fall back; the head takes Q8_0 without a detour.
     assert_eq!(summary.fallbacks.len(), 21);
     let prompt = [1, 2, 3, 4, 5];
