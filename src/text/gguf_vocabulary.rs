@@ -296,3 +296,200 @@ fn steps<'a>(value: &'a Value, list: &str) -> Vec<&'a Value> {
 fn kind_of(step: &Value) -> &str {
     step.get("type").and_then(Value::as_str).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const TEXTS: [&str; 4] = [
+        "the then he 12345",
+        "don't  stop \n\n now",
+        "naïve 北京 🙂",
+        "<|im_start|>user\nhe<|im_end|>",
+    ];
+
+    fn directory(tokenizer: &Value, config: &Value) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, content) in [
+            ("tokenizer.json", tokenizer),
+            ("tokenizer_config.json", config),
+        ] {
+            std::fs::write(dir.path().join(name), content.to_string()).unwrap();
+        }
+        dir
+    }
+
+    /// Both directions together change no token id.
+    fn assert_same_ids(dir: &Path, vocabulary: &GgufVocabulary, texts: &[&str]) {
+        let before = Tokenizer::from_dir(dir).unwrap();
+        let after = Tokenizer::from_vocabulary(vocabulary.clone()).unwrap();
+        for text in texts {
+            for add in [AddSpecialTokens::Yes, AddSpecialTokens::No] {
+                assert_eq!(
+                    after.encode(text, add).unwrap(),
+                    before.encode(text, add).unwrap(),
+                    "{text:?} {add:?}"
+                );
+            }
+        }
+    }
+
+    /// A byte-level tokenizer of three letters with these added tokens.
+    fn byte_level(added: Value) -> Value {
+        json!({
+            "added_tokens": added,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Digits", "individual_digits": true},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                 "use_regex": true},
+            ]},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                "use_regex": true},
+            "model": {
+                "type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3}, "merges": [["a", "b"]],
+            },
+        })
+    }
+
+    #[test]
+    fn a_models_directory_survives_the_way_through_gguf() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        for model in ["tiny-qwen2", "tiny-qwen3", "tiny-llama"] {
+            let dir = fixtures.join(model);
+            let config = json!({"vocab_size": 514, "bos_token_id": 509, "eos_token_id": [1, 2]});
+            let vocabulary = GgufVocabulary::from_dir(&dir, &config).unwrap();
+            assert_eq!(vocabulary.pre.as_deref(), Some("qwen2"));
+            assert_eq!(
+                vocabulary.tokens[509..],
+                [
+                    "<|endoftext|>",
+                    "<|im_start|>",
+                    "<|im_end|>",
+                    "[PAD512]",
+                    "[PAD513]"
+                ]
+            );
+            assert_eq!(vocabulary.token_types[508..], [1, 3, 3, 3, 5, 5]);
+            // The tokenizer names the end, config.json the beginning.
+            assert_eq!((vocabulary.bos, vocabulary.eos), (Some(509), Some(511)));
+            assert_eq!(vocabulary.add_bos, Some(false));
+            let template = Tokenizer::from_dir(&dir).unwrap();
+            let template = template.chat_templates().select(None).map(str::to_owned);
+            assert_eq!(vocabulary.chat_template, template);
+            assert_same_ids(&dir, &vocabulary, &TEXTS);
+        }
+    }
+
+    #[test]
+    fn added_tokens_get_the_types_that_llama_cpp_gives_them() {
+        let token = |id: u32, content: &str, special: bool| {
+            json!({"id": id, "content": content, "special": special, "single_word": false,
+                   "lstrip": false, "rstrip": false, "normalized": false})
+        };
+        let added = json!([
+            token(4, "<end>", true),
+            token(5, "<|fim_prefix|>", false),
+            token(6, "<tool_call>", false),
+            token(7, "<late>", false),
+        ]);
+        // transformers believes the configuration where the two differ.
+        let config = json!({
+            "eos_token": "<end>",
+            "added_tokens_decoder": {"7": token(7, "<late>", true)},
+        });
+        let dir = directory(&byte_level(added), &config);
+        let vocabulary = GgufVocabulary::from_dir(dir.path(), &json!({"vocab_size": 8})).unwrap();
+        assert_eq!(vocabulary.token_types, [1, 1, 1, 1, 3, 3, 4, 3]);
+        assert_eq!(vocabulary.pre.as_deref(), Some("smollm"));
+        assert_eq!(vocabulary.merges, ["a b"]);
+        assert_eq!((vocabulary.bos, vocabulary.add_bos), (None, Some(false)));
+        assert_eq!(vocabulary.eos, Some(4));
+    }
+
+    #[test]
+    fn a_space_within_half_a_merge_stays_apart_from_the_one_between() {
+        let pair = |left: &str, right: &str| (left.to_owned(), right.to_owned());
+        assert_eq!(merge_text(&pair("a", "b")), "a b");
+        assert_eq!(merge_text(&pair("a ", "b")), "a\u{120} b");
+    }
+
+    #[test]
+    fn sentencepiece_merges_become_scores() {
+        let mut vocab = serde_json::Map::new();
+        let mut tokens = vec!["<unk>".to_owned(), "<s>".to_owned(), "</s>".to_owned()];
+        tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+        let pieces = [SPACE, "a", "b", "c", "bc", "ab", "abc", "\u{2581}abc"];
+        tokens.extend(pieces.map(str::to_owned));
+        for (id, token) in tokens.iter().enumerate() {
+            vocab.insert(token.clone(), id.into());
+        }
+        let special = |id: u32| {
+            json!({"id": id, "content": tokens[id as usize], "special": true,
+                   "single_word": false, "lstrip": false, "rstrip": false, "normalized": false})
+        };
+        let tokenizer = json!({
+            "added_tokens": [special(0), special(1), special(2)],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            ]},
+            "post_processor": {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                         {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {
+                "type": "BPE", "unk_token": "<unk>", "byte_fallback": true, "fuse_unk": true,
+                "vocab": vocab,
+                "merges": [["b", "c"], ["a", "b"], ["a", "bc"], ["ab", "c"], [SPACE, "abc"]],
+            },
+        });
+        let config = json!({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"});
+        let dir = directory(&tokenizer, &config);
+        let size = json!({"vocab_size": tokens.len()});
+        let vocabulary = GgufVocabulary::from_dir(dir.path(), &size).unwrap();
+        assert_eq!(vocabulary.model, "llama");
+        assert_eq!(vocabulary.token_types[..4], [2, 3, 3, 6]);
+        // bc before ab before abc, which two merges make, before the one with a space.
+        assert_eq!(vocabulary.scores[263..], [-0.0, -1.0, -2.0, -3.0]);
+        assert_eq!(vocabulary.add_space_prefix, Some(true));
+        assert_eq!(vocabulary.add_bos, Some(true));
+        assert_eq!(vocabulary.unknown, Some(0));
+        assert_same_ids(dir.path(), &vocabulary, &["abc ab", "cab\nabcabc", "a é"]);
+    }
+
+    #[test]
+    fn what_gguf_cannot_hold_is_refused_with_the_reason() {
+        let refused = |tokenizer: &Value, vocab_size: usize| {
+            let dir = directory(tokenizer, &json!({}));
+            let config = json!({"vocab_size": vocab_size});
+            let error = GgufVocabulary::from_dir(dir.path(), &config).unwrap_err();
+            assert!(matches!(error, TextError::NotExportable { .. }), "{error}");
+            error.to_string()
+        };
+        let plain = byte_level(json!([]));
+        let error = refused(&plain, 3);
+        assert!(
+            error.contains("it has a token 3, config.json says vocab_size 3"),
+            "{error}"
+        );
+
+        let mut unknown = plain.clone();
+        unknown["pre_tokenizer"] = json!({"type": "Whitespace"});
+        assert!(refused(&unknown, 4).contains("no pre-tokenizer \"Whitespace\""));
+        unknown["pre_tokenizer"] = json!({"type": "Split", "behavior": "Isolated",
+            "invert": false, "pattern": {"Regex": "x+"}});
+        assert!(refused(&unknown, 4).contains("no name for the way it cuts words"));
+
+        let mut words = plain;
+        words["model"] = json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
+        assert!(refused(&words, 4).contains("it is not a BPE"));
+    }
+}

@@ -8,6 +8,7 @@
 mod architecture;
 mod chat_templates;
 mod engine_invariance;
+mod gguf_export;
 mod hub;
 mod merge;
 mod models_golden;

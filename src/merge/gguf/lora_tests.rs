@@ -90,7 +90,7 @@ fn modules_that_are_alike_keep_their_b_and_others_get_their_scale_folded_in() {
 #[test]
 fn rows_of_b_follow_the_heads_of_llama_only() {
     let modules = [module("model.layers.0.self_attn.q_proj", [8, 8, 1], 1.0)];
-    let (_, qwen) = write(&modules, &config("qwen3"));
+    let (_, qwen) = write(&modules, &config("qwen2"));
     assert_eq!(qwen[1].2, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     let (_, llama) = write(&modules, &config("llama"));
     assert_eq!(llama[1].2, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);

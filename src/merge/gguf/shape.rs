@@ -15,7 +15,7 @@ pub(super) struct ModelShape {
     pub(super) num_layers: usize,
     pub(super) heads: HeadCounts,
     pub(super) head_dim: usize,
-    /// Whether `config.json` names `head_dim`; only then is it metadata for llama.cpp's converter.
+    /// Whether `head_dim` does not just follow from the others; only then is it metadata.
     pub(super) explicit_head_dim: bool,
     pub(super) vocab_size: usize,
     pub(super) max_position_embeddings: usize,
@@ -66,7 +66,11 @@ impl ModelShape {
         );
         let query = size(config, "num_attention_heads")?;
         let hidden_size = size(config, "hidden_size")?;
-        let head_dim = optional_size(config, "head_dim")?;
+        let head_dim = match optional_size(config, "head_dim")? {
+            // transformers' default, whatever the hidden size.
+            None if architecture == "qwen3" => Some(128),
+            head_dim => head_dim,
+        };
         ensure!(
             head_dim.is_some() || hidden_size.is_multiple_of(query),
             "hidden_size {hidden_size} of config.json is not a multiple of num_attention_heads \
