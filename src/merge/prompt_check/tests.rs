@@ -187,6 +187,11 @@ fn samples_for_go_are_as_committed() {
         let template = named(name);
         let source = crate::merge::ollama_template(template, &tokenizer);
         let go_template = GoTemplate::parse(&source).unwrap();
+        let call_opening = match name {
+            "qwen" | "qwen3_nothink" => "<tool_call>",
+            "llama3" => "{",
+            _ => "",
+        };
         for sample in samples(template.has_native_tools()) {
             let data = sample.ollama_data(template.default_system());
             let rendered = go_template.render(&data).unwrap();
@@ -199,6 +204,7 @@ fn samples_for_go_are_as_committed() {
             cases.push(json!({
                 "name": format!("{name}: {}", sample.name),
                 "template": source, "data": data, "rendered": rendered,
+                "call_opening": call_opening,
             }));
         }
     }
