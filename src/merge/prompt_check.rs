@@ -147,7 +147,8 @@ pub enum PromptCheckError {
 /// writes them as chat templates do.
 ///
 /// Ollama itself writes the JSON of tools without blanks, which no `TEMPLATE` can change; it is
-/// compared as if with blanks. The date that Llama 3 is told is left out of the comparison.
+/// compared as if with blanks. With tools Llama 3 is told the date, and Ollama has no way to write
+/// it as in the training: that is reported as a difference.
 ///
 /// # Errors
 /// A Modelfile that does not parse, or a training template that fails. A chat template or

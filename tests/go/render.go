@@ -10,7 +10,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"strings"
 	"text/template"
+	"text/template/parse"
 )
 
 // Raw is JSON that prints as it stands.
@@ -46,6 +48,60 @@ func spaced(data []byte) string {
 	return out.String()
 }
 
+// callOpening returns the text that Ollama takes for the beginning of a call in an answer: the first
+// text below the first {{ if }} that names .ToolCalls itself, up to a brace, and the brace if there
+// is nothing before it.
+func callOpening(nodes []parse.Node) (string, bool) {
+	for _, node := range nodes {
+		lists := []*parse.ListNode{}
+		switch n := node.(type) {
+		case *parse.IfNode:
+			if namesToolCalls(n.Pipe) {
+				text := strings.TrimSpace(strings.SplitN(firstText(n.List), "{", 2)[0])
+				if text == "" {
+					text = "{"
+				}
+				return text, true
+			}
+			lists = append(lists, n.List, n.ElseList)
+		case *parse.RangeNode:
+			lists = append(lists, n.List, n.ElseList)
+		}
+		for _, list := range lists {
+			if list != nil {
+				if text, found := callOpening(list.Nodes); found {
+					return text, true
+				}
+			}
+		}
+	}
+	return "", false
+}
+
+func namesToolCalls(pipe *parse.PipeNode) bool {
+	for _, command := range pipe.Cmds {
+		for _, argument := range command.Args {
+			if field, ok := argument.(*parse.FieldNode); ok && field.String() == ".ToolCalls" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// firstText returns a text that stands first, or first in an {{ if }} or {{ range }} that does.
+func firstText(list *parse.ListNode) string {
+	switch n := list.Nodes[0].(type) {
+	case *parse.TextNode:
+		return string(n.Text)
+	case *parse.IfNode:
+		return firstText(n.List)
+	case *parse.RangeNode:
+		return firstText(n.List)
+	}
+	return ""
+}
+
 type toolCall struct {
 	Function struct {
 		Name      string
@@ -69,6 +125,8 @@ type testCase struct {
 	Name     string `json:"name"`
 	Template string `json:"template"`
 	Rendered string `json:"rendered"`
+	// CallOpening is empty for a template without tools.
+	CallOpening string `json:"call_opening"`
 	Data     struct {
 		System     string
 		Messages   []*message
@@ -93,6 +151,11 @@ func main() {
 		parsed, err := template.New("").Option("missingkey=zero").Funcs(functions).Parse(c.Template)
 		if err != nil {
 			fmt.Printf("%s: %v\n", c.Name, err)
+			failed++
+			continue
+		}
+		if opening, _ := callOpening(parsed.Root.Nodes); opening != c.CallOpening {
+			fmt.Printf("%s: a call opens with %q, wanted %q\n", c.Name, opening, c.CallOpening)
 			failed++
 			continue
 		}

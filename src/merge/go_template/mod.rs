@@ -1,7 +1,7 @@
 //! The part of Go's `text/template` that the templates of [`super::modelfile`] use.
 //!
 //! Enough to render what Ollama would render: fields, variables, `if`, `else if`, `range`, `eq`,
-//! `ne`, `gt`, `lt`, `and`, `or`, `not`, `len`, trimmed blanks. `scripts/check_modelfile.sh` holds it
+//! `ne`, `gt`, `lt`, `and`, `or`, `not`, `len`, `slice`, trimmed blanks. `scripts/check_modelfile.sh` holds it
 //! against Go itself. What it does not know is refused by name.
 
 mod parse;
@@ -106,5 +106,7 @@ enum Function {
     Or,
     Not,
     Len,
+    /// A list from a place on.
+    Slice,
     CurrentDate,
 }

@@ -288,7 +288,7 @@ fn expression(tokens: &[Token], offset: usize) -> Result<Expression, GoTemplateE
         rest = after;
     }
     let (least, most) = match function {
-        Function::Eq | Function::Ne | Function::Gt | Function::Lt => (2, 2),
+        Function::Eq | Function::Ne | Function::Gt | Function::Lt | Function::Slice => (2, 2),
         Function::Not | Function::Len => (1, 1),
         Function::And | Function::Or => (1, usize::MAX),
         Function::CurrentDate => (0, 0),
@@ -346,6 +346,7 @@ fn word_value(word: &str) -> Option<Expression> {
         "or" => Function::Or,
         "not" => Function::Not,
         "len" => Function::Len,
+        "slice" => Function::Slice,
         "currentDate" => Function::CurrentDate,
         _ => return None,
     };

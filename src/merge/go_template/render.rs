@@ -147,6 +147,7 @@ impl State {
                 Value::Object(map) => map.len(),
                 _ => 0,
             }),
+            Function::Slice => slice(first, second)?,
             // A date would make renderings differ from day to day; all are rendered with this one.
             Function::CurrentDate => Value::from("1970-01-01"),
         })
@@ -162,6 +163,17 @@ fn equals(left: &Value, right: &Value) -> Result<bool, GoTemplateError> {
         });
     }
     Ok(left == right)
+}
+
+/// Returns a list from a place on.
+fn slice(list: &Value, from: &Value) -> Result<Value, GoTemplateError> {
+    let place = usize::try_from(integer(from)?).ok();
+    let items = list.as_array().zip(place);
+    let rest = items.and_then(|(items, place)| items.get(place..));
+    rest.map(|rest| Value::from(rest.to_vec()))
+        .ok_or_else(|| GoTemplateError::Render {
+            message: format!("{list} has no part from {from} on"),
+        })
 }
 
 fn integer(value: &Value) -> Result<i64, GoTemplateError> {

@@ -41,6 +41,7 @@ fn pieces_render_as_in_go() {
         ),
         ("{{ $l := -1 }}{{ $l }}{{ \"a\\n}}\" }}", "-1a\n}}"),
         ("{{ .O.k }}", "[1, 2.0]"),
+        ("{{ len (slice .L 1) }}{{ len (slice .L 2) }}", "10"),
     ];
     for (source, want) in cases {
         assert_eq!(render(source, &data), want, "{source}");
@@ -54,8 +55,8 @@ fn faults_say_what_is_wrong() {
         ("{{ end }}", "without a beginning"),
         ("{{ .A", "not closed with }}"),
         (
-            "{{ slice .A 1 }}",
-            "the function \"slice\" is not known here",
+            "{{ index .A 1 }}",
+            "the function \"index\" is not known here",
         ),
         ("{{ eq .A }}", "Eq has 1 arguments"),
         ("{{ (not .A }}", "a ( is not closed"),
@@ -69,6 +70,7 @@ fn faults_say_what_is_wrong() {
     }
     for (source, want) in [
         ("{{ $x }}", "undefined variable $x"),
+        ("{{ slice .L 3 }}", "has no part from 3 on"),
         ("{{ gt .A 1 }}", "whole number"),
         ("{{ eq .A 1 }}", "compared"),
     ] {

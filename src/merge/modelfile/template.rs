@@ -2,7 +2,8 @@
 //!
 //! The templates with tools render what the models' own chat templates render, parallel calls and
 //! consecutive results of tools included; an answer that ends the conversation is left open, for
-//! Ollama lets the model go on with it. The others are put together from the training template's
+//! Ollama lets the model go on with it. Ollama knows a call in an answer by the first text below the
+//! first `if` that names `.ToolCalls`, so that text has to open with what opens a call. The others are put together from the training template's
 //! slots, in LLaMA-Factory's layout.
 
 use crate::text::{Slot, TemplatePart, Tokenizer, TrainingTemplate};

@@ -9,8 +9,8 @@ use crate::text::{Conversation, Message, Role, TextError, python_json};
 enum Turn {
     User(&'static str),
     Assistant(&'static str),
-    /// Calls of tools: (name, arguments).
-    Calls(Vec<(&'static str, Value)>),
+    /// What is said first, and calls of tools: (name, arguments).
+    Calls(&'static str, Vec<(&'static str, Value)>),
     /// Results of those calls.
     Results(Vec<&'static str>),
 }
@@ -60,7 +60,7 @@ pub(super) fn samples(with_tools: bool) -> Vec<Sample> {
     };
     let called = [
         question.clone(),
-        Turn::Calls(one),
+        Turn::Calls("", one),
         Turn::Results(vec!["{\"sky\": \"blue\"}"]),
     ];
     all.push(with_tools("tools", None, &several[..1]));
@@ -74,11 +74,19 @@ pub(super) fn samples(with_tools: bool) -> Vec<Sample> {
         "two calls at once",
         system,
         &[
-            question,
-            Turn::Calls(two),
+            question.clone(),
+            Turn::Calls("", two.clone()),
             Turn::Results(vec!["sunny", "12:00"]),
         ],
     ));
+    let talking = [
+        question.clone(),
+        Turn::Calls("I will look.", two),
+        Turn::Results(vec!["sunny", "12:00"]),
+        Turn::Assistant("It is sunny at noon."),
+        question,
+    ];
+    all.push(with_tools("words and calls", system, &talking));
     all
 }
 
@@ -109,12 +117,18 @@ impl Sample {
             messages.push(match turn {
                 Turn::User(text) => Message::new(Role::User, *text),
                 Turn::Assistant(text) => Message::new(Role::Assistant, *text),
-                Turn::Calls(calls) => {
+                Turn::Calls(words, calls) => {
                     let calls: Vec<Value> = calls
                         .iter()
                         .map(|(name, arguments)| json!({"name": name, "arguments": arguments}))
                         .collect();
-                    Message::new(Role::Function, python_json(&Value::Array(calls))?)
+                    let calls = python_json(&Value::Array(calls))?;
+                    // Data sets put calls between these marks where there are words too.
+                    let content = match *words {
+                        "" => calls,
+                        words => format!("{words}\n<tool_call>{calls}</tool_call>"),
+                    };
+                    Message::new(Role::Function, content)
                 }
                 // Data sets join the results of one round so.
                 Turn::Results(results) => Message::new(
@@ -143,13 +157,14 @@ impl Sample {
                 Turn::Assistant(text) => {
                     messages.push(json!({"role": "assistant", "content": text}));
                 }
-                Turn::Calls(calls) => {
+                Turn::Calls(words, calls) => {
                     let call = |(name, arguments): &(&str, Value)| {
                         let function = json!({"name": name, "arguments": arguments});
                         json!({"type": "function", "function": function})
                     };
                     let calls: Vec<Value> = calls.iter().map(call).collect();
-                    messages.push(json!({"role": "assistant", "content": "", "tool_calls": calls}));
+                    messages
+                        .push(json!({"role": "assistant", "content": words, "tool_calls": calls}));
                 }
                 Turn::Results(results) => messages.extend(
                     results

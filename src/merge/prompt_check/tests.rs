@@ -55,7 +55,7 @@ fn templates_of_one_model_agree_on_every_sample() {
     for chat_template in [fallback_template("qwen2.5").unwrap(), &official] {
         let report = check(named("qwen"), chat_template, ModelfileStyle::Complete);
         assert_eq!(report.differences, []);
-        assert_eq!((report.num_compared, report.advice), (16, None));
+        assert_eq!((report.num_compared, report.advice), (18, None));
     }
 }
 
@@ -99,7 +99,8 @@ fn modelfile_without_tools_is_found() {
             "tools",
             "tools under a system prompt",
             "a call of a tool",
-            "two calls at once"
+            "two calls at once",
+            "words and calls"
         ]
         .map(|sample| (PromptSource::Modelfile, sample))
     );
@@ -134,6 +135,7 @@ fn thoughts_of_earlier_answers_are_what_qwen3_differs_in() {
         "tools",
         "a call of a tool",
         "two calls at once",
+        "words and calls",
     ];
     let both = [PromptSource::ChatTemplate, PromptSource::Modelfile];
     let want: Vec<_> = samples
@@ -187,6 +189,11 @@ fn samples_for_go_are_as_committed() {
         let template = named(name);
         let source = crate::merge::ollama_template(template, &tokenizer);
         let go_template = GoTemplate::parse(&source).unwrap();
+        let call_opening = match name {
+            "qwen" | "qwen3_nothink" => "<tool_call>",
+            "llama3" => "{",
+            _ => "",
+        };
         for sample in samples(template.has_native_tools()) {
             let data = sample.ollama_data(template.default_system());
             let rendered = go_template.render(&data).unwrap();
@@ -199,6 +206,7 @@ fn samples_for_go_are_as_committed() {
             cases.push(json!({
                 "name": format!("{name}: {}", sample.name),
                 "template": source, "data": data, "rendered": rendered,
+                "call_opening": call_opening,
             }));
         }
     }
