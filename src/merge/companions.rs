@@ -262,6 +262,7 @@ mod tests {
                 .map(|(name, content)| ((*name).to_owned(), content.as_bytes().to_vec()))
                 .collect(),
             changes: Vec::new(),
+            tokenizer_dir: PathBuf::new(),
         }
     }
 

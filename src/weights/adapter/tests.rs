@@ -1,5 +1,6 @@
 //! What PEFT merges, bit for bit (`scripts/make_adapter_fixtures.py`), and what must be refused.
 
+use crate::weights::convert;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
