@@ -19,9 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 HIDDEN, INTERMEDIATE, LAYERS, KV, VOCAB = 1536, 8960, 28, 256, 151936
 LINEARS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -58,10 +55,15 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 
 
 def random(*shape, scale=0.02):
+    import torch
+
     return torch.randn(*shape) * scale
 
 
 def make_base(path):
+    import torch
+    from safetensors.torch import save_file
+
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     tensors = {"model.embed_tokens.weight": random(VOCAB, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}
@@ -77,6 +79,8 @@ def make_base(path):
 
 
 def make_adapter(path, rank):
+    from safetensors.torch import save_file
+
     path.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": rank,
               "lora_alpha": 2 * rank, "target_modules": [name.split(".")[1] for name in LINEARS]}
@@ -91,6 +95,8 @@ def make_adapter(path, rank):
 
 
 def make(base, adapter, rank):
+    import torch
+
     torch.manual_seed(1)
     make_base(base)
     make_adapter(adapter, rank)
@@ -126,7 +132,7 @@ def main():
     work.mkdir(parents=True)
     base, adapter, output = work / "base", work / "adapter", work / "output"
     try:
-        # A process of its own: the peak of a child begins with the size of the process that starts it.
+        # A process of its own, and torch only there: a child's peak begins with the size of its parent.
         making = multiprocessing.Process(target=make, args=(base, adapter, args.rank))
         making.start()
         making.join()
