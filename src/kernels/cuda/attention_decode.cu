@@ -8,7 +8,7 @@
 //          each step so that the blocks are even and fill the GPU.
 //          Sequences of another number of query tokens than one are left alone: prefill's, or a
 //          bucket's padding (0).
-// Scratch: partial f32 [sequences][num_kv_heads][splits][group (D + 2)], group = num_heads /
+// Scratch: partial f32 [sequences][num_kv_heads][splits][group (D + 4)], group = num_heads /
 //          num_kv_heads; counters u32 [sequences][num_kv_heads], zero before the first launch,
 //          left zero by each.
 // Names:   attention_decode_{f16,bf16}_{64,128}_g{8,16}: groups of at most 8 or 16 heads.
@@ -26,7 +26,6 @@
 constexpr int WARPS = 4;
 constexpr int TILE = 16;
 constexpr int MAX_SPLITS = 128;
-constexpr int MAX_GROUP = 16;
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -241,7 +240,7 @@ __device__ __forceinline__ void combine(Shared<D, HEADS> &shared, T *out, const 
                                         int num_splits, int group_size) {
     float *weights = &shared.out[0][0][0];
     static_assert(MAX_SPLITS * HEADS <= WARPS * HEADS * D, "weights of splits fit");
-    const int stride = group_size * (D + 2);
+    const int stride = group_size * (D + 4);
     for (int head = threadIdx.x; head < group_size; head += blockDim.x) {
         const float *stats = partial + group_size * D + 2 * head;
         float max = -INFINITY;
@@ -365,7 +364,7 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
                              scale_log2, start, end, kv_head, num_kv_heads, block_shift);
     share<D, HEAD_TILES>(shared, state);
     const int64_t pair = (int64_t)sequence * num_kv_heads + kv_head;
-    const int stride = group_size * (D + 2);
+    const int stride = group_size * (D + 4);
     float *splits = partial + pair * gridDim.x * stride;
     finish<T, D, HEADS>(shared, out + first_element, splits + split * stride, num_splits == 1,
                         group_size);

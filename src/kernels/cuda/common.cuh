@@ -158,7 +158,7 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
 // Copies 16 bytes to shared memory asynchronously; zeros where `is_valid` is 0.
 __device__ __forceinline__ void copy16_async(uint32_t target, const void *source, bool is_valid) {
     const int size = is_valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target),
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target),
                  "l"(source), "r"(size));
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }

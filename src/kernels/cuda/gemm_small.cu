@@ -6,78 +6,91 @@
 //          gemm_small_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
 //          silu(x Gᵀ) · (x Uᵀ); without bias and residual.
 // Names:   gemm_small{,_silu}_{f16,bf16}{,_f32out}_t{8,16}_w{4,8}: at most 8 or 16 tokens, 4 or 8
-//          warps. More warps split K finer: better where N / 16 blocks do not fill the GPU.
-// Launch:  grid (⌈N / 16⌉), block (32 · warps).
+//          warps. More warps split K finer: better for a long K (Qwen2.5-7B: the down product).
+// Launch:  grid (⌈N / 16⌉), silu (⌈N / 8⌉); block (32 · warps); dynamic shared memory 65,536
+//          bytes for w4, 98,304 for w8 (needs the opt-in).
 // Limits:  num_tokens from 1 to 8 or 16; K a multiple of 8; pointers on 16 bytes.
 // Method:  own. W is the left operand of m16n8k16 products, tokens are the columns of the right
 //          one. The order in which k is summed is free, so a thread takes 8 consecutive elements
-//          of a row of W (one 16-byte load) as its share of two products: W goes from memory to
-//          registers without shared memory, 8 loads in flight a thread, the next step's issued
-//          before this step's products. Warps of a block take every w-th step of 128 elements of
-//          K and add up through shared memory. W is loaded before wait_for_producer().
+//          of a row of W (16 bytes) as its share of two products, and nobody else reads them. So
+//          shared memory serves each thread as a queue of its own loads, without any barrier:
+//          most of it is under way at any time, several times what bandwidth · latency asks for.
+//          Warps of a block take every w-th step of 128 elements of K and add up at the end. The
+//          queue is filled before wait_for_producer(): only x depends on other kernels.
 #include "common.cuh"
 
 constexpr int TILE_ROWS = 16;
-constexpr int STEP = 128;          // Elements of K that a warp takes at a time.
-constexpr int CHUNK = 32;          // Elements of K in two products.
-constexpr int CHUNKS = STEP / CHUNK;
+constexpr int CHUNK = 32;  // Elements of K in two products.
+constexpr int CHUNKS = 4;
+constexpr int STEP = CHUNK * CHUNKS;  // Elements of K that a warp takes at a time.
+constexpr int STAGE_BYTES = TILE_ROWS * STEP * 2;
 
-// One step's share of W: rows group and group + 8 of each tile.
-template <int TILES> struct Weights {
-    uint4 low[TILES][CHUNKS];
-    uint4 high[TILES][CHUNKS];
+template <int WARPS> struct Queue {
+    static constexpr int STAGES = WARPS == 4 ? 4 : 3;
+    static constexpr int WARP_BYTES = STAGES * STAGE_BYTES;
 };
 
-// `rows` are the thread's two rows of each tile, null where N has no such row.
-template <typename T, int TILES>
-__device__ __forceinline__ void load_weights(Weights<TILES> &w, const T *const (&rows)[TILES][2],
-                                             int first, int num_columns) {
-    const uint4 zeros = make_uint4(0, 0, 0, 0);
+// Starts the copies of one step's share of W: rows `low` and `high`, null where N has none.
+template <typename T>
+__device__ __forceinline__ void copy_weights(uint32_t stage, const T *low, const T *high,
+                                             const T *somewhere, int column, int num_columns) {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        const int column = first + chunk * CHUNK;
-        const bool is_inside = column < num_columns;
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            w.low[tile][chunk] =
-                is_inside && rows[tile][0] ? load16_once(rows[tile][0] + column) : zeros;
-            w.high[tile][chunk] =
-                is_inside && rows[tile][1] ? load16_once(rows[tile][1] + column) : zeros;
-        }
+        const int place = column + chunk * CHUNK;
+        const bool has_low = low != nullptr && place < num_columns;
+        const bool has_high = high != nullptr && place < num_columns;
+        const uint32_t target = stage + chunk * 2 * 16 * WARP_SIZE;
+        copy16_async(target, has_low ? low + place : somewhere, has_low);
+        copy16_async(target + 16 * WARP_SIZE, has_high ? high + place : somewhere, has_high);
     }
+}
+
+__device__ __forceinline__ uint4 read_shared16(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
+    return value;
 }
 
 template <typename T, int TOKEN_TILES>
 __device__ __forceinline__ void load_tokens(uint4 (&x)[TOKEN_TILES][CHUNKS],
-                                            const T *const (&rows)[TOKEN_TILES], int first,
+                                            const T *const (&rows)[TOKEN_TILES], int column,
                                             int num_columns) {
-    const uint4 zeros = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        const int column = first + chunk * CHUNK;
+        const int place = column + chunk * CHUNK;
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; tile++) {
-            x[tile][chunk] =
-                rows[tile] && column < num_columns ? load16(rows[tile] + column) : zeros;
+            const bool is_there = rows[tile] != nullptr && place < num_columns;
+            x[tile][chunk] = is_there ? load16(rows[tile] + place) : make_uint4(0, 0, 0, 0);
         }
     }
 }
 
-// Computes the sums of the block's rows over all of K: acc[tile][token tile] of each warp, added
-// up in `partial[(tile · 16 + row) · tokens + token]`. Ends with a barrier.
-template <typename T, int TILES, int TOKEN_TILES, int WARPS>
-__device__ __forceinline__ void
-block_product(float *partial, const T *const (&weight_rows)[TILES][2], const T *x, int num_tokens,
-              int num_columns) {
+// Sums rows `low` and `high` (each thread's own) of W over all of K, and returns where the sums
+// of warp 0 lie: [row][token], each further warp's Queue::WARP_BYTES later. Ends with a barrier.
+template <typename T, int TOKEN_TILES, int WARPS>
+__device__ __forceinline__ const char *block_product(const T *low, const T *high, const T *weight,
+                                                     const T *x, int num_tokens,
+                                                     int num_columns) {
+    extern __shared__ __align__(128) char queues[];
+    constexpr int STAGES = Queue<WARPS>::STAGES;
     constexpr int TOKENS = 8 * TOKEN_TILES;
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
     const int group = lane / 4;
     const int pair = lane % 4;
+    char *queue = queues + warp * Queue<WARPS>::WARP_BYTES;
+    const uint32_t first_stage = shared_address(queue) + 16 * lane;
 
-    int column = warp * STEP + 8 * pair;
-    Weights<TILES> next;
-    load_weights<T, TILES>(next, weight_rows, column, num_columns);
+    int copied = warp * STEP + 8 * pair;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) {
+        copy_weights(first_stage + stage * STAGE_BYTES, low, high, weight, copied, num_columns);
+        commit_copies();
+        copied += WARPS * STEP;
+    }
     wait_for_producer();
     release_consumer();
     const T *token_rows[TOKEN_TILES];
@@ -86,52 +99,64 @@ block_product(float *partial, const T *const (&weight_rows)[TILES][2], const T *
         const int token = 8 * tile + group;
         token_rows[tile] = token < num_tokens ? x + (int64_t)token * num_columns : nullptr;
     }
-    float acc[TILES][TOKEN_TILES][4] = {};
+    int column = warp * STEP + 8 * pair;
+    uint4 next[TOKEN_TILES][CHUNKS];
+    load_tokens<T, TOKEN_TILES>(next, token_rows, column, num_columns);
+    float acc[TOKEN_TILES][4] = {};
+    uint32_t read = first_stage;
+    uint32_t write = first_stage + (STAGES - 1) * STAGE_BYTES;
     while (column - 8 * pair < num_columns) {
-        const Weights<TILES> w = next;
+        wait_for_copies<STAGES - 2>();
         uint4 tokens[TOKEN_TILES][CHUNKS];
-        load_tokens<T, TOKEN_TILES>(tokens, token_rows, column, num_columns);
-        column += WARPS * STEP;
-        load_weights<T, TILES>(next, weight_rows, column, num_columns);
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        for (int tile = 0; tile < TOKEN_TILES; tile++) {
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                const uint4 low = w.low[tile][chunk];
-                const uint4 high = w.high[tile][chunk];
-#pragma unroll
-                for (int token = 0; token < TOKEN_TILES; token++) {
-                    const uint4 b = tokens[token][chunk];
-                    mma<T>(acc[tile][token], low.x, high.x, low.y, high.y, b.x, b.y);
-                    mma<T>(acc[tile][token], low.z, high.z, low.w, high.w, b.z, b.w);
-                }
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                tokens[tile][chunk] = next[tile][chunk];
             }
         }
-    }
-    constexpr int SIZE = TILES * TILE_ROWS * TOKENS;
+        column += WARPS * STEP;
+        load_tokens<T, TOKEN_TILES>(next, token_rows, column, num_columns);
+        // Into the stage that the previous round has read.
+        copy_weights(write, low, high, weight, copied, num_columns);
+        commit_copies();
+        copied += WARPS * STEP;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const uint4 a = read_shared16(read + chunk * 2 * 16 * WARP_SIZE);
+            const uint4 b = read_shared16(read + (chunk * 2 + 1) * 16 * WARP_SIZE);
 #pragma unroll
-        for (int token = 0; token < TOKEN_TILES; token++) {
-            float *target = partial + warp * SIZE + 8 * token + 2 * pair;
-            float *low = target + (tile * TILE_ROWS + group) * TOKENS;
-            float *high = low + 8 * TOKENS;
-            *reinterpret_cast<float2 *>(low) =
-                make_float2(acc[tile][token][0], acc[tile][token][1]);
-            *reinterpret_cast<float2 *>(high) =
-                make_float2(acc[tile][token][2], acc[tile][token][3]);
+            for (int tile = 0; tile < TOKEN_TILES; tile++) {
+                const uint4 t = tokens[tile][chunk];
+                mma<T>(acc[tile], a.x, b.x, a.y, b.y, t.x, t.y);
+                mma<T>(acc[tile], a.z, b.z, a.w, b.w, t.z, t.w);
+            }
         }
+        write = read;
+        read = read == first_stage + (STAGES - 1) * STAGE_BYTES ? first_stage : read + STAGE_BYTES;
+    }
+    wait_for_copies<0>();
+    // Each warp's sums take the place of its queue, once all its lanes are done with that.
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < TOKEN_TILES; tile++) {
+        float *sums = reinterpret_cast<float *>(queue) + 8 * tile + 2 * pair;
+        *reinterpret_cast<float2 *>(sums + group * TOKENS) =
+            make_float2(acc[tile][0], acc[tile][1]);
+        *reinterpret_cast<float2 *>(sums + (group + 8) * TOKENS) =
+            make_float2(acc[tile][2], acc[tile][3]);
     }
     __syncthreads();
+    return queues;
 }
 
-// Returns the sum of all warps' partial sums of one output.
-template <int SIZE, int WARPS>
-__device__ __forceinline__ float sum_of_warps(const float *partial, int index) {
+// Returns one output's sum over the warps.
+template <int WARPS>
+__device__ __forceinline__ float sum_of_warps(const char *queues, int index) {
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) {
-        sum += partial[warp * SIZE + index];
+        sum += reinterpret_cast<const float *>(queues + warp * Queue<WARPS>::WARP_BYTES)[index];
     }
     return sum;
 }
@@ -141,24 +166,19 @@ __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight
                                            const T *residual, int num_tokens, int num_rows,
                                            int num_columns) {
     constexpr int TOKENS = 8 * TOKEN_TILES;
-    constexpr int SIZE = TILE_ROWS * TOKENS;
-    __shared__ float partial[WARPS * SIZE];
-    const int lane = threadIdx.x % WARP_SIZE;
     const int first_row = blockIdx.x * TILE_ROWS;
-    const T *rows[1][2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = first_row + lane / 4 + 8 * half;
-        rows[0][half] = row < num_rows ? weight + (int64_t)row * num_columns : nullptr;
-    }
-    block_product<T, 1, TOKEN_TILES, WARPS>(partial, rows, x, num_tokens, num_columns);
-    for (int i = threadIdx.x; i < SIZE; i += WARPS * WARP_SIZE) {
+    const int own_row = first_row + threadIdx.x % WARP_SIZE / 4;
+    const T *low = own_row < num_rows ? weight + (int64_t)own_row * num_columns : nullptr;
+    const T *high = own_row + 8 < num_rows ? low + 8 * (int64_t)num_columns : nullptr;
+    const char *sums =
+        block_product<T, TOKEN_TILES, WARPS>(low, high, weight, x, num_tokens, num_columns);
+    for (int i = threadIdx.x; i < TILE_ROWS * TOKENS; i += WARPS * WARP_SIZE) {
         const int row = i % TILE_ROWS;
         const int token = i / TILE_ROWS;
         if (token >= num_tokens || first_row + row >= num_rows) {
             continue;
         }
-        float sum = sum_of_warps<SIZE, WARPS>(partial, row * TOKENS + token);
+        float sum = sum_of_warps<WARPS>(sums, row * TOKENS + token);
         const int64_t target = (int64_t)token * num_rows + first_row + row;
         if (bias != nullptr) {
             sum += to_float(bias[first_row + row]);
@@ -170,52 +190,45 @@ __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight
     }
 }
 
+// A block's tile is 8 rows of gates over the same 8 rows of ups.
 template <typename T, int TOKEN_TILES, int WARPS>
 __device__ __forceinline__ void gemm_small_silu(T *out, const T *x, const T *weight,
                                                 int num_tokens, int num_rows, int num_columns) {
     constexpr int TOKENS = 8 * TOKEN_TILES;
-    constexpr int SIZE = 2 * TILE_ROWS * TOKENS;
-    __shared__ float partial[WARPS * SIZE];
-    const int lane = threadIdx.x % WARP_SIZE;
-    const int first_row = blockIdx.x * TILE_ROWS;
-    const T *rows[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = first_row + lane / 4 + 8 * half;
-        const T *gate = weight + (int64_t)row * num_columns;
-        rows[0][half] = row < num_rows ? gate : nullptr;
-        rows[1][half] = row < num_rows ? gate + (int64_t)num_rows * num_columns : nullptr;
-    }
-    block_product<T, 2, TOKEN_TILES, WARPS>(partial, rows, x, num_tokens, num_columns);
-    for (int i = threadIdx.x; i < TILE_ROWS * TOKENS; i += WARPS * WARP_SIZE) {
-        const int row = i % TILE_ROWS;
-        const int token = i / TILE_ROWS;
+    constexpr int ROWS = TILE_ROWS / 2;
+    const int first_row = blockIdx.x * ROWS;
+    const int own_row = first_row + threadIdx.x % WARP_SIZE / 4;
+    const T *gate = own_row < num_rows ? weight + (int64_t)own_row * num_columns : nullptr;
+    const T *up = own_row < num_rows ? gate + (int64_t)num_rows * num_columns : nullptr;
+    const char *sums =
+        block_product<T, TOKEN_TILES, WARPS>(gate, up, weight, x, num_tokens, num_columns);
+    for (int i = threadIdx.x; i < ROWS * TOKENS; i += WARPS * WARP_SIZE) {
+        const int row = i % ROWS;
+        const int token = i / ROWS;
         if (token >= num_tokens || first_row + row >= num_rows) {
             continue;
         }
-        const int index = row * TOKENS + token;
-        const float gate = sum_of_warps<SIZE, WARPS>(partial, index);
-        const float up = sum_of_warps<SIZE, WARPS>(partial, index + TILE_ROWS * TOKENS);
+        const float gated = sum_of_warps<WARPS>(sums, row * TOKENS + token);
+        const float sum = sum_of_warps<WARPS>(sums, (row + ROWS) * TOKENS + token);
         out[(int64_t)token * num_rows + first_row + row] =
-            from_float<T>(up * gate / (1.0f + __expf(-gate)));
+            from_float<T>(sum * gated / (1.0f + __expf(-gated)));
     }
 }
 
-// The second launch bound asks for as many warps a multiprocessor as hide the memory's latency.
 #define ENTRY(T, SUFFIX, TOKENS, WARPS)                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)                           \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)                           \
         gemm_small_##SUFFIX##_t##TOKENS##_w##WARPS(T *out, const T *x, const T *weight,            \
                                                    const T *bias, const T *residual,               \
                                                    int num_tokens, int n, int k) {                 \
         gemm_small<T, T, TOKENS / 8, WARPS>(out, x, weight, bias, residual, num_tokens, n, k);     \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS)                           \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)                           \
         gemm_small_##SUFFIX##_f32out_t##TOKENS##_w##WARPS(                                         \
             float *out, const T *x, const T *weight, const T *bias, int num_tokens, int n,         \
             int k) {                                                                               \
         gemm_small<T, float, TOKENS / 8, WARPS>(out, x, weight, bias, nullptr, num_tokens, n, k);  \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)                            \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)                           \
         gemm_small_silu_##SUFFIX##_t##TOKENS##_w##WARPS(T *out, const T *x, const T *weight,       \
                                                         int num_tokens, int n, int k) {            \
         gemm_small_silu<T, TOKENS / 8, WARPS>(out, x, weight, num_tokens, n, k);                   \
