@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from driver import Kernels, median_us
-from test_kernels import DEFAULTS, GEMM_SHARED, LOG2E, Batch, SamplerRun, ints, random
+from test_kernels import DEFAULTS, GEMM_FORMS, LOG2E, Batch, SamplerRun, ints, random
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, LAYERS = 3584, 28, 4, 128, 18944, 152064, 28
 QKV = (HEADS + 2 * KV_HEADS) * DIM
@@ -37,46 +37,41 @@ def memory(kernels, ceilings):
     ceilings["read"] = best
 
 
+def multiply(kernels, kind, form, out, x, w, *others):
+    """Launches gemm_small; kind is "", "_silu" or "_f32out"."""
+    tokens, (n, k) = x.shape[0], w.shape
+    rows, threads, shared_bytes = GEMM_FORMS[form]
+    limit = 8 if tokens <= 8 else 16
+    infix = f"_silu_{NAME}" if kind == "_silu" else f"_{NAME}{kind}"
+    kernels.launch(f"gemm_small{infix}_t{limit}_{form}", [-(-n // rows)], threads, out, x, w,
+                   *others, tokens, n // 2 if kind == "_silu" else n, k,
+                   shared_bytes=shared_bytes)
+
+
 def gemm(kernels, ceilings):
     shapes = [("qkv", QKV, HIDDEN), ("o", HIDDEN, HIDDEN), ("gate_up", 2 * FFN, HIDDEN),
               ("down", HIDDEN, FFN), ("head", VOCAB, HIDDEN)]
-    print("GEMM: plain µs, overlapped µs, TB/s, % of read      torch      t8_w4      t8_w8     t16_w4     t16_w8   silu_w4 silu_w8")
+    print("GEMM: torch µs | form: plain µs, overlapped µs, TB/s, % of read")
     for label, n, k in shapes:
         count = max(2, -(-(400 << 20) // (n * k * 2)))
         weights = [random(n, k, dtype=DTYPE, scale=k**-0.5) for _ in range(count)]
+        repeats = 20 if n < 10000 else 2
         for tokens in [1, 4, 8, 16]:
             x = random(tokens, k, dtype=DTYPE)
             out = torch.empty(tokens, n, dtype=DTYPE, device="cuda")
-            calls = {"torch": [lambda w=w: torch.mm(x, w.T, out=out) for w in weights]}
-            for limit, warps in [(8, 4), (8, 8), (16, 4), (16, 8)]:
-                if limit < tokens or (limit == 16 and tokens < 8):
-                    continue
-                key = f"t{limit}_w{warps}"
-                calls[key] = [
-                    lambda w=w, key=key, warps=warps: kernels.launch(
-                        f"gemm_small_{NAME}_{key}", [-(-n // 16)], 32 * warps, out, x, w, None,
-                        None, tokens, n, k, shared_bytes=GEMM_SHARED[warps])
-                    for w in weights
-                ]
-                if label == "gate_up" and limit == (8 if tokens <= 8 else 16):
-                    calls[f"silu_w{warps}"] = [
-                        lambda w=w, key=key, warps=warps: kernels.launch(
-                            f"gemm_small_silu_{NAME}_{key}", [-(-n // 16)], 32 * warps, out, x, w,
-                            tokens, n // 2, k, shared_bytes=GEMM_SHARED[warps])
-                        for w in weights
-                    ]
-            cells = []
-            for key in ["torch", "t8_w4", "t8_w8", "t16_w4", "t16_w8", "silu_w4", "silu_w8"]:
-                if key not in calls:
-                    cells.append(" " * 20)
-                    continue
-                repeats = 20 if n < 10000 else 2
-                kernels.overlap = key != "torch"
-                time = median_us(calls[key] * repeats)
+            base = median_us([lambda w=w: torch.mm(x, w.T, out=out) for w in weights] * repeats)
+            cells = [f"{base:6.1f} {n * k * 2 / base / 1e6:.2f}"]
+            for form in GEMM_FORMS:
+                kind, others = ("_silu", []) if label == "gate_up" else ("", [None, None])
+                calls = [lambda w=w: multiply(kernels, kind, form, out, x, w, *others)
+                         for w in weights] * repeats
+                plain = median_us(calls)
+                kernels.overlap = True
+                time = median_us(calls)
                 kernels.overlap = False
-                plain = median_us(calls[key] * repeats) if key != "torch" else time
                 speed = n * k * 2 / time / 1e6
-                cells.append(f"{plain:5.1f} {time:5.1f} {speed:.2f} {100 * speed / ceilings['read']:2.0f}%")
+                cells.append(f"{form} {plain:5.1f} {time:5.1f} {speed:.2f} "
+                             f"{100 * speed / ceilings['read']:2.0f}%")
             print(f"{label:8} M {tokens:2}: " + " | ".join(cells), flush=True)
 
 
@@ -91,7 +86,7 @@ def decode(kernels, ceilings):
         cells = []
         for wanted in [132, 264, 396, 792]:
             splits = max(1, min(64, round(wanted / (batch_size * KV_HEADS))))
-            split_tokens = max(64, -(-context // splits // 16) * 16)
+            split_tokens = max(64, -(-context // splits // 64) * 64)
             splits = -(-context // split_tokens)
             out = torch.empty_like(batches[0].q)
             partial = torch.empty(batch_size * KV_HEADS * splits * 7 * 132, device="cuda")
@@ -100,14 +95,16 @@ def decode(kernels, ceilings):
             calls = [lambda b=b: kernels.launch(
                 f"attention_decode_{NAME}_128_g8", [splits, KV_HEADS, batch_size], 128, out, b.q,
                 *b.caches, *b.tables(), split, partial, counters, DIM**-0.5 * LOG2E, HEADS,
-                KV_HEADS, 4) for b in batches]
+                KV_HEADS, 4, shared_bytes=512 * DIM) for b in batches]
             time = median_us(calls * 8)
             cell = f"{splits}×{split_tokens}: {time:.1f} {data / time / 1e6:.2f}"
             if cell.split(":")[0] not in [other.split(":")[0] for other in cells]:
                 cells.append(cell)
-        k, v = (random(batch_size, KV_HEADS, context, DIM, dtype=DTYPE) for _ in range(2))
         q = random(batch_size, HEADS, 1, DIM, dtype=DTYPE)
-        base = median_us([lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)] * 8)
+        dense = [[random(batch_size, KV_HEADS, context, DIM, dtype=DTYPE) for _ in range(2)]
+                 for _ in range(copies)]
+        base = median_us([lambda k=k, v=v: F.scaled_dot_product_attention(
+            q, k, v, enable_gqa=True) for k, v in dense] * 8)
         print(f"{batch_size:3} × {context:5}: " + " | ".join(cells) + f" | torch {base:.1f}",
               flush=True)
 
@@ -119,7 +116,7 @@ def prefill(kernels, ceilings):
         out = torch.empty_like(batch.q)
         tiles = -(-tokens * 7 // 128) * count
         run = lambda: kernels.launch(
-            f"attention_prefill_{NAME}_128", [tiles, KV_HEADS], 128, out, batch.q, *batch.caches,
+            f"attention_prefill_{NAME}_128", [KV_HEADS, tiles], 128, out, batch.q, *batch.caches,
             *batch.tables(), DIM**-0.5 * LOG2E, count, 2, HEADS, KV_HEADS, 4,
             shared_bytes=768 * DIM)
         time = median_us([run] * 5)
@@ -192,7 +189,7 @@ def step(kernels, ceilings):
     norm, bias = random(HIDDEN, dtype=DTYPE), random(QKV, dtype=DTYPE)
     cos, sin = (torch.rand(8192, DIM // 2, device="cuda") for _ in range(2))
     for tokens, context in [(1, 384), (1, 2048), (4, 384), (8, 384), (16, 384)]:
-        limit = 8 if tokens <= 8 else 16
+        wide = "w8" if tokens <= 4 else "r32"
         batch = Batch([(1, context)] * tokens, HEADS, KV_HEADS, DIM, DTYPE, 4)
         x = random(tokens, HIDDEN, dtype=DTYPE)
         h, y, q_out, attended = (torch.empty_like(x) for _ in range(4))
@@ -202,36 +199,30 @@ def step(kernels, ceilings):
         slots = ints([-1] * tokens)
         positions = ints([context - 1] * tokens)
         splits = max(1, min(64, 264 // (tokens * KV_HEADS)))
-        split_tokens = max(64, -(-context // splits // 16) * 16)
+        split_tokens = max(64, -(-context // splits // 64) * 64)
         splits = -(-context // split_tokens)
         partial = torch.empty(tokens * KV_HEADS * splits * 7 * 132, device="cuda")
         counters = torch.zeros(tokens * KV_HEADS, dtype=torch.int32, device="cuda")
         split = ints([split_tokens])
         job = SamplerRun(kernels, logits, [dict(DEFAULTS, temperature=0.0)] * tokens)
 
-        def multiply(out, x, w, b, residual, warps, kind=""):
-            n, k = w.shape
-            args = (b, tokens, n, k) if kind else (b, residual, tokens, n, k)
-            kernels.launch(f"gemm_small_{NAME}{kind}_t{limit}_w{warps}", [-(-n // 16)],
-                           32 * warps, out, x, w, *args, shared_bytes=GEMM_SHARED[warps])
-
         def run():
             kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
             for qkv_w, o_w, gate_up_w, down_w in weights:
-                multiply(qkv, h, qkv_w, None, None, 8)
+                multiply(kernels, "", "w4", qkv, h, qkv_w, None, None)
                 kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
                                *batch.caches, qkv, bias, None, None, cos, sin, positions, slots,
                                1e-6, HEADS, KV_HEADS, 4)
                 kernels.launch(f"attention_decode_{NAME}_128_g8", [splits, KV_HEADS, tokens], 128,
                                attended, q_out, *batch.caches, *batch.tables(), split, partial,
-                               counters, DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4)
-                multiply(y, attended, o_w, None, x, 8)
+                               counters, DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4,
+                               shared_bytes=512 * DIM)
+                multiply(kernels, "", "w8", y, attended, o_w, None, x)
                 kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, y, norm, 1e-6, HIDDEN)
-                kernels.launch(f"gemm_small_silu_{NAME}_t{limit}_w4", [-(-FFN // 8)], 128, act,
-                               h, gate_up_w, tokens, FFN, HIDDEN, shared_bytes=GEMM_SHARED[4])
-                multiply(x, act, down_w, None, y, 8)
+                multiply(kernels, "_silu", wide, act, h, gate_up_w)
+                multiply(kernels, "", "w8", x, act, down_w, None, y)
                 kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
-            multiply(logits, h, head, None, None, 4, "_f32out")
+            multiply(kernels, "_f32out", wide, logits, h, head, None)
             job.run()
 
         times = []

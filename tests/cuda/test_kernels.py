@@ -22,8 +22,8 @@ TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # Twice the rounding of the output, relative to the norm of the whole.
 TOLERANCE = {"f16": 1e-3, "bf16": 6e-3}
 REPEATS = 100
-# Dynamic shared memory of gemm_small by the number of warps.
-GEMM_SHARED = {4: 65536, 8: 98304}
+# Forms of gemm_small: rows of a block, threads, dynamic shared memory.
+GEMM_FORMS = {"w4": (16, 128, 65536), "w8": (16, 256, 98304), "r32": (32, 128, 98304)}
 LOG2E = 1.4426950408889634
 
 
@@ -157,34 +157,34 @@ def test_rope_and_cache(kernels, name, dtype):
 
 
 def test_gemm_small(kernels, name, dtype):
-    for tokens_max, warps in itertools.product([8, 16], [4, 8]):
-        suffix = f"t{tokens_max}_w{warps}"
+    for tokens_max, form in itertools.product([8, 16], GEMM_FORMS):
+        suffix = f"t{tokens_max}_{form}"
+        rows, threads, shared_bytes = GEMM_FORMS[form]
         for tokens, n, k in [(1, 4608, 3584), (tokens_max, 3584, 3584), (5, 100, 18944),
                              (tokens_max - 1, 1000, 200), (3, 37, 8), (tokens_max, 16, 4864)]:
             x = random(tokens, k, dtype=dtype)
             weight = random(n, k, dtype=dtype, scale=k**-0.5)
             bias, residual = random(n, dtype=dtype), random(tokens, n, dtype=dtype)
-            grid = [-(-n // 16)]
-            shared_bytes = GEMM_SHARED[warps]
+            grid = [-(-n // rows)]
             out = poisoned(tokens, n, dtype=dtype)
             want = x.double() @ weight.double().T
 
             def run():
-                kernels.launch(f"gemm_small_{name}_{suffix}", grid, 32 * warps, out, x, weight,
+                kernels.launch(f"gemm_small_{name}_{suffix}", grid, threads, out, x, weight,
                                bias, residual, tokens, n, k, shared_bytes=shared_bytes)
 
             run()
             assert_close(out, want + bias.double() + residual.double(), name, f"gemm {suffix}")
             assert_steady(run, [out], f"gemm {suffix}")
             out32 = poisoned(tokens, n, dtype=torch.float32)
-            kernels.launch(f"gemm_small_{name}_f32out_{suffix}", grid, 32 * warps, out32, x,
+            kernels.launch(f"gemm_small_{name}_f32out_{suffix}", grid, threads, out32, x,
                            weight, None, tokens, n, k, shared_bytes=shared_bytes)
             error = relative_error(out32, want)
             assert error < 1e-5, f"gemm f32out {suffix}: {error:.2e}"
             if n % 2 == 0:
                 half = n // 2
                 out = poisoned(tokens, half, dtype=dtype)
-                kernels.launch(f"gemm_small_silu_{name}_{suffix}", [-(-half // 8)], 32 * warps,
+                kernels.launch(f"gemm_small_silu_{name}_{suffix}", [-(-half // (rows // 2))], threads,
                                out, x, weight, tokens, half, k, shared_bytes=shared_bytes)
                 gate, up = want.chunk(2, -1)
                 want = torch.nn.functional.silu(gate) * up
@@ -251,7 +251,7 @@ def test_attention_decode(kernels, name, dtype):
                 kernels.launch(f"attention_decode_{name}_{dim}_g{group}",
                                [splits, kv_heads, len(lens)], 128, out, batch.q, *batch.caches,
                                *batch.tables(), split, partial, counters, scale * LOG2E, heads,
-                               kv_heads, shift)
+                               kv_heads, shift, shared_bytes=512 * dim)
 
             run()
             want, start = batch.want(scale), 0
@@ -282,7 +282,7 @@ def test_attention_prefill(kernels, name, dtype):
                 scale = dim**-0.5
 
                 def run():
-                    kernels.launch(f"attention_prefill_{name}_{dim}", [tiles, kv_heads], 128, out,
+                    kernels.launch(f"attention_prefill_{name}_{dim}", [kv_heads, tiles], 128, out,
                                    batch.q, *batch.caches, *batch.tables(), scale * LOG2E,
                                    len(lens), min_query, heads, kv_heads, shift,
                                    shared_bytes=768 * dim)
@@ -338,7 +338,7 @@ class SamplerRun:
         stride = self.logits.shape[1]
         mask_stride = self.masks.shape[1] if self.masks is not None else 0
         counts_stride = self.counts.shape[1] if self.counts is not None else 0
-        self.kernels.launch("sample", self.grid, 1024, self.tokens, self.status, self.logprobs,
+        self.kernels.launch("sample", self.grid, 512, self.tokens, self.status, self.logprobs,
                             self.ranks, self.top_ids, self.top_logprobs, self.logits,
                             self.scratch, self.params, self.bias_ids, self.bias_values,
                             self.masks, self.counts, self.vocab, int64(stride),
@@ -382,8 +382,10 @@ def test_sampler_draws_as_the_cpu(kernels, name, dtype):
             rows.append(row)
         words = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
         device_counts = torch.from_numpy(counts.view(np.int16)).cuda()
-        job = SamplerRun(kernels, torch.from_numpy(logits).cuda(), rows, bias,
-                         torch.from_numpy(words.copy()).cuda(), device_counts)
+        padded = torch.nn.functional.pad(torch.from_numpy(logits), (0, -vocab % 4),
+                                         value=float("nan")).cuda()
+        job = SamplerRun(kernels, padded, rows, bias, torch.from_numpy(words.copy()).cuda(),
+                         device_counts, vocab)
         job.run()
         assert (job.status == 0).all(), job.status
         got = job.tokens.tolist()
@@ -403,12 +405,12 @@ def test_sampler_draws_as_the_cpu(kernels, name, dtype):
         # Without shared memory for the row, and repeated: the same tokens.
         for slot, row in enumerate(rows):
             row["counts_slot"] = -1
-        plain = SamplerRun(kernels, job.logits, rows, bias, job.masks)
+        plain = SamplerRun(kernels, job.logits, rows, bias, job.masks, vocab=vocab)
         plain.run()
         assert_steady(plain.run, [plain.tokens], "sample", 50)
-        scratch = SamplerRun(kernels, job.logits, rows, bias, job.masks)
+        scratch = SamplerRun(kernels, job.logits, rows, bias, job.masks, vocab=vocab)
         scratch.shared_len = 0
-        scratch.scratch = poisoned(num, vocab, dtype=torch.float32)
+        scratch.scratch = poisoned(num, 8, plain.shared_len, dtype=torch.float32)
         scratch.run()
         assert torch.equal(scratch.tokens, plain.tokens), "sample through scratch"
     assert borderline < 4, f"{borderline} draws differ near a border"

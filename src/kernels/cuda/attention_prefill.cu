@@ -10,7 +10,7 @@
 //          Sequences of fewer than min_query_len query tokens are left alone: 2 leaves decodes to
 //          attention_decode, 1 takes all; padding (0) is always left.
 // Names:   attention_prefill_{f16,bf16}_{64,128}.
-// Launch:  grid (tiles, num_kv_heads), tiles ≥ Σ ⌈query_len · group / 128⌉, group = num_heads /
+// Launch:  grid (num_kv_heads, tiles), tiles ≥ Σ ⌈query_len · group / 128⌉, group = num_heads /
 //          num_kv_heads, block 128; dynamic shared memory 768 · D bytes (needs the opt-in).
 //          Blocks without a tile return at once, so a bucket may launch its upper bound
 //          ⌈tokens · group / 128⌉ + sequences.
@@ -303,11 +303,11 @@ attention_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const 
     const uint32_t key_tiles = query_tile + ROWS * D * 2;
     const uint32_t value_tiles = key_tiles + 2 * TILE_BYTES;
     const int group_size = num_heads / num_kv_heads;
-    const int kv_head = blockIdx.y;
+    const int kv_head = blockIdx.x;
     wait_for_producer();
     release_consumer();
     // Every warp looks for itself: cheaper than a barrier.
-    const Work work = find_work(blockIdx.x, cu_seqlens_q, num_sequences, max(min_query_len, 1),
+    const Work work = find_work(blockIdx.y, cu_seqlens_q, num_sequences, max(min_query_len, 1),
                                 group_size);
     if (work.sequence < 0) {
         return;

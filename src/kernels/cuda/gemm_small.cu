@@ -5,10 +5,12 @@
 //          no residual. `residual` may be `out`.
 //          gemm_small_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
 //          silu(x Gᵀ) · (x Uᵀ); without bias and residual.
-// Names:   gemm_small{,_silu}_{f16,bf16}{,_f32out}_t{8,16}_w{4,8}: at most 8 or 16 tokens, 4 or 8
-//          warps. More warps split K finer: better for a long K (Qwen2.5-7B: the down product).
-// Launch:  grid (⌈N / 16⌉), silu (⌈N / 8⌉); block (32 · warps); dynamic shared memory 65,536
-//          bytes for w4, 98,304 for w8 (needs the opt-in).
+// Names:   gemm_small{,_silu}_{f16,bf16}{,_f32out}_t{8,16}_{w4,w8,r32}: at most 8 or 16 tokens.
+//          w4 and w8: blocks of 16 rows of W, 4 or 8 warps; more warps split K finer, which a
+//          small N or a long K wants. r32: blocks of 32 rows, 4 warps: x is read half as often,
+//          which counts from 8 tokens on where N is large.
+// Launch:  grid (⌈N / 16⌉), r32 (⌈N / 32⌉), for silu twice that; block 128, w8 256; dynamic
+//          shared memory 65,536 bytes for w4, 98,304 for w8 and r32 (needs the opt-in).
 // Limits:  num_tokens from 1 to 8 or 16; K a multiple of 8; pointers on 16 bytes.
 // Method:  own. W is the left operand of m16n8k16 products, tokens are the columns of the right
 //          one. The order in which k is summed is free, so a thread takes 8 consecutive elements
@@ -23,25 +25,35 @@ constexpr int TILE_ROWS = 16;
 constexpr int CHUNK = 32;  // Elements of K in two products.
 constexpr int CHUNKS = 4;
 constexpr int STEP = CHUNK * CHUNKS;  // Elements of K that a warp takes at a time.
-constexpr int STAGE_BYTES = TILE_ROWS * STEP * 2;
 
-template <int WARPS> struct Queue {
-    static constexpr int STAGES = WARPS == 4 ? 4 : 3;
+template <int TILES, int WARPS> struct Queue {
+    static constexpr int STAGES = TILES == 1 && WARPS == 4 ? 4 : 3;
+    static constexpr int STAGE_BYTES = TILES * TILE_ROWS * STEP * 2;
     static constexpr int WARP_BYTES = STAGES * STAGE_BYTES;
 };
 
-// Starts the copies of one step's share of W: rows `low` and `high`, null where N has none.
-template <typename T>
-__device__ __forceinline__ void copy_weights(uint32_t stage, const T *low, const T *high,
+// A thread's two rows of each tile, null where W has none.
+template <typename T, int TILES> struct Rows {
+    const T *low[TILES];
+    const T *high[TILES];
+};
+
+// Starts the copies of one step's share of W.
+template <typename T, int TILES>
+__device__ __forceinline__ void copy_weights(uint32_t stage, const Rows<T, TILES> &rows,
                                              const T *somewhere, int column, int num_columns) {
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        const int place = column + chunk * CHUNK;
-        const bool has_low = low != nullptr && place < num_columns;
-        const bool has_high = high != nullptr && place < num_columns;
-        const uint32_t target = stage + chunk * 2 * 16 * WARP_SIZE;
-        copy16_async(target, has_low ? low + place : somewhere, has_low);
-        copy16_async(target + 16 * WARP_SIZE, has_high ? high + place : somewhere, has_high);
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int place = column + chunk * CHUNK;
+            const bool has_low = rows.low[tile] != nullptr && place < num_columns;
+            const bool has_high = rows.high[tile] != nullptr && place < num_columns;
+            const uint32_t target = stage + (tile * CHUNKS + chunk) * 2 * 16 * WARP_SIZE;
+            copy16_async(target, has_low ? rows.low[tile] + place : somewhere, has_low);
+            copy16_async(target + 16 * WARP_SIZE, has_high ? rows.high[tile] + place : somewhere,
+                         has_high);
+        }
     }
 }
 
@@ -68,26 +80,27 @@ __device__ __forceinline__ void load_tokens(uint4 (&x)[TOKEN_TILES][CHUNKS],
     }
 }
 
-// Sums rows `low` and `high` (each thread's own) of W over all of K, and returns where the sums
-// of warp 0 lie: [row][token], each further warp's Queue::WARP_BYTES later. Ends with a barrier.
-template <typename T, int TOKEN_TILES, int WARPS>
-__device__ __forceinline__ const char *block_product(const T *low, const T *high, const T *weight,
+// Sums the block's rows of W over all of K, and returns where the sums of warp 0 lie:
+// [row][token], each further warp's Queue::WARP_BYTES later. Ends with a barrier.
+template <typename T, int TILES, int TOKEN_TILES, int WARPS>
+__device__ __forceinline__ const char *block_product(const Rows<T, TILES> &rows, const T *weight,
                                                      const T *x, int num_tokens,
                                                      int num_columns) {
     extern __shared__ __align__(128) char queues[];
-    constexpr int STAGES = Queue<WARPS>::STAGES;
+    using Queue = Queue<TILES, WARPS>;
     constexpr int TOKENS = 8 * TOKEN_TILES;
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
     const int group = lane / 4;
     const int pair = lane % 4;
-    char *queue = queues + warp * Queue<WARPS>::WARP_BYTES;
+    char *queue = queues + warp * Queue::WARP_BYTES;
     const uint32_t first_stage = shared_address(queue) + 16 * lane;
+    const uint32_t last_stage = first_stage + (Queue::STAGES - 1) * Queue::STAGE_BYTES;
 
     int copied = warp * STEP + 8 * pair;
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) {
-        copy_weights(first_stage + stage * STAGE_BYTES, low, high, weight, copied, num_columns);
+    for (int stage = 0; stage < Queue::STAGES - 1; stage++) {
+        copy_weights(first_stage + stage * Queue::STAGE_BYTES, rows, weight, copied, num_columns);
         commit_copies();
         copied += WARPS * STEP;
     }
@@ -102,11 +115,11 @@ __device__ __forceinline__ const char *block_product(const T *low, const T *high
     int column = warp * STEP + 8 * pair;
     uint4 next[TOKEN_TILES][CHUNKS];
     load_tokens<T, TOKEN_TILES>(next, token_rows, column, num_columns);
-    float acc[TOKEN_TILES][4] = {};
+    float acc[TILES][TOKEN_TILES][4] = {};
     uint32_t read = first_stage;
-    uint32_t write = first_stage + (STAGES - 1) * STAGE_BYTES;
+    uint32_t write = last_stage;
     while (column - 8 * pair < num_columns) {
-        wait_for_copies<STAGES - 2>();
+        wait_for_copies<Queue::STAGES - 2>();
         uint4 tokens[TOKEN_TILES][CHUNKS];
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; tile++) {
@@ -118,67 +131,82 @@ __device__ __forceinline__ const char *block_product(const T *low, const T *high
         column += WARPS * STEP;
         load_tokens<T, TOKEN_TILES>(next, token_rows, column, num_columns);
         // Into the stage that the previous round has read.
-        copy_weights(write, low, high, weight, copied, num_columns);
+        copy_weights(write, rows, weight, copied, num_columns);
         commit_copies();
         copied += WARPS * STEP;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            const uint4 a = read_shared16(read + chunk * 2 * 16 * WARP_SIZE);
-            const uint4 b = read_shared16(read + (chunk * 2 + 1) * 16 * WARP_SIZE);
 #pragma unroll
-            for (int tile = 0; tile < TOKEN_TILES; tile++) {
-                const uint4 t = tokens[tile][chunk];
-                mma<T>(acc[tile], a.x, b.x, a.y, b.y, t.x, t.y);
-                mma<T>(acc[tile], a.z, b.z, a.w, b.w, t.z, t.w);
+            for (int tile = 0; tile < TILES; tile++) {
+                const uint32_t source = read + (tile * CHUNKS + chunk) * 2 * 16 * WARP_SIZE;
+                const uint4 a = read_shared16(source);
+                const uint4 b = read_shared16(source + 16 * WARP_SIZE);
+#pragma unroll
+                for (int token = 0; token < TOKEN_TILES; token++) {
+                    const uint4 t = tokens[token][chunk];
+                    mma<T>(acc[tile][token], a.x, b.x, a.y, b.y, t.x, t.y);
+                    mma<T>(acc[tile][token], a.z, b.z, a.w, b.w, t.z, t.w);
+                }
             }
         }
         write = read;
-        read = read == first_stage + (STAGES - 1) * STAGE_BYTES ? first_stage : read + STAGE_BYTES;
+        read = read == last_stage ? first_stage : read + Queue::STAGE_BYTES;
     }
     wait_for_copies<0>();
     // Each warp's sums take the place of its queue, once all its lanes are done with that.
     __syncwarp();
 #pragma unroll
-    for (int tile = 0; tile < TOKEN_TILES; tile++) {
-        float *sums = reinterpret_cast<float *>(queue) + 8 * tile + 2 * pair;
-        *reinterpret_cast<float2 *>(sums + group * TOKENS) =
-            make_float2(acc[tile][0], acc[tile][1]);
-        *reinterpret_cast<float2 *>(sums + (group + 8) * TOKENS) =
-            make_float2(acc[tile][2], acc[tile][3]);
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+        for (int token = 0; token < TOKEN_TILES; token++) {
+            float *sums = reinterpret_cast<float *>(queue) + 8 * token + 2 * pair;
+            float *low = sums + (tile * TILE_ROWS + group) * TOKENS;
+            *reinterpret_cast<float2 *>(low) =
+                make_float2(acc[tile][token][0], acc[tile][token][1]);
+            *reinterpret_cast<float2 *>(low + 8 * TOKENS) =
+                make_float2(acc[tile][token][2], acc[tile][token][3]);
+        }
     }
     __syncthreads();
     return queues;
 }
 
 // Returns one output's sum over the warps.
-template <int WARPS>
+template <int TILES, int WARPS>
 __device__ __forceinline__ float sum_of_warps(const char *queues, int index) {
+    constexpr int WARP_BYTES = Queue<TILES, WARPS>::WARP_BYTES;
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) {
-        sum += reinterpret_cast<const float *>(queues + warp * Queue<WARPS>::WARP_BYTES)[index];
+        sum += reinterpret_cast<const float *>(queues + warp * WARP_BYTES)[index];
     }
     return sum;
 }
 
-template <typename T, typename Out, int TOKEN_TILES, int WARPS>
+template <typename T, typename Out, int TOKEN_TILES, int TILES, int WARPS>
 __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight, const T *bias,
                                            const T *residual, int num_tokens, int num_rows,
                                            int num_columns) {
     constexpr int TOKENS = 8 * TOKEN_TILES;
-    const int first_row = blockIdx.x * TILE_ROWS;
-    const int own_row = first_row + threadIdx.x % WARP_SIZE / 4;
-    const T *low = own_row < num_rows ? weight + (int64_t)own_row * num_columns : nullptr;
-    const T *high = own_row + 8 < num_rows ? low + 8 * (int64_t)num_columns : nullptr;
+    constexpr int ROWS = TILES * TILE_ROWS;
+    const int first_row = blockIdx.x * ROWS;
+    Rows<T, TILES> rows;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        const int row = first_row + tile * TILE_ROWS + threadIdx.x % WARP_SIZE / 4;
+        const T *low = weight + (int64_t)row * num_columns;
+        rows.low[tile] = row < num_rows ? low : nullptr;
+        rows.high[tile] = row + 8 < num_rows ? low + 8 * (int64_t)num_columns : nullptr;
+    }
     const char *sums =
-        block_product<T, TOKEN_TILES, WARPS>(low, high, weight, x, num_tokens, num_columns);
-    for (int i = threadIdx.x; i < TILE_ROWS * TOKENS; i += WARPS * WARP_SIZE) {
-        const int row = i % TILE_ROWS;
-        const int token = i / TILE_ROWS;
+        block_product<T, TILES, TOKEN_TILES, WARPS>(rows, weight, x, num_tokens, num_columns);
+    for (int i = threadIdx.x; i < ROWS * TOKENS; i += WARPS * WARP_SIZE) {
+        const int row = i % ROWS;
+        const int token = i / ROWS;
         if (token >= num_tokens || first_row + row >= num_rows) {
             continue;
         }
-        float sum = sum_of_warps<WARPS>(sums, row * TOKENS + token);
+        float sum = sum_of_warps<TILES, WARPS>(sums, row * TOKENS + token);
         const int64_t target = (int64_t)token * num_rows + first_row + row;
         if (bias != nullptr) {
             sum += to_float(bias[first_row + row]);
@@ -190,55 +218,64 @@ __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight
     }
 }
 
-// A block's tile is 8 rows of gates over the same 8 rows of ups.
-template <typename T, int TOKEN_TILES, int WARPS>
+// Of each tile, the first 8 rows are gates and the last 8 the ups of the same outputs.
+template <typename T, int TOKEN_TILES, int TILES, int WARPS>
 __device__ __forceinline__ void gemm_small_silu(T *out, const T *x, const T *weight,
                                                 int num_tokens, int num_rows, int num_columns) {
     constexpr int TOKENS = 8 * TOKEN_TILES;
-    constexpr int ROWS = TILE_ROWS / 2;
+    constexpr int ROWS = TILES * TILE_ROWS / 2;
     const int first_row = blockIdx.x * ROWS;
-    const int own_row = first_row + threadIdx.x % WARP_SIZE / 4;
-    const T *gate = own_row < num_rows ? weight + (int64_t)own_row * num_columns : nullptr;
-    const T *up = own_row < num_rows ? gate + (int64_t)num_rows * num_columns : nullptr;
+    Rows<T, TILES> rows;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        const int row = first_row + tile * TILE_ROWS / 2 + threadIdx.x % WARP_SIZE / 4;
+        const T *gate = weight + (int64_t)row * num_columns;
+        rows.low[tile] = row < num_rows ? gate : nullptr;
+        rows.high[tile] = row < num_rows ? gate + (int64_t)num_rows * num_columns : nullptr;
+    }
     const char *sums =
-        block_product<T, TOKEN_TILES, WARPS>(gate, up, weight, x, num_tokens, num_columns);
+        block_product<T, TILES, TOKEN_TILES, WARPS>(rows, weight, x, num_tokens, num_columns);
     for (int i = threadIdx.x; i < ROWS * TOKENS; i += WARPS * WARP_SIZE) {
         const int row = i % ROWS;
         const int token = i / ROWS;
         if (token >= num_tokens || first_row + row >= num_rows) {
             continue;
         }
-        const float gated = sum_of_warps<WARPS>(sums, row * TOKENS + token);
-        const float sum = sum_of_warps<WARPS>(sums, (row + ROWS) * TOKENS + token);
+        const int index = (row / 8 * TILE_ROWS + row % 8) * TOKENS + token;
+        const float gate = sum_of_warps<TILES, WARPS>(sums, index);
+        const float up = sum_of_warps<TILES, WARPS>(sums, index + 8 * TOKENS);
         out[(int64_t)token * num_rows + first_row + row] =
-            from_float<T>(sum * gated / (1.0f + __expf(-gated)));
+            from_float<T>(up * gate / (1.0f + __expf(-gate)));
     }
 }
 
-#define ENTRY(T, SUFFIX, TOKENS, WARPS)                                                            \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)                           \
-        gemm_small_##SUFFIX##_t##TOKENS##_w##WARPS(T *out, const T *x, const T *weight,            \
-                                                   const T *bias, const T *residual,               \
-                                                   int num_tokens, int n, int k) {                 \
-        gemm_small<T, T, TOKENS / 8, WARPS>(out, x, weight, bias, residual, num_tokens, n, k);     \
+// The second launch bound is how many blocks the queues leave room for.
+#define ENTRY(T, SUFFIX, TOKENS, FORM, TILES, WARPS, BLOCKS)                                       \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                               \
+        gemm_small_##SUFFIX##_t##TOKENS##_##FORM(T *out, const T *x, const T *weight,              \
+                                                 const T *bias, const T *residual,                 \
+                                                 int num_tokens, int n, int k) {                   \
+        gemm_small<T, T, TOKENS / 8, TILES, WARPS>(out, x, weight, bias, residual, num_tokens, n,  \
+                                                   k);                                             \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)                           \
-        gemm_small_##SUFFIX##_f32out_t##TOKENS##_w##WARPS(                                         \
-            float *out, const T *x, const T *weight, const T *bias, int num_tokens, int n,         \
-            int k) {                                                                               \
-        gemm_small<T, float, TOKENS / 8, WARPS>(out, x, weight, bias, nullptr, num_tokens, n, k);  \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                               \
+        gemm_small_##SUFFIX##_f32out_t##TOKENS##_##FORM(float *out, const T *x, const T *weight,   \
+                                                        const T *bias, int num_tokens, int n,      \
+                                                        int k) {                                   \
+        gemm_small<T, float, TOKENS / 8, TILES, WARPS>(out, x, weight, bias, nullptr, num_tokens,  \
+                                                       n, k);                                      \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS)                           \
-        gemm_small_silu_##SUFFIX##_t##TOKENS##_w##WARPS(T *out, const T *x, const T *weight,       \
-                                                        int num_tokens, int n, int k) {            \
-        gemm_small_silu<T, TOKENS / 8, WARPS>(out, x, weight, num_tokens, n, k);                   \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                               \
+        gemm_small_silu_##SUFFIX##_t##TOKENS##_##FORM(T *out, const T *x, const T *weight,         \
+                                                      int num_tokens, int n, int k) {              \
+        gemm_small_silu<T, TOKENS / 8, TILES, WARPS>(out, x, weight, num_tokens, n, k);            \
     }
+#define ENTRIES(T, SUFFIX, TOKENS)                                                                 \
+    ENTRY(T, SUFFIX, TOKENS, w4, 1, 4, 3)                                                          \
+    ENTRY(T, SUFFIX, TOKENS, w8, 1, 8, 2)                                                          \
+    ENTRY(T, SUFFIX, TOKENS, r32, 2, 4, 2)
 
-ENTRY(__half, f16, 8, 4)
-ENTRY(__half, f16, 8, 8)
-ENTRY(__half, f16, 16, 4)
-ENTRY(__half, f16, 16, 8)
-ENTRY(__nv_bfloat16, bf16, 8, 4)
-ENTRY(__nv_bfloat16, bf16, 8, 8)
-ENTRY(__nv_bfloat16, bf16, 16, 4)
-ENTRY(__nv_bfloat16, bf16, 16, 8)
+ENTRIES(__half, f16, 8)
+ENTRIES(__half, f16, 16)
+ENTRIES(__nv_bfloat16, bf16, 8)
+ENTRIES(__nv_bfloat16, bf16, 16)

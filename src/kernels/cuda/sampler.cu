@@ -9,13 +9,14 @@
 //          counts u16 [slots][counts_stride]: for a slot's sequence and each token, bit 15 is set
 //          if it is in the prompt, the rest counts how often it was drawn. `sample` adds the
 //          token it draws. counts_stride is even and at least vocab_size.
-//          scratch f32 [rows][vocab_size], used only if a block's share of the row is longer than
+//          scratch f32 [rows][C][share], used only if a block's share of the row is longer than
 //          shared_len; else null.
 // Out:     token_ids u32, status u32, logprobs f32, ranks u32 [rows]; top_ids u32, top_logprobs
 //          f32 [rows][max_top]. status 0: drawn; 1: the logit of token_ids is not finite (its
 //          value in logprobs); 2: no token is left. logprobs, ranks (1 is the most likely) and
 //          the top are those of the raw logits, written where num_logprobs ≥ 0.
-// Launch:  sample: grid (rows · C), block 1024, dynamic shared memory 4 · shared_len bytes, where
+//          logits on 16 bytes, logits_stride a multiple of 4.
+// Launch:  sample: grid (rows · C), block 512, dynamic shared memory 4 · shared_len bytes, where
 //          C = 8 from sm_90 on (a cluster; compiled in) and 1 before; a block's share is
 //          ⌈vocab_size / C⌉ rounded up to 4. A row
 //          with top_k = 0xffffffff (padding of a bucket) is left alone.
@@ -58,7 +59,7 @@ static_assert(sizeof(SamplingParams) == 72, "as laid out by the host");
 
 typedef unsigned long long u64;
 
-constexpr int THREADS = 1024;
+constexpr int THREADS = 512;
 constexpr int NUM_WARPS = THREADS / WARP_SIZE;
 constexpr int NUM_BUCKETS = 2048;
 constexpr uint32_t SKIPPED_ROW = 0xffffffffu;
@@ -105,18 +106,12 @@ __device__ __forceinline__ u64 read_u64(uint32_t address) {
 #endif
     return value;
 }
-__device__ __forceinline__ uint2 read_u32x2(uint32_t address) {
-    uint2 value;
+__device__ __forceinline__ uint32_t read_u32(uint32_t address) {
+    uint32_t value;
 #if CLUSTER > 1
-    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(value.x), "=r"(value.y)
-                 : "r"(address)
-                 : "memory");
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
 #else
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(value.x), "=r"(value.y)
-                 : "r"(address)
-                 : "memory");
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
 #endif
     return value;
 }
@@ -163,7 +158,10 @@ struct Row {
         }
         __syncthreads();
         if (warp == 0) {
-            from_bits(shared.warps[lane], value);
+            value = identity;
+            if (lane < NUM_WARPS) {
+                from_bits(shared.warps[lane], value);
+            }
             value = warp_reduce(value, op);
             if (lane == 0) {
                 shared.exchange[parity] = to_bits(value);
@@ -186,6 +184,42 @@ struct Row {
         return value;
     }
 };
+
+// Calls visit(index, value) for each value of a share, 16 bytes at a time.
+template <typename Visit>
+__device__ __forceinline__ void for_each(const float *values, int len, Visit visit) {
+    int i = 4 * threadIdx.x;
+#pragma unroll 4
+    for (; i + 3 < len; i += 4 * THREADS) {
+        const float4 v = *reinterpret_cast<const float4 *>(values + i);
+        visit(i, v.x);
+        visit(i + 1, v.y);
+        visit(i + 2, v.z);
+        visit(i + 3, v.w);
+    }
+    for (; i < len; i++) {
+        visit(i, values[i]);
+    }
+}
+
+// Sets each value of a share to update(index, value). Ends with a barrier.
+template <typename Update>
+__device__ __forceinline__ void update_each(float *values, int len, Update update) {
+    int i = 4 * threadIdx.x;
+#pragma unroll 4
+    for (; i + 3 < len; i += 4 * THREADS) {
+        float4 v = *reinterpret_cast<float4 *>(values + i);
+        v.x = update(i, v.x);
+        v.y = update(i + 1, v.y);
+        v.z = update(i + 2, v.z);
+        v.w = update(i + 3, v.w);
+        *reinterpret_cast<float4 *>(values + i) = v;
+    }
+    for (; i < len; i++) {
+        values[i] = update(i, values[i]);
+    }
+    __syncthreads();
+}
 
 // Orders (logit, token): larger logits first, then lower tokens; what is not finite before all.
 __device__ __forceinline__ u64 order_of(float logit, int token) {
@@ -245,25 +279,36 @@ __device__ __forceinline__ uint32_t key_of(float distance) {
     return distance < 63.99999f ? (uint32_t)(distance * 67108864.0f) : DROPPED_KEY - 1;
 }
 
-// Adds a thread's buckets over the cluster and finds the one in which the running sum reaches
-// `target`; returns it and the sum before it. All threads get them.
-__device__ __forceinline__ void find_bucket(Row &row, u64 target, bool of_mass) {
+struct Bucket {
+    int index;
+    u64 before;
+};
+
+// Adds up the cluster's buckets and finds the one in which the running sum reaches `target`; if
+// that is 0 it is first set to `fraction` of the whole sum. Every thread gets the bucket and the
+// sum before it. Each block of the cluster scans its part of the buckets.
+__device__ __forceinline__ Bucket find_bucket(Row &row, u64 &target, float fraction,
+                                              bool of_mass) {
+    constexpr int PART = NUM_BUCKETS / CLUSTER;
+    constexpr int OWN = (PART + THREADS - 1) / THREADS;
     Shared &shared = row.shared;
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
-    u64 own[2] = {0, 0};
+    const int first = threadIdx.x * OWN;
+    u64 own[OWN] = {};
+    u64 sum = 0;
 #pragma unroll
-    for (int rank = 0; rank < CLUSTER; rank++) {
-        const uint2 low = read_u32x2(address_in(&shared.low[2 * threadIdx.x], rank));
-        own[0] += low.x;
-        own[1] += low.y;
-        if (of_mass) {
-            const uint2 high = read_u32x2(address_in(&shared.high[2 * threadIdx.x], rank));
-            own[0] += (u64)high.x << HALF_BITS;
-            own[1] += (u64)high.y << HALF_BITS;
+    for (int i = 0; i < OWN; i++) {
+        const int bucket = row.rank * PART + first + i;
+        for (int rank = 0; first + i < PART && rank < CLUSTER; rank++) {
+            own[i] += read_u32(address_in(&shared.low[bucket], rank));
+            if (of_mass) {
+                own[i] += (u64)read_u32(address_in(&shared.high[bucket], rank)) << HALF_BITS;
+            }
         }
+        sum += own[i];
     }
-    u64 sum = own[0] + own[1];
+    const u64 own_sum = sum;
 #pragma unroll
     for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
         const u64 other = __shfl_up_sync(FULL_MASK, sum, offset);
@@ -273,20 +318,51 @@ __device__ __forceinline__ void find_bucket(Row &row, u64 target, bool of_mass) 
         shared.warps[warp] = sum;
     }
     __syncthreads();
-    u64 before = sum - own[0] - own[1];
+    u64 before = sum - own_sum;
     for (int other = 0; other < warp; other++) {
         before += shared.warps[other];
     }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (before < target && target <= before + own[i]) {
-            shared.bucket = 2 * threadIdx.x + i;
-            shared.before = before;
-        }
-        before += own[i];
+    if (threadIdx.x == THREADS - 1) {
+        shared.exchange[row.parity] = before + own_sum;
     }
     // Also: all blocks have read the buckets, which may now be cleared.
     sync_cluster();
+    u64 parts[CLUSTER];
+    u64 total = 0;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; rank++) {
+        parts[rank] = read_u64(address_in(&shared.exchange[row.parity], rank));
+        total += parts[rank];
+    }
+    row.parity ^= 1;
+    if (target == 0) {
+        target = max((u64)1, min(total, (u64)ceil((double)fraction * (double)total)));
+    }
+    int owner = 0;
+    u64 before_owner = 0;
+    u64 running = 0;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; rank++) {
+        if (running < target && target <= running + parts[rank]) {
+            owner = rank;
+            before_owner = running;
+        }
+        running += parts[rank];
+    }
+    if (owner == row.rank) {
+        before += before_owner;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (before < target && target <= before + own[i]) {
+                shared.bucket = row.rank * PART + first + i;
+                shared.before = before;
+            }
+            before += own[i];
+        }
+    }
+    sync_cluster();
+    return {(int)read_u64(address_in(&shared.bucket, owner)),
+            read_u64(address_in(&shared.before, owner))};
 }
 
 // Returns the smallest key such that the tokens up to it are `count` (if > 0), or have `fraction`
@@ -296,16 +372,6 @@ __device__ uint32_t find_cutoff(Row &row, uint32_t count, float fraction, Distan
     Shared &shared = row.shared;
     const bool of_mass = count == 0;
     u64 target = count;
-    if (of_mass) {
-        double mass = 0.0;
-        for (int i = threadIdx.x; i < row.len; i += THREADS) {
-            if (row.values[i] > -INFINITY) {
-                mass += __float2uint_rn(weight_of(row.values[i]) * WEIGHT_UNITS);
-            }
-        }
-        const double total = row.reduce(mass, Sum(), 0.0);
-        target = max((u64)1, min((u64)total, (u64)ceil((double)fraction * total)));
-    }
     uint32_t prefix = 0;
     const int shifts[3] = {21, 10, 0};
     for (int level = 0; level < 3; level++) {
@@ -316,42 +382,36 @@ __device__ uint32_t find_cutoff(Row &row, uint32_t count, float fraction, Distan
             shared.high[i] = 0;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < row.len; i += THREADS) {
-            const float x = row.values[i];
+        for_each(row.values, row.len, [&](int, float x) {
             const uint32_t key = x > -INFINITY ? key_of(distance(x)) : DROPPED_KEY;
             const bool is_inside = level == 0 || key >> (shift + bits) == prefix;
             if (key == DROPPED_KEY || !is_inside) {
-                continue;
+                return;
             }
             const int bucket = key >> shift & ((1 << bits) - 1);
             if (!of_mass) {
                 atomicAdd(&shared.low[bucket], 1);
-                continue;
+                return;
             }
             const uint32_t weight = __float2uint_rn(weight_of(x) * WEIGHT_UNITS);
             if (weight != 0) {
                 atomicAdd(&shared.low[bucket], weight & ((1 << HALF_BITS) - 1));
                 atomicAdd(&shared.high[bucket], weight >> HALF_BITS);
             }
-        }
+        });
         sync_cluster();
-        find_bucket(row, target, of_mass);
-        prefix = prefix << bits | (uint32_t)shared.bucket;
-        target -= shared.before;
-        __syncthreads();
+        const Bucket found = find_bucket(row, target, fraction, of_mass);
+        prefix = prefix << bits | (uint32_t)found.index;
+        target -= found.before;
     }
     return prefix;
 }
 
 template <typename Distance>
 __device__ __forceinline__ void keep_up_to(Row &row, uint32_t cutoff, Distance distance) {
-    for (int i = threadIdx.x; i < row.len; i += THREADS) {
-        const float x = row.values[i];
-        if (x > -INFINITY && key_of(distance(x)) > cutoff) {
-            row.values[i] = -INFINITY;
-        }
-    }
-    __syncthreads();
+    update_each(row.values, row.len, [&](int, float x) {
+        return x > -INFINITY && key_of(distance(x)) > cutoff ? -INFINITY : x;
+    });
 }
 
 // Drops tokens; the values are relative to the largest, after temperature.
@@ -359,18 +419,14 @@ __device__ void filter(Row &row, const SamplingParams &params, int vocab_size) {
     const auto below_best = [](float x) { return fabsf(x); };
     if (params.min_p > 0.0f) {
         const float threshold = logf(params.min_p);
-        for (int i = threadIdx.x; i < row.len; i += THREADS) {
-            row.values[i] = row.values[i] >= threshold ? row.values[i] : -INFINITY;
-        }
-        __syncthreads();
+        update_each(row.values, row.len,
+                    [&](int, float x) { return x >= threshold ? x : -INFINITY; });
     }
     if (params.top_k > 0 && params.top_k < (uint32_t)vocab_size) {
         // With min_p fewer than top_k may be left: then nothing more is dropped.
-        double left = 0.0;
-        for (int i = threadIdx.x; i < row.len; i += THREADS) {
-            left += row.values[i] > -INFINITY;
-        }
-        if (row.reduce(left, Sum(), 0.0) > params.top_k) {
+        int left = 0;
+        for_each(row.values, row.len, [&](int, float x) { left += x > -INFINITY; });
+        if (row.reduce((double)left, Sum(), 0.0) > params.top_k) {
             keep_up_to(row, find_cutoff(row, params.top_k, 0.0f, below_best), below_best);
         }
     }
@@ -380,13 +436,13 @@ __device__ void filter(Row &row, const SamplingParams &params, int vocab_size) {
     if (params.typical_p < 1.0f) {
         double weighted = 0.0;
         double mass = 0.0;
-        for (int i = threadIdx.x; i < row.len; i += THREADS) {
-            const float weight = weight_of(row.values[i]);
+        for_each(row.values, row.len, [&](int, float x) {
+            const float weight = weight_of(x);
             if (weight > 0.0f) {
-                weighted += (double)row.values[i] * weight;
+                weighted += (double)x * weight;
                 mass += weight;
             }
-        }
+        });
         weighted = row.reduce(weighted, Sum(), 0.0);
         const float mean = (float)(weighted / row.reduce(mass, Sum(), 0.0));
         const auto from_mean = [mean](float x) { return fabsf(mean - x); };
@@ -503,10 +559,10 @@ __device__ void process(Row &row, const SamplingParams &params, const uint32_t *
 
 __device__ __forceinline__ u64 best_of(Row &row, const float *values) {
     u64 best = 0;
-    for (int i = threadIdx.x; i < row.len; i += THREADS) {
-        const u64 order = order_of(values[i], row.start + i);
+    for_each(values, row.len, [&](int i, float value) {
+        const u64 order = order_of(value, row.start + i);
         best = order > best ? order : best;
-    }
+    });
     return row.reduce(best, Max(), (u64)0);
 }
 
@@ -524,13 +580,13 @@ __device__ void report(Row &row, const Report &out, const float *logits, int tok
     const float *share = logits + row.start;
     const float logit = logits[token];
     double mass = 0.0;
-    double num_at_least = 0.0;
-    for (int i = threadIdx.x; i < row.len; i += THREADS) {
-        mass += weight_of(share[i] - max);
-        num_at_least += share[i] >= logit;
-    }
+    int at_least = 0;
+    for_each(share, row.len, [&](int, float value) {
+        mass += weight_of(value - max);
+        at_least += value >= logit;
+    });
     mass = row.reduce(mass, Sum(), 0.0);
-    num_at_least = row.reduce(num_at_least, Sum(), 0.0);
+    const double num_at_least = row.reduce((double)at_least, Sum(), 0.0);
     const float log_sum_exp = (float)((double)max + log(mass));
     const bool is_writer = row.rank == 0 && threadIdx.x == 0;
     if (is_writer) {
@@ -540,10 +596,10 @@ __device__ void report(Row &row, const Report &out, const float *logits, int tok
     u64 last = ~(u64)0;
     for (int place = 0; place < num_top; place++) {
         u64 best = 0;
-        for (int i = threadIdx.x; i < row.len; i += THREADS) {
-            const u64 order = order_of(share[i], row.start + i);
+        for_each(share, row.len, [&](int i, float value) {
+            const u64 order = order_of(value, row.start + i);
             best = order < last && order > best ? order : best;
-        }
+        });
         last = row.reduce(best, Max(), (u64)0);
         if (is_writer) {
             out.top_ids[place] = token_of(last);
@@ -552,7 +608,7 @@ __device__ void report(Row &row, const Report &out, const float *logits, int tok
     }
 }
 
-extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 1)
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 2)
     sample(uint32_t *token_ids, uint32_t *status, float *logprobs, uint32_t *ranks,
            uint32_t *top_ids, float *top_logprobs, const float *logits, float *scratch,
            const SamplingParams *all_params, const uint32_t *bias_ids, const float *bias_values,
@@ -572,7 +628,7 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 1)
     const int start = min(rank * share, vocab_size);
     const int len = min(share, vocab_size - start);
     float *values =
-        share <= shared_len ? shared_values : scratch + (int64_t)index * vocab_size + start;
+        share <= shared_len ? shared_values : scratch + (int64_t)blockIdx.x * share;
     Row row = {shared, values, start, len, rank, 0};
     const float *raw = logits + index * logits_stride;
     uint16_t *counts =
@@ -585,14 +641,13 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 1)
     const bool needs_copy = is_processed || !is_greedy;
 
     u64 best = 0;
-    for (int i = threadIdx.x; i < len; i += THREADS) {
-        const float logit = raw[start + i];
+    for_each(raw + start, len, [&](int i, float logit) {
         const u64 order = order_of(logit, start + i);
         best = order > best ? order : best;
         if (needs_copy) {
             values[i] = logit;
         }
-    }
+    });
     best = row.reduce(best, Max(), (u64)0);
     const float raw_max = logit_of(best);
     if (!is_not_finite(best) && is_processed) {
@@ -614,10 +669,8 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 1)
     if (!is_greedy) {
         const float max = logit_of(best);
         const float temperature = fmaxf(params.temperature, MIN_TEMPERATURE);
-        for (int i = threadIdx.x; i < len; i += THREADS) {
-            values[i] = __fdiv_rn(values[i] - max, temperature);
-        }
-        __syncthreads();
+        update_each(values, len,
+                    [&](int, float value) { return __fdiv_rn(value - max, temperature); });
         filter(row, params, vocab_size);
         token = pick(row, uniform(params.seed, params.output_index));
     }
