@@ -189,7 +189,7 @@ def step(kernels, ceilings):
     norm, bias = random(HIDDEN, dtype=DTYPE), random(QKV, dtype=DTYPE)
     cos, sin = (torch.rand(8192, DIM // 2, device="cuda") for _ in range(2))
     for tokens, context in [(1, 384), (1, 2048), (4, 384), (8, 384), (16, 384)]:
-        wide = "w8" if tokens <= 4 else "r32"
+        wide = "wide" if tokens <= 8 else "r32"
         batch = Batch([(1, context)] * tokens, HEADS, KV_HEADS, DIM, DTYPE, 4)
         x = random(tokens, HIDDEN, dtype=DTYPE)
         h, y, q_out, attended = (torch.empty_like(x) for _ in range(4))
@@ -209,7 +209,7 @@ def step(kernels, ceilings):
         def run():
             kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
             for qkv_w, o_w, gate_up_w, down_w in weights:
-                multiply(kernels, "", "w4", qkv, h, qkv_w, None, None)
+                multiply(kernels, "", "wide", qkv, h, qkv_w, None, None)
                 kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
                                *batch.caches, qkv, bias, None, None, cos, sin, positions, slots,
                                1e-6, HEADS, KV_HEADS, 4)
@@ -217,10 +217,10 @@ def step(kernels, ceilings):
                                attended, q_out, *batch.caches, *batch.tables(), split, partial,
                                counters, DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4,
                                shared_bytes=512 * DIM)
-                multiply(kernels, "", "w8", y, attended, o_w, None, x)
+                multiply(kernels, "", "deep", y, attended, o_w, None, x)
                 kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, y, norm, 1e-6, HIDDEN)
                 multiply(kernels, "_silu", wide, act, h, gate_up_w)
-                multiply(kernels, "", "w8", x, act, down_w, None, y)
+                multiply(kernels, "", "deep", x, act, down_w, None, y)
                 kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
             multiply(kernels, "_f32out", wide, logits, h, head, None)
             job.run()

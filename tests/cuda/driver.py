@@ -59,25 +59,24 @@ class Kernels:
     def __init__(self, folder):
         torch.cuda.init()
         torch.zeros(1, device="cuda")
-        self.modules = []
-        for path in sorted(Path(folder).glob("*.cubin")):
-            module = ctypes.c_void_p()
-            image = path.read_bytes()
-            _check(_cuda.cuModuleLoadData(ctypes.byref(module), image), f"load {path.name}")
-            self.modules.append(module)
         self.functions = {}
+        for path in sorted(Path(folder).glob("*.cubin")):
+            self._load(path)
         # Launches carry the attribute that lets a kernel start before its predecessor ends.
         self.overlap = False
 
+    def _load(self, path):
+        module, count, name = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_char_p()
+        _check(_cuda.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), path.name)
+        _check(_cuda.cuModuleGetFunctionCount(ctypes.byref(count), module), path.name)
+        functions = (ctypes.c_void_p * count.value)()
+        _check(_cuda.cuModuleEnumerateFunctions(functions, count, module), path.name)
+        for function in functions:
+            function = ctypes.c_void_p(function)
+            _check(_cuda.cuFuncGetName(ctypes.byref(name), function), path.name)
+            self.functions[name.value.decode()] = [function, 0]
+
     def _function(self, name, shared_bytes):
-        if name not in self.functions:
-            function = ctypes.c_void_p()
-            for module in self.modules:
-                if _cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()) == 0:
-                    break
-            else:
-                raise KeyError(f"no kernel {name}")
-            self.functions[name] = [function, 0]
         entry = self.functions[name]
         if shared_bytes > max(entry[1], 48 * 1024 - 1):
             attribute = _MAX_DYNAMIC_SHARED

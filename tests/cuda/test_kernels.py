@@ -1,12 +1,16 @@
 """Checks every CUDA kernel against references, on fresh random inputs and poisoned outputs.
 
     python3 tests/cuda/test_kernels.py FOLDER_OF_CUBINS [part of a test's name]
+    QUICK=1 REPEATS=1 compute-sanitizer --tool racecheck python3 tests/cuda/test_kernels.py ...
 
 Each check runs for f16 and bf16 and, where it applies, head dimensions 64 and 128. Every kernel is
-run again and must give the same bits: a moving result is a race. Prints one line a test.
+run again (REPEATS times, 100 if the variable is not set) and must give the same bits: a moving
+result is a race. QUICK=1 takes one shape of each test. CLUSTER=1 is for a sampler compiled with
+-DCLUSTER=1, as for GPUs before sm_90. Prints one line a test.
 """
 
 import itertools
+import os
 import struct
 import sys
 import time
@@ -21,10 +25,17 @@ from driver import Kernels, int64, relative_error
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # Twice the rounding of the output, relative to the norm of the whole.
 TOLERANCE = {"f16": 1e-3, "bf16": 6e-3}
-REPEATS = 100
+QUICK = "QUICK" in os.environ
+CLUSTER = int(os.environ.get("CLUSTER", "8"))
+REPEATS = int(os.environ.get("REPEATS", "100"))
 # Forms of gemm_small: rows of a block, threads, dynamic shared memory.
-GEMM_FORMS = {"w4": (16, 128, 65536), "w8": (16, 256, 98304), "r32": (32, 128, 98304)}
+GEMM_FORMS = {"wide": (16, 256, 65536), "deep": (16, 256, 98304), "r32": (32, 128, 65536)}
 LOG2E = 1.4426950408889634
+
+
+def shapes_of(*lists):
+    """All combinations, or one with QUICK."""
+    return list(itertools.product(*(part[:1] if QUICK else part for part in lists)))
 
 
 def poisoned(*shape, dtype):
@@ -45,10 +56,10 @@ def assert_close(got, want, type_name, what, factor=1.0):
     assert error < bound, f"{what} {type_name}: relative error {error:.2e}, allowed {bound:.0e}"
 
 
-def assert_steady(run, outputs, what, repeats=REPEATS):
+def assert_steady(run, outputs, what, repeats=100):
     """Runs again and again; all outputs must keep their bits."""
     first = [output.clone() for output in outputs]
-    for i in range(repeats):
+    for i in range(min(repeats, REPEATS)):
         for output in outputs:
             output.fill_(float("nan") if output.is_floating_point() else -1)
         run()
@@ -113,7 +124,7 @@ def test_copy_blocks(kernels, name, dtype):
 
 
 def test_rope_and_cache(kernels, name, dtype):
-    shapes = itertools.product([64, 128], [(28, 4), (16, 16), (6, 1)], [False, True], [1, 37])
+    shapes = shapes_of([128, 64], [(28, 4), (16, 16), (6, 1)], [False, True], [37, 1])
     for dim, (heads, kv_heads), has_norm, tokens in shapes:
         width = (heads + 2 * kv_heads) * dim
         shift = 4 if heads == 28 else 6
@@ -160,8 +171,10 @@ def test_gemm_small(kernels, name, dtype):
     for tokens_max, form in itertools.product([8, 16], GEMM_FORMS):
         suffix = f"t{tokens_max}_{form}"
         rows, threads, shared_bytes = GEMM_FORMS[form]
-        for tokens, n, k in [(1, 4608, 3584), (tokens_max, 3584, 3584), (5, 100, 18944),
-                             (tokens_max - 1, 1000, 200), (3, 37, 8), (tokens_max, 16, 4864)]:
+        for (tokens, n, k), in shapes_of([
+            (tokens_max - 1, 1000, 200), (1, 4608, 3584), (tokens_max, 3584, 3584),
+            (5, 100, 18944), (3, 37, 8), (tokens_max, 16, 4864),
+        ]):
             x = random(tokens, k, dtype=dtype)
             weight = random(n, k, dtype=dtype, scale=k**-0.5)
             bias, residual = random(n, dtype=dtype), random(tokens, n, dtype=dtype)
@@ -233,12 +246,12 @@ class Batch:
 
 def test_attention_decode(kernels, name, dtype):
     groups = [(28, 4, 8), (8, 8, 8), (12, 1, 16), (16, 1, 16), (16, 2, 16)]
-    for dim, (heads, kv_heads, group), shift in itertools.product([64, 128], groups, [4, 6]):
-        for lens, splits, split_tokens in [
-            ([(1, 1), (1, 17), (1, 640), (1, 1000)], 4, 256),
+    for dim, (heads, kv_heads, group), shift in shapes_of([128, 64], groups, [4, 6]):
+        for (lens, splits, split_tokens), in shapes_of([
+            ([(1, 1), (1, 17), (1, 640), (3, 70), (0, 0), (1, 1000)], 4, 256),
             ([(1, 5000), (0, 0), (1, 33), (3, 70)], 24, 208),
             ([(1, 9000)], 3, 48),
-        ]:
+        ]):
             batch = Batch(lens, heads, kv_heads, dim, dtype, shift, scale=2.0)
             out = poisoned(*batch.q.shape, dtype=dtype)
             size = len(lens) * kv_heads * splits * (heads // kv_heads) * (dim + 4)
@@ -268,35 +281,34 @@ def test_attention_decode(kernels, name, dtype):
 
 def test_attention_prefill(kernels, name, dtype):
     groups = [(28, 4), (4, 4), (12, 1)]
-    for dim, (heads, kv_heads), shift in itertools.product([64, 128], groups, [4, 6]):
-        for lens in [
+    for dim, (heads, kv_heads), shift in shapes_of([128, 64], groups, [4, 6]):
+        for lens, min_query in shapes_of([
             [(1, 1), (64, 64), (33, 500), (1, 700), (0, 0), (200, 200), (5, 5)],
             [(700, 700)],
             [(130, 1500), (300, 301)] + [(2, 40)] * 40 + [(19, 19)],
-        ]:
-            for min_query in [1, 2]:
-                batch = Batch(lens, heads, kv_heads, dim, dtype, shift, scale=2.0)
-                out = poisoned(*batch.q.shape, dtype=dtype)
-                tokens = batch.q.shape[0]
-                tiles = -(-tokens * (heads // kv_heads) // 128) + len(lens)
-                scale = dim**-0.5
+        ], [1, 2]):
+            batch = Batch(lens, heads, kv_heads, dim, dtype, shift, scale=2.0)
+            out = poisoned(*batch.q.shape, dtype=dtype)
+            tokens = batch.q.shape[0]
+            tiles = -(-tokens * (heads // kv_heads) // 128) + len(lens)
+            scale = dim**-0.5
 
-                def run():
-                    kernels.launch(f"attention_prefill_{name}_{dim}", [kv_heads, tiles], 128, out,
-                                   batch.q, *batch.caches, *batch.tables(), scale * LOG2E,
-                                   len(lens), min_query, heads, kv_heads, shift,
-                                   shared_bytes=768 * dim)
+            def run():
+                kernels.launch(f"attention_prefill_{name}_{dim}", [kv_heads, tiles], 128, out,
+                               batch.q, *batch.caches, *batch.tables(), scale * LOG2E,
+                               len(lens), min_query, heads, kv_heads, shift,
+                               shared_bytes=768 * dim)
 
-                run()
-                want, start = batch.want(scale), 0
-                for query, context in lens:
-                    rows = slice(start, start + query)
-                    if query >= min_query:
-                        assert_close(out[rows], want[rows], name, f"prefill {dim} {query}")
-                    elif query:
-                        assert out[rows].isnan().all(), "prefill wrote a decode's row"
-                    start += query
-                assert_steady(run, [out], f"prefill {dim}", 100 if shift == 4 else 10)
+            run()
+            want, start = batch.want(scale), 0
+            for query, context in lens:
+                rows = slice(start, start + query)
+                if query >= min_query:
+                    assert_close(out[rows], want[rows], name, f"prefill {dim} {query}")
+                elif query:
+                    assert out[rows].isnan().all(), "prefill wrote a decode's row"
+                start += query
+            assert_steady(run, [out], f"prefill {dim}", 100 if shift == 4 else 10)
 
 
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0,
@@ -315,8 +327,7 @@ def packed_params(rows):
 class SamplerRun:
     """One launch of `sample` and its outputs."""
 
-    def __init__(self, kernels, logits, rows, bias=(), masks=None, counts=None, vocab=None,
-                 cluster=8):
+    def __init__(self, kernels, logits, rows, bias=(), masks=None, counts=None, vocab=None):
         num, stride = logits.shape
         self.vocab = vocab or stride
         self.kernels, self.logits = kernels, logits
@@ -330,9 +341,17 @@ class SamplerRun:
         self.logprobs = torch.full((num,), float("nan"), device="cuda")
         self.top_ids = torch.full((num, 20), -1, device="cuda", dtype=torch.int32)
         self.top_logprobs = torch.full((num, 20), float("nan"), device="cuda")
-        self.grid = [num * cluster]
-        self.shared_len = -(-(-(-self.vocab // cluster)) // 4) * 4
+        self.grid = [num * CLUSTER]
+        self.shared_len = -(-(-(-self.vocab // CLUSTER)) // 4) * 4
         self.scratch = None
+        if self.shared_len > 45000:
+            self.use_scratch()
+
+    def use_scratch(self):
+        """Keeps the rows in global memory, as where shared memory is too small."""
+        share = -(-(-(-self.vocab // CLUSTER)) // 4) * 4
+        self.scratch = poisoned(self.grid[0], share, dtype=torch.float32)
+        self.shared_len = 0
 
     def run(self):
         stride = self.logits.shape[1]
@@ -352,7 +371,7 @@ def test_sampler_draws_as_the_cpu(kernels, name, dtype):
         return
     rng = np.random.default_rng()
     borderline = 0
-    for vocab, num in [(152064, 48), (1000, 48), (49152, 32), (17, 16)]:
+    for (vocab, num), in shapes_of([(1000, 48), (152064, 48), (49152, 32), (17, 16)]):
         logits = rng.normal(0, 3, (num, vocab)).astype(np.float32)
         # Ties, as float16 logits have many.
         logits[::3] = np.round(logits[::3] * 8) / 8
@@ -409,8 +428,7 @@ def test_sampler_draws_as_the_cpu(kernels, name, dtype):
         plain.run()
         assert_steady(plain.run, [plain.tokens], "sample", 50)
         scratch = SamplerRun(kernels, job.logits, rows, bias, job.masks, vocab=vocab)
-        scratch.shared_len = 0
-        scratch.scratch = poisoned(num, 8, plain.shared_len, dtype=torch.float32)
+        scratch.use_scratch()
         scratch.run()
         assert torch.equal(scratch.tokens, plain.tokens), "sample through scratch"
     assert borderline < 4, f"{borderline} draws differ near a border"

@@ -261,6 +261,8 @@ __device__ __forceinline__ void write_rows(T *out, char *query_tile, State<D> &s
     constexpr int COLUMNS = D / 8;
     const int lane = threadIdx.x % WARP_SIZE;
     const int first_row = threadIdx.x / WARP_SIZE * ROW_TILES * 16;
+    // All lanes have read the queries.
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll

@@ -5,12 +5,12 @@
 //          no residual. `residual` may be `out`.
 //          gemm_small_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
 //          silu(x Gᵀ) · (x Uᵀ); without bias and residual.
-// Names:   gemm_small{,_silu}_{f16,bf16}{,_f32out}_t{8,16}_{w4,w8,r32}: at most 8 or 16 tokens.
-//          w4 and w8: blocks of 16 rows of W, 4 or 8 warps; more warps split K finer, which a
-//          small N or a long K wants. r32: blocks of 32 rows, 4 warps: x is read half as often,
-//          which counts from 8 tokens on where N is large.
-// Launch:  grid (⌈N / 16⌉), r32 (⌈N / 32⌉), for silu twice that; block 128, w8 256; dynamic
-//          shared memory 65,536 bytes for w4, 98,304 for w8 and r32 (needs the opt-in).
+// Names:   gemm_small{,_silu}_{f16,bf16}{,_f32out}_t{8,16}_{wide,deep,r32}: at most 8 or 16 tokens.
+//          wide: for N from about 4,096 on. deep: a deeper queue and two blocks a multiprocessor
+//          at most, which spreads a small N (N / 16 blocks) evenly. r32: blocks of 32 rows, so
+//          that x is read half as often: for 9 to 16 tokens and a large N.
+// Launch:  grid (⌈N / 16⌉), r32 (⌈N / 32⌉), for silu twice that; block 256, r32 128; dynamic
+//          shared memory 65,536 bytes, deep 98,304 (needs the opt-in).
 // Limits:  num_tokens from 1 to 8 or 16; K a multiple of 8; pointers on 16 bytes.
 // Method:  own. W is the left operand of m16n8k16 products, tokens are the columns of the right
 //          one. The order in which k is summed is free, so a thread takes 8 consecutive elements
@@ -26,8 +26,11 @@ constexpr int CHUNK = 32;  // Elements of K in two products.
 constexpr int CHUNKS = 4;
 constexpr int STEP = CHUNK * CHUNKS;  // Elements of K that a warp takes at a time.
 
-template <int TILES, int WARPS> struct Queue {
-    static constexpr int STAGES = TILES == 1 && WARPS == 4 ? 4 : 3;
+// A form: tiles of 16 rows of a block, its warps, and how many steps a warp's queue holds.
+template <int TILES_, int WARPS_, int STAGES_> struct Form {
+    static constexpr int TILES = TILES_;
+    static constexpr int WARPS = WARPS_;
+    static constexpr int STAGES = STAGES_;
     static constexpr int STAGE_BYTES = TILES * TILE_ROWS * STEP * 2;
     static constexpr int WARP_BYTES = STAGES * STAGE_BYTES;
 };
@@ -81,26 +84,27 @@ __device__ __forceinline__ void load_tokens(uint4 (&x)[TOKEN_TILES][CHUNKS],
 }
 
 // Sums the block's rows of W over all of K, and returns where the sums of warp 0 lie:
-// [row][token], each further warp's Queue::WARP_BYTES later. Ends with a barrier.
-template <typename T, int TILES, int TOKEN_TILES, int WARPS>
-__device__ __forceinline__ const char *block_product(const Rows<T, TILES> &rows, const T *weight,
-                                                     const T *x, int num_tokens,
+// [row][token], each further warp's Form::WARP_BYTES later. Ends with a barrier.
+template <typename T, typename Form, int TOKEN_TILES>
+__device__ __forceinline__ const char *block_product(const Rows<T, Form::TILES> &rows,
+                                                     const T *weight, const T *x, int num_tokens,
                                                      int num_columns) {
     extern __shared__ __align__(128) char queues[];
-    using Queue = Queue<TILES, WARPS>;
+    constexpr int TILES = Form::TILES;
+    constexpr int WARPS = Form::WARPS;
     constexpr int TOKENS = 8 * TOKEN_TILES;
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
     const int group = lane / 4;
     const int pair = lane % 4;
-    char *queue = queues + warp * Queue::WARP_BYTES;
+    char *queue = queues + warp * Form::WARP_BYTES;
     const uint32_t first_stage = shared_address(queue) + 16 * lane;
-    const uint32_t last_stage = first_stage + (Queue::STAGES - 1) * Queue::STAGE_BYTES;
+    const uint32_t last_stage = first_stage + (Form::STAGES - 1) * Form::STAGE_BYTES;
 
     int copied = warp * STEP + 8 * pair;
 #pragma unroll
-    for (int stage = 0; stage < Queue::STAGES - 1; stage++) {
-        copy_weights(first_stage + stage * Queue::STAGE_BYTES, rows, weight, copied, num_columns);
+    for (int stage = 0; stage < Form::STAGES - 1; stage++) {
+        copy_weights(first_stage + stage * Form::STAGE_BYTES, rows, weight, copied, num_columns);
         commit_copies();
         copied += WARPS * STEP;
     }
@@ -119,7 +123,7 @@ __device__ __forceinline__ const char *block_product(const Rows<T, TILES> &rows,
     uint32_t read = first_stage;
     uint32_t write = last_stage;
     while (column - 8 * pair < num_columns) {
-        wait_for_copies<Queue::STAGES - 2>();
+        wait_for_copies<Form::STAGES - 2>();
         uint4 tokens[TOKEN_TILES][CHUNKS];
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; tile++) {
@@ -150,7 +154,7 @@ __device__ __forceinline__ const char *block_product(const Rows<T, TILES> &rows,
             }
         }
         write = read;
-        read = read == last_stage ? first_stage : read + Queue::STAGE_BYTES;
+        read = read == last_stage ? first_stage : read + Form::STAGE_BYTES;
     }
     wait_for_copies<0>();
     // Each warp's sums take the place of its queue, once all its lanes are done with that.
@@ -172,22 +176,22 @@ __device__ __forceinline__ const char *block_product(const Rows<T, TILES> &rows,
 }
 
 // Returns one output's sum over the warps.
-template <int TILES, int WARPS>
+template <typename Form>
 __device__ __forceinline__ float sum_of_warps(const char *queues, int index) {
-    constexpr int WARP_BYTES = Queue<TILES, WARPS>::WARP_BYTES;
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        sum += reinterpret_cast<const float *>(queues + warp * WARP_BYTES)[index];
+    for (int warp = 0; warp < Form::WARPS; warp++) {
+        sum += reinterpret_cast<const float *>(queues + warp * Form::WARP_BYTES)[index];
     }
     return sum;
 }
 
-template <typename T, typename Out, int TOKEN_TILES, int TILES, int WARPS>
+template <typename T, typename Out, typename Form, int TOKEN_TILES>
 __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight, const T *bias,
                                            const T *residual, int num_tokens, int num_rows,
                                            int num_columns) {
     constexpr int TOKENS = 8 * TOKEN_TILES;
+    constexpr int TILES = Form::TILES;
     constexpr int ROWS = TILES * TILE_ROWS;
     const int first_row = blockIdx.x * ROWS;
     Rows<T, TILES> rows;
@@ -199,14 +203,14 @@ __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight
         rows.high[tile] = row + 8 < num_rows ? low + 8 * (int64_t)num_columns : nullptr;
     }
     const char *sums =
-        block_product<T, TILES, TOKEN_TILES, WARPS>(rows, weight, x, num_tokens, num_columns);
-    for (int i = threadIdx.x; i < ROWS * TOKENS; i += WARPS * WARP_SIZE) {
+        block_product<T, Form, TOKEN_TILES>(rows, weight, x, num_tokens, num_columns);
+    for (int i = threadIdx.x; i < ROWS * TOKENS; i += blockDim.x) {
         const int row = i % ROWS;
         const int token = i / ROWS;
         if (token >= num_tokens || first_row + row >= num_rows) {
             continue;
         }
-        float sum = sum_of_warps<TILES, WARPS>(sums, row * TOKENS + token);
+        float sum = sum_of_warps<Form>(sums, row * TOKENS + token);
         const int64_t target = (int64_t)token * num_rows + first_row + row;
         if (bias != nullptr) {
             sum += to_float(bias[first_row + row]);
@@ -219,10 +223,11 @@ __device__ __forceinline__ void gemm_small(Out *out, const T *x, const T *weight
 }
 
 // Of each tile, the first 8 rows are gates and the last 8 the ups of the same outputs.
-template <typename T, int TOKEN_TILES, int TILES, int WARPS>
+template <typename T, typename Form, int TOKEN_TILES>
 __device__ __forceinline__ void gemm_small_silu(T *out, const T *x, const T *weight,
                                                 int num_tokens, int num_rows, int num_columns) {
     constexpr int TOKENS = 8 * TOKEN_TILES;
+    constexpr int TILES = Form::TILES;
     constexpr int ROWS = TILES * TILE_ROWS / 2;
     const int first_row = blockIdx.x * ROWS;
     Rows<T, TILES> rows;
@@ -234,48 +239,51 @@ __device__ __forceinline__ void gemm_small_silu(T *out, const T *x, const T *wei
         rows.high[tile] = row < num_rows ? gate + (int64_t)num_rows * num_columns : nullptr;
     }
     const char *sums =
-        block_product<T, TILES, TOKEN_TILES, WARPS>(rows, weight, x, num_tokens, num_columns);
-    for (int i = threadIdx.x; i < ROWS * TOKENS; i += WARPS * WARP_SIZE) {
+        block_product<T, Form, TOKEN_TILES>(rows, weight, x, num_tokens, num_columns);
+    for (int i = threadIdx.x; i < ROWS * TOKENS; i += blockDim.x) {
         const int row = i % ROWS;
         const int token = i / ROWS;
         if (token >= num_tokens || first_row + row >= num_rows) {
             continue;
         }
         const int index = (row / 8 * TILE_ROWS + row % 8) * TOKENS + token;
-        const float gate = sum_of_warps<TILES, WARPS>(sums, index);
-        const float up = sum_of_warps<TILES, WARPS>(sums, index + 8 * TOKENS);
+        const float gate = sum_of_warps<Form>(sums, index);
+        const float up = sum_of_warps<Form>(sums, index + 8 * TOKENS);
         out[(int64_t)token * num_rows + first_row + row] =
             from_float<T>(up * gate / (1.0f + __expf(-gate)));
     }
 }
 
-// The second launch bound is how many blocks the queues leave room for.
-#define ENTRY(T, SUFFIX, TOKENS, FORM, TILES, WARPS, BLOCKS)                                       \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                               \
-        gemm_small_##SUFFIX##_t##TOKENS##_##FORM(T *out, const T *x, const T *weight,              \
+using Wide = Form<1, 8, 2>;
+using Deep = Form<1, 8, 3>;
+using R32 = Form<2, 4, 2>;
+
+// BLOCKS is how many of them a multiprocessor holds at once.
+#define ENTRY(T, SUFFIX, TOKENS, NAME, FORM, BLOCKS)                                               \
+    extern "C" __global__ void __launch_bounds__(32 * FORM::WARPS, BLOCKS)                         \
+        gemm_small_##SUFFIX##_t##TOKENS##_##NAME(T *out, const T *x, const T *weight,              \
                                                  const T *bias, const T *residual,                 \
                                                  int num_tokens, int n, int k) {                   \
-        gemm_small<T, T, TOKENS / 8, TILES, WARPS>(out, x, weight, bias, residual, num_tokens, n,  \
-                                                   k);                                             \
+        gemm_small<T, T, FORM, TOKENS / 8>(out, x, weight, bias, residual, num_tokens, n, k);      \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                               \
-        gemm_small_##SUFFIX##_f32out_t##TOKENS##_##FORM(float *out, const T *x, const T *weight,   \
+    extern "C" __global__ void __launch_bounds__(32 * FORM::WARPS, BLOCKS)                         \
+        gemm_small_##SUFFIX##_f32out_t##TOKENS##_##NAME(float *out, const T *x, const T *weight,   \
                                                         const T *bias, int num_tokens, int n,      \
                                                         int k) {                                   \
-        gemm_small<T, float, TOKENS / 8, TILES, WARPS>(out, x, weight, bias, nullptr, num_tokens,  \
-                                                       n, k);                                      \
+        gemm_small<T, float, FORM, TOKENS / 8>(out, x, weight, bias, nullptr, num_tokens, n, k);   \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                               \
-        gemm_small_silu_##SUFFIX##_t##TOKENS##_##FORM(T *out, const T *x, const T *weight,         \
+    extern "C" __global__ void __launch_bounds__(32 * FORM::WARPS, BLOCKS)                         \
+        gemm_small_silu_##SUFFIX##_t##TOKENS##_##NAME(T *out, const T *x, const T *weight,         \
                                                       int num_tokens, int n, int k) {              \
-        gemm_small_silu<T, TOKENS / 8, TILES, WARPS>(out, x, weight, num_tokens, n, k);            \
+        gemm_small_silu<T, FORM, TOKENS / 8>(out, x, weight, num_tokens, n, k);                    \
     }
-#define ENTRIES(T, SUFFIX, TOKENS)                                                                 \
-    ENTRY(T, SUFFIX, TOKENS, w4, 1, 4, 3)                                                          \
-    ENTRY(T, SUFFIX, TOKENS, w8, 1, 8, 2)                                                          \
-    ENTRY(T, SUFFIX, TOKENS, r32, 2, 4, 2)
+#define ENTRIES(T, SUFFIX)                                                                         \
+    ENTRY(T, SUFFIX, 8, wide, Wide, 3)                                                             \
+    ENTRY(T, SUFFIX, 8, deep, Deep, 2)                                                             \
+    ENTRY(T, SUFFIX, 8, r32, R32, 3)                                                               \
+    ENTRY(T, SUFFIX, 16, wide, Wide, 2)                                                            \
+    ENTRY(T, SUFFIX, 16, deep, Deep, 2)                                                            \
+    ENTRY(T, SUFFIX, 16, r32, R32, 3)
 
-ENTRIES(__half, f16, 8)
-ENTRIES(__half, f16, 16)
-ENTRIES(__nv_bfloat16, bf16, 8)
-ENTRIES(__nv_bfloat16, bf16, 16)
+ENTRIES(__half, f16)
+ENTRIES(__nv_bfloat16, bf16)
