@@ -311,6 +311,64 @@ def test_attention_prefill(kernels, name, dtype):
             assert_steady(run, [out], f"prefill {dim}", 100 if shift == 4 else 10)
 
 
+def test_overlapped_launches_change_nothing(kernels, name, dtype):
+    """A chain of layers in a graph, with kernels that start before their predecessor ends."""
+    hidden, heads, kv_heads, dim, ffn, tokens, layers = 512, 8, 2, 64, 1024, 3, 6
+    batch = Batch([(1, 300), (1, 17), (1, 900)], heads, kv_heads, dim, dtype, 4)
+    qkv_width = (heads + 2 * kv_heads) * dim
+    weights = [[random(n, k, dtype=dtype, scale=k**-0.5) for n, k in
+                [(qkv_width, hidden), (hidden, heads * dim), (2 * ffn, hidden), (hidden, ffn)]]
+               for _ in range(layers)]
+    norm = random(hidden, dtype=dtype)
+    cos, sin = (torch.rand(1000, dim // 2, device="cuda") for _ in range(2))
+    positions = batch.context_lens - 1
+    ends = batch.cu_blocks[1:].long() - 1
+    slots = (batch.block_tables[ends] * 16 + positions % 16).int()
+    start = random(tokens, hidden, dtype=dtype)
+    x, y, h, attended = (poisoned(tokens, hidden, dtype=dtype) for _ in range(4))
+    q_out = poisoned(tokens, heads * dim, dtype=dtype)
+    qkv, act = (poisoned(tokens, width, dtype=dtype) for width in (qkv_width, ffn))
+    splits, split = 5, ints([192])
+    partial = poisoned(tokens * kv_heads * splits * 4 * (dim + 4), dtype=torch.float32)
+    counters = torch.zeros(tokens * kv_heads, device="cuda", dtype=torch.int32)
+
+    def gemm(kind, form, out, x, w, *others):
+        rows, threads, shared_bytes = GEMM_FORMS[form]
+        n, k = w.shape
+        kernels.launch(f"gemm_small{kind}_{name}_t8_{form}", [-(-n // rows)], threads, out, x, w,
+                       *others, tokens, n // 2 if kind else n, k, shared_bytes=shared_bytes)
+
+    def chain():
+        x.copy_(start)
+        for qkv_w, o_w, gate_up_w, down_w in weights:
+            kernels.launch(f"rms_norm_{name}", [tokens], 64, h, x, norm, 1e-6, hidden)
+            gemm("", "wide", qkv, h, qkv_w, None, None)
+            kernels.launch(f"rope_and_cache_{name}_{dim}", [tokens, 2], 256, q_out, *batch.caches,
+                           qkv, None, None, None, cos, sin, positions, slots, 1e-6, heads,
+                           kv_heads, 4)
+            kernels.launch(f"attention_decode_{name}_{dim}_g8", [splits, kv_heads, tokens], 128,
+                           attended, q_out, *batch.caches, *batch.tables(), split, partial,
+                           counters, dim**-0.5 * LOG2E, heads, kv_heads, 4,
+                           shared_bytes=512 * dim)
+            gemm("", "deep", y, attended, o_w, None, x)
+            kernels.launch(f"rms_norm_{name}", [tokens], 64, h, y, norm, 1e-6, hidden)
+            gemm("_silu", "r32", act, h, gate_up_w)
+            gemm("", "wide", x, act, down_w, None, y)
+
+    chain()
+    want = x.clone()
+    assert want.isfinite().all(), "the chain's result"
+    graph = torch.cuda.CUDAGraph()
+    kernels.overlap = True
+    try:
+        with torch.cuda.graph(graph):
+            chain()
+    finally:
+        kernels.overlap = False
+    assert_steady(graph.replay, [x, y, h, attended, q_out, qkv, act], "overlapped chain")
+    assert torch.equal(x, want), "overlapped launches change the result"
+
+
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0,
                 repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, seed=0,
                 output_index=0, counts_slot=-1, mask_row=-1, num_logprobs=-1, bias_start=0,
