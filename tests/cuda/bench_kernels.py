@@ -2,9 +2,9 @@
 
     python3 tests/cuda/bench_kernels.py FOLDER_OF_CUBINS [sections]
 
-Sections: memory gemm decode prefill small sampler step (all when none is named). Calls are captured in a CUDA
-graph over rotating weights that do not fit the L2 cache; times are medians of 7 replays. The
-percentage is of the read bandwidth that `read_all` reaches in the same run.
+Sections: memory gemm decode prefill small sampler step (all when none is named). Calls are
+captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are medians of 7
+replays. The percentage is of the read bandwidth that `read_all` reaches in the same run.
 """
 
 import sys
@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from driver import Kernels, median_us
+from driver import Kernels, int64, median_us
 from test_kernels import DEFAULTS, GEMM_FORMS, LOG2E, Batch, SamplerRun, ints, random
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, LAYERS = 3584, 28, 4, 128, 18944, 152064, 28
@@ -28,7 +28,6 @@ def memory(kernels, ceilings):
     time = median_us([lambda: target.copy_(source)])
     print(f"copy {2 * size / time / 1e6:.2f} TB/s (read + written)")
     sink = torch.zeros(10000, dtype=torch.int32, device="cuda")
-    from driver import int64
     best = 0
     for blocks in [132 * 2, 132 * 4, 132 * 16]:
         run = lambda: kernels.launch("read_all", [blocks], 512, sink, source, int64(size // 16))

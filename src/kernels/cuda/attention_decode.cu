@@ -22,7 +22,8 @@
 //          Warps meet in shared memory, splits in `partial`: the last block to arrive adds them
 //          up. Only the queries and the tile with the newest token wait for wait_for_producer():
 //          other tiles were written by earlier steps, which have ended when this step's
-//          rope_and_cache lets this kernel start. Whoever launches with overlap must therefore
+//          rope_and_cache lets this kernel start. So no sequence may share a block that another
+//          one fills in the same step; and whoever launches with overlap must therefore
 //          have rope_and_cache (or a kernel after it) as the direct predecessor.
 // Shared:  dynamic shared memory, STAGES · 4 · 64 · D bytes: 65,536 for D 128, 32,768 for 64
 //          (the opt-in for 128).
@@ -32,12 +33,6 @@ constexpr int WARPS = 4;
 constexpr int TILE = 16;
 constexpr int STAGES = 2;
 constexpr int MAX_SPLITS = 128;
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Returns the byte offset of 16-byte column `column` of token `row` in a tile, swizzled.
 template <int D> __device__ __forceinline__ uint32_t place_of(int row, int column) {

@@ -28,12 +28,6 @@ constexpr int ROWS = WARPS * ROW_TILES * 16;
 constexpr int KEYS = 64;
 constexpr int KEY_TILES = KEYS / 8;
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // What a block works on.
 struct Work {
     int sequence;

@@ -85,16 +85,6 @@ __device__ __forceinline__ void store16(void *target, uint4 value) {
     *reinterpret_cast<uint4 *>(target) = value;
 }
 
-// Loads 16 bytes that this kernel reads once: they stay out of L1, where they would evict what is
-// read again. The data must not change while the kernel runs.
-__device__ __forceinline__ uint4 load16_once(const void *source) {
-    uint4 value;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(source));
-    return value;
-}
-
 // Adds A·B to c: A is 16×16 (row-major fragment), B 16×8 (column-major fragment), c 16×8 in f32.
 // With group = lane / 4 and pair = lane % 4, a thread holds A[group][2 pair ..] in a0,
 // A[group + 8][2 pair ..] in a1, the same rows at column 8 + 2 pair in a2 and a3, B[2 pair ..]
@@ -127,6 +117,12 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t row_pair) {
                  : "=r"(column_pair)
                  : "r"(row_pair));
     return column_pair;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ float warp_sum(float value) {
