@@ -1,0 +1,473 @@
+// attention_decode: one query token a sequence against its paged keys and values.
+//
+// Shapes:  q, out [tokens, num_heads, D]; k_cache, v_cache
+//          [num_blocks][num_kv_heads][2^block_shift][D], block_shift ≥ 4; all of type T.
+//          cu_seqlens_q i32 [sequences + 1], context_lens i32 [sequences] (this step's token
+//          included), block_tables i32 ragged, cu_blocks i32 [sequences + 1]: as AttentionBatch.
+//          split_tokens i32 [1]: tokens that one block takes, a multiple of 16; the host writes it
+//          each step so that the blocks are even and fill the GPU.
+//          Sequences of another number of query tokens than one are left alone: prefill's, or a
+//          bucket's padding (0).
+// Scratch: partial f32 [sequences][num_kv_heads][splits][group (D + 4)], group = num_heads /
+//          num_kv_heads; counters u32 [sequences][num_kv_heads], zero before the first launch,
+//          left zero by each.
+// Names:   attention_decode_{f16,bf16}_{64,128}_g{8,16}: groups of at most 8 or 16 heads.
+// Launch:  grid (splits, num_kv_heads, sequences), block 128. A context longer than splits ·
+//          split_tokens is still computed right: the last split takes the rest. splits ≤ 128.
+// Scale:   scale_log2 = scale · log2(e).
+// Method:  own; split KV as "Flash-Decoding" (2023). A block's four warps take tiles of 16 tokens
+//          in turn, each with its own running softmax and its own queue of tiles in shared memory
+//          (cp.async, no barrier of the block). Keys are the left operand of Sᵀ = K Qᵀ and values
+//          that of Oᵀ = Vᵀ Pᵀ, so that the query heads of a group fill the 8 columns of a product.
+//          Warps meet in shared memory, splits in `partial`: the last block to arrive adds them
+//          up. Only the queries and the tile with the newest token wait for wait_for_producer():
+//          other tiles were written by earlier steps, which have ended when this step's
+//          rope_and_cache lets this kernel start. So no sequence may share a block that another
+//          one fills in the same step; and whoever launches with overlap must therefore
+//          have rope_and_cache (or a kernel after it) as the direct predecessor.
+// Shared:  dynamic shared memory, STAGES · 4 · 64 · D bytes: 65,536 for D 128, 32,768 for 64
+//          (the opt-in for 128).
+#include "common.cuh"
+
+constexpr int WARPS = 4;
+constexpr int TILE = 16;
+constexpr int STAGES = 2;
+constexpr int MAX_SPLITS = 128;
+
+// Returns the byte offset of 16-byte column `column` of token `row` in a tile, swizzled.
+template <int D> __device__ __forceinline__ uint32_t place_of(int row, int column) {
+    return row * (2 * D) + ((column ^ (row & 7)) << 4);
+}
+
+// Running softmax of one warp. A thread has heads 2 pair and 2 pair + 1 of each 8, and of each 16
+// dimensions the ones group and group + 8.
+template <int D, int HEAD_TILES> struct State {
+    float max[HEAD_TILES][2];
+    float sum[HEAD_TILES][2];
+    float out[HEAD_TILES][D / 16][4];
+};
+
+template <typename T, int D, int HEAD_TILES>
+__device__ __forceinline__ void score(float (&scores)[HEAD_TILES][4], uint32_t keys,
+                                      const uint2 (&query)[HEAD_TILES][D / 16]) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    // Two sums a tile: a chain of products waits for each one's result.
+    float odd[HEAD_TILES][4] = {};
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; tile++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[tile][i] = 0.0f;
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        uint32_t k[4];
+        load_matrices(k, keys + place_of<D>(lane % 16, 2 * step + lane / 16));
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; tile++) {
+            mma<T>(step % 2 == 0 ? scores[tile] : odd[tile], k[0], k[1], k[2], k[3],
+                   query[tile][step].x, query[tile][step].y);
+        }
+    }
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; tile++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[tile][i] += odd[tile][i];
+        }
+    }
+}
+
+// Turns scores into weights, packed as the right operand of Oᵀ = Vᵀ Pᵀ, and rescales the state.
+template <typename T, int D, int HEAD_TILES>
+__device__ __forceinline__ void soften(State<D, HEAD_TILES> &state,
+                                       uint32_t (&weights)[HEAD_TILES][2],
+                                       float (&scores)[HEAD_TILES][4], float scale_log2,
+                                       bool has_low, bool has_high) {
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; tile++) {
+        float p[4];
+#pragma unroll
+        for (int head = 0; head < 2; head++) {
+            const float low = has_low ? scores[tile][head] * scale_log2 : -INFINITY;
+            const float high = has_high ? scores[tile][head + 2] * scale_log2 : -INFINITY;
+            float max = fmaxf(low, high);
+            max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 4));
+            max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 8));
+            max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 16));
+            max = fmaxf(max, state.max[tile][head]);
+            const float rescale = exp2_fast(state.max[tile][head] - max);
+            state.max[tile][head] = max;
+            p[head] = exp2_fast(low - max);
+            p[head + 2] = exp2_fast(high - max);
+            // Each thread sums its own tokens; the lanes are added up once, at the end.
+            state.sum[tile][head] = state.sum[tile][head] * rescale + p[head] + p[head + 2];
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                state.out[tile][i][head] *= rescale;
+                state.out[tile][i][head + 2] *= rescale;
+            }
+        }
+        weights[tile][0] = transpose8x8(pack<T>(p[0], p[1]));
+        weights[tile][1] = transpose8x8(pack<T>(p[2], p[3]));
+    }
+}
+
+template <typename T, int D, int HEAD_TILES>
+__device__ __forceinline__ void add_values(State<D, HEAD_TILES> &state, uint32_t values,
+                                           const uint32_t (&weights)[HEAD_TILES][2]) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        // Transposed, lanes 8 to 15 give dimensions 8 to 15 and lanes 16 to 31 tokens 8 to 15.
+        uint32_t v[4];
+        const int token = lane / 16 * 8 + lane % 8;
+        load_matrices_transposed(v, values + place_of<D>(token, 2 * step + lane / 8 % 2));
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; tile++) {
+            mma<T>(state.out[tile][step], v[0], v[1], v[2], v[3], weights[tile][0],
+                   weights[tile][1]);
+        }
+    }
+}
+
+// Where a warp's tiles come from and go to.
+template <typename T, int D> struct Tiles {
+    const T *k_cache;
+    const T *v_cache;
+    const int *block_table;
+    int end;
+    int kv_head;
+    int num_kv_heads;
+    int block_shift;
+    uint32_t queue;
+
+    static constexpr int TILE_BYTES = TILE * D * 2;
+    static constexpr int STAGE_BYTES = 2 * TILE_BYTES;
+
+    // Starts the copies of the tile from token `first` on, if there is one.
+    __device__ __forceinline__ void copy(int stage, int first, int block) const {
+        if (first < end) {
+            constexpr int COLUMNS = D / 8;
+            constexpr int ROWS = WARP_SIZE / COLUMNS;
+            const int lane = threadIdx.x % WARP_SIZE;
+            const int column = lane % COLUMNS;
+            const int64_t head = (int64_t)block * num_kv_heads + kv_head;
+            const int64_t slot = (head << block_shift) + (first & ((1 << block_shift) - 1));
+            const uint32_t target = queue + stage * STAGE_BYTES;
+#pragma unroll
+            for (int i = 0; i < TILE / ROWS; i++) {
+                const int row = i * ROWS + lane / COLUMNS;
+                const int64_t offset = (slot + row) * D + 8 * column;
+                const bool is_there = first + row < end;
+                const uint32_t place = target + place_of<D>(row, column);
+                copy16_async(place, k_cache + offset, is_there);
+                copy16_async(place + TILE_BYTES, v_cache + offset, is_there);
+            }
+        }
+        commit_copies();
+    }
+};
+
+// Cache blocks of a warp's tiles: lane i knows that of the i-th tile from `first` on.
+struct BlockIds {
+    int first;
+    int ids;
+
+    __device__ __forceinline__ void load(const int *block_table, int token, int end, int shift) {
+        const int other = token + threadIdx.x % WARP_SIZE * WARPS * TILE;
+        first = token;
+        ids = other < end ? block_table[other >> shift] : 0;
+    }
+    // Returns the block of the tile at `token`; all lanes call it, with tokens in order.
+    __device__ __forceinline__ int get(const int *block_table, int token, int end, int shift) {
+        if (token - first == WARP_SIZE * WARPS * TILE) {
+            load(block_table, token, end, shift);
+        }
+        return __shfl_sync(FULL_MASK, ids, (token - first) / (WARPS * TILE));
+    }
+};
+
+// What a block shares: each warp's sums, then the weights of splits.
+template <int D, int HEADS> struct Shared {
+    float out[WARPS][HEADS][D];
+    float max[WARPS][HEADS];
+    float sum[WARPS][HEADS];
+    bool is_last;
+};
+
+template <int D, int HEAD_TILES>
+__device__ __forceinline__ void share(Shared<D, 8 * HEAD_TILES> &shared,
+                                      State<D, HEAD_TILES> &state) {
+    const int warp = threadIdx.x / WARP_SIZE;
+    const int group = threadIdx.x % WARP_SIZE / 4;
+    const int pair = threadIdx.x % 4;
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; tile++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int head = 8 * tile + 2 * pair + i;
+            float sum = state.sum[tile][i];
+            sum += __shfl_xor_sync(FULL_MASK, sum, 4);
+            sum += __shfl_xor_sync(FULL_MASK, sum, 8);
+            sum += __shfl_xor_sync(FULL_MASK, sum, 16);
+            if (group == 0) {
+                shared.max[warp][head] = state.max[tile][i];
+                shared.sum[warp][head] = sum;
+            }
+#pragma unroll
+            for (int j = 0; j < D / 16; j++) {
+                shared.out[warp][head][16 * j + group] = state.out[tile][j][i];
+                shared.out[warp][head][16 * j + group + 8] = state.out[tile][j][i + 2];
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// Adds up the splits' sums and writes the heads' outputs. A warp weighs the splits of a head, a
+// lane has every 32nd split.
+template <typename T, int D, int HEADS>
+__device__ __forceinline__ void combine(Shared<D, HEADS> &shared, T *out, const float *partial,
+                                        int num_splits, int group_size) {
+    constexpr int PER_LANE = MAX_SPLITS / WARP_SIZE;
+    float *weights = &shared.out[0][0][0];
+    static_assert(MAX_SPLITS * HEADS <= WARPS * HEADS * D, "weights of splits fit");
+    const int stride = group_size * (D + 4);
+    const int lane = threadIdx.x % WARP_SIZE;
+    for (int head = threadIdx.x / WARP_SIZE; head < group_size; head += WARPS) {
+        const float *stats = partial + group_size * D + 2 * head;
+        float2 own[PER_LANE];
+        float max = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            const int split = lane + i * WARP_SIZE;
+            own[i] = split < num_splits
+                         ? __ldcg(reinterpret_cast<const float2 *>(stats + split * stride))
+                         : make_float2(-INFINITY, 0.0f);
+            max = fmaxf(max, own[i].x);
+        }
+#pragma unroll
+        for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
+            max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, offset));
+        }
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            own[i].x = exp2_fast(own[i].x - max);
+            sum += own[i].x * own[i].y;
+        }
+        const float scale = 1.0f / warp_sum(sum);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            const int split = lane + i * WARP_SIZE;
+            if (split < num_splits) {
+                weights[split * HEADS + head] = own[i].x * scale;
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < group_size * D / 4; i += blockDim.x) {
+        const int head = 4 * i / D;
+        const float4 *values = reinterpret_cast<const float4 *>(partial) + i;
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (int split = 0; split < num_splits; split++) {
+            const float weight = weights[split * HEADS + head];
+            const float4 value = __ldcg(values + split * (stride / 4));
+            total.x += weight * value.x;
+            total.y += weight * value.y;
+            total.z += weight * value.z;
+            total.w += weight * value.w;
+        }
+        *reinterpret_cast<uint2 *>(out + 4 * i) =
+            make_uint2(pack<T>(total.x, total.y), pack<T>(total.z, total.w));
+    }
+}
+
+// Adds up the warps' sums; writes the outputs, or this split's share of them.
+template <typename T, int D, int HEADS>
+__device__ __forceinline__ void finish(Shared<D, HEADS> &shared, T *out, float *partial,
+                                       bool is_whole, int group_size) {
+    for (int i = threadIdx.x; i < group_size * D; i += blockDim.x) {
+        const int head = i / D;
+        float max = -INFINITY;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) {
+            max = fmaxf(max, shared.max[warp][head]);
+        }
+        float sum = 0.0f;
+        float value = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) {
+            const float weight = exp2_fast(shared.max[warp][head] - max);
+            sum += weight * shared.sum[warp][head];
+            value += weight * shared.out[warp][head][i % D];
+        }
+        if (is_whole) {
+            out[i] = from_float<T>(value / sum);
+            continue;
+        }
+        partial[i] = value;
+        if (i % D == 0) {
+            partial[group_size * D + 2 * head] = max;
+            partial[group_size * D + 2 * head + 1] = sum;
+        }
+    }
+}
+
+template <typename T, int D, int HEAD_TILES>
+__device__ __forceinline__ void
+attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const int *cu_seqlens_q,
+                 const int *context_lens, const int *block_tables, const int *cu_blocks,
+                 const int *split_tokens, float *partial, uint32_t *counters, float scale_log2,
+                 int num_heads, int num_kv_heads, int block_shift) {
+    constexpr int HEADS = 8 * HEAD_TILES;
+    extern __shared__ __align__(128) char queues[];
+    Shared<D, HEADS> &shared = *reinterpret_cast<Shared<D, HEADS> *>(queues);
+    static_assert(sizeof(Shared<D, HEADS>) <= WARPS * STAGES * Tiles<T, D>::STAGE_BYTES, "fits");
+    const int split = blockIdx.x;
+    const int kv_head = blockIdx.y;
+    const int sequence = blockIdx.z;
+    // All at once: each would wait for memory in turn otherwise.
+    const int token = cu_seqlens_q[sequence];
+    const int next_token = cu_seqlens_q[sequence + 1];
+    const int context_len = context_lens[sequence];
+    const int split_len = *split_tokens;
+    const int first_block = cu_blocks[sequence];
+    const int num_splits = min((context_len + split_len - 1) / split_len, (int)gridDim.x);
+    if (next_token - token != 1 || split >= num_splits) {
+        // A kernel that ended without having waited would let the next one overtake the last.
+        wait_for_producer();
+        return;
+    }
+    const int start = split * split_len;
+    const int end = split == num_splits - 1 ? context_len : start + split_len;
+    const int group_size = num_heads / num_kv_heads;
+    const int64_t first_element = ((int64_t)token * num_heads + kv_head * group_size) * D;
+    const int warp = threadIdx.x / WARP_SIZE;
+    const int lane = threadIdx.x % WARP_SIZE;
+
+    const Tiles<T, D> tiles = {k_cache,      v_cache,     block_tables + first_block, end, kv_head,
+                               num_kv_heads, block_shift,
+                               shared_address(queues) + warp * STAGES * Tiles<T, D>::STAGE_BYTES};
+    int tile = start + warp * TILE;
+    BlockIds blocks;
+    blocks.load(tiles.block_table, tile, end, block_shift);
+    int next = tile;
+    // The newest token is this step's own: its tile has to wait.
+    const int num_old = context_len - 1;
+    int num_copied = 0;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) {
+        if (next + TILE <= num_old) {
+            tiles.copy(stage, next, blocks.get(tiles.block_table, next, end, block_shift));
+            next += WARPS * TILE;
+            num_copied++;
+        }
+    }
+    wait_for_producer();
+    release_consumer();
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) {
+        if (stage >= num_copied) {
+            tiles.copy(stage, next, blocks.get(tiles.block_table, next, end, block_shift));
+            next += WARPS * TILE;
+        }
+    }
+    uint2 query[HEAD_TILES][D / 16];
+    State<D, HEAD_TILES> state;
+#pragma unroll
+    for (int i = 0; i < HEAD_TILES; i++) {
+        const int head = 8 * i + lane / 4;
+        const T *source = q + first_element + head * D + 2 * (lane % 4);
+#pragma unroll
+        for (int step = 0; step < D / 16; step++) {
+            const bool is_there = head < group_size;
+            query[i][step].x =
+                is_there ? *reinterpret_cast<const uint32_t *>(source + 16 * step) : 0;
+            query[i][step].y =
+                is_there ? *reinterpret_cast<const uint32_t *>(source + 16 * step + 8) : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            state.max[i][j] = -INFINITY;
+            state.sum[i][j] = 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < D / 16; j++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                state.out[i][j][k] = 0.0f;
+            }
+        }
+    }
+    int read = 0;
+    int write = STAGES - 1;
+    for (; tile < end; tile += WARPS * TILE) {
+        wait_for_copies<STAGES - 2>();
+        // All lanes' copies have arrived, and all are done with the stage before.
+        __syncwarp();
+        tiles.copy(write, next, blocks.get(tiles.block_table, next, end, block_shift));
+        next += WARPS * TILE;
+        const uint32_t keys = tiles.queue + read * Tiles<T, D>::STAGE_BYTES;
+        float scores[HEAD_TILES][4];
+        uint32_t weights[HEAD_TILES][2];
+        score<T, D, HEAD_TILES>(scores, keys, query);
+        soften<T, D, HEAD_TILES>(state, weights, scores, scale_log2, tile + lane / 4 < end,
+                                 tile + lane / 4 + 8 < end);
+        add_values<T, D, HEAD_TILES>(state, keys + Tiles<T, D>::TILE_BYTES, weights);
+        write = read;
+        read = read == STAGES - 1 ? 0 : read + 1;
+    }
+    wait_for_copies<0>();
+    // The sums take the place of the queues.
+    __syncthreads();
+    share<D, HEAD_TILES>(shared, state);
+    const int64_t pair = (int64_t)sequence * num_kv_heads + kv_head;
+    const int stride = group_size * (D + 4);
+    float *splits = partial + pair * gridDim.x * stride;
+    finish<T, D, HEADS>(shared, out + first_element, splits + split * stride, num_splits == 1,
+                        group_size);
+    if (num_splits == 1) {
+        return;
+    }
+    // The writes of all threads must be visible before the count is: barrier, then fence.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.is_last = atomicAdd(counters + pair, 1) == (uint32_t)num_splits - 1;
+    }
+    __syncthreads();
+    if (!shared.is_last) {
+        return;
+    }
+    __threadfence();
+    combine<T, D, HEADS>(shared, out + first_element, splits, num_splits, group_size);
+    if (threadIdx.x == 0) {
+        counters[pair] = 0;
+    }
+}
+
+#define ENTRY(T, SUFFIX, D, GROUP, BLOCKS)                                                         \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP_SIZE, BLOCKS)                         \
+        attention_decode_##SUFFIX##_##D##_g##GROUP(                                                \
+            T *out, const T *q, const T *k_cache, const T *v_cache, const int *cu_seqlens_q,       \
+            const int *context_lens, const int *block_tables, const int *cu_blocks,                \
+            const int *split_tokens, float *partial, uint32_t *counters, float scale_log2,         \
+            int num_heads, int num_kv_heads, int block_shift) {                                    \
+        attention_decode<T, D, GROUP / 8>(out, q, k_cache, v_cache, cu_seqlens_q, context_lens,    \
+                                          block_tables, cu_blocks, split_tokens, partial,          \
+                                          counters, scale_log2, num_heads, num_kv_heads,           \
+                                          block_shift);                                            \
+    }
+
+ENTRY(__half, f16, 64, 8, 4)
+ENTRY(__half, f16, 64, 16, 3)
+ENTRY(__half, f16, 128, 8, 3)
+ENTRY(__half, f16, 128, 16, 2)
+ENTRY(__nv_bfloat16, bf16, 64, 8, 4)
+ENTRY(__nv_bfloat16, bf16, 64, 16, 3)
+ENTRY(__nv_bfloat16, bf16, 128, 8, 3)
+ENTRY(__nv_bfloat16, bf16, 128, 16, 2)

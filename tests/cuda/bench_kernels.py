@@ -1,0 +1,253 @@
+"""Times the CUDA kernels at the Qwen2.5-7B shape beside torch's, and prints a short table.
+
+    python3 tests/cuda/bench_kernels.py FOLDER_OF_CUBINS [sections]
+
+Sections: memory gemm decode prefill small sampler step (all when none is named). Calls are
+captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are medians of 7
+replays. The percentage is of the read bandwidth that `read_all` reaches in the same run.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from driver import Kernels, int64, median_us
+from test_kernels import DEFAULTS, GEMM_FORMS, LOG2E, Batch, SamplerRun, ints, random
+
+HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, LAYERS = 3584, 28, 4, 128, 18944, 152064, 28
+QKV = (HEADS + 2 * KV_HEADS) * DIM
+DTYPE, NAME = torch.float16, "f16"
+
+
+def memory(kernels, ceilings):
+    size = 4 << 30
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    source.view(torch.int32).random_()
+    target = torch.empty_like(source)
+    time = median_us([lambda: target.copy_(source)])
+    print(f"copy {2 * size / time / 1e6:.2f} TB/s (read + written)")
+    sink = torch.zeros(10000, dtype=torch.int32, device="cuda")
+    best = 0
+    for blocks in [132 * 2, 132 * 4, 132 * 16]:
+        run = lambda: kernels.launch("read_all", [blocks], 512, sink, source, int64(size // 16))
+        best = max(best, size / median_us([run]) / 1e6)
+    print(f"read {best:.2f} TB/s")
+    ceilings["read"] = best
+
+
+def multiply(kernels, kind, form, out, x, w, *others):
+    """Launches gemm_small; kind is "", "_silu" or "_f32out"."""
+    tokens, (n, k) = x.shape[0], w.shape
+    rows, threads, shared_bytes = GEMM_FORMS[form]
+    limit = 8 if tokens <= 8 else 16
+    infix = f"_silu_{NAME}" if kind == "_silu" else f"_{NAME}{kind}"
+    kernels.launch(f"gemm_small{infix}_t{limit}_{form}", [-(-n // rows)], threads, out, x, w,
+                   *others, tokens, n // 2 if kind == "_silu" else n, k,
+                   shared_bytes=shared_bytes)
+
+
+def gemm(kernels, ceilings):
+    shapes = [("qkv", QKV, HIDDEN), ("o", HIDDEN, HIDDEN), ("gate_up", 2 * FFN, HIDDEN),
+              ("down", HIDDEN, FFN), ("head", VOCAB, HIDDEN)]
+    print("GEMM: torch µs | form: plain µs, overlapped µs, TB/s, % of read")
+    for label, n, k in shapes:
+        count = max(2, -(-(400 << 20) // (n * k * 2)))
+        weights = [random(n, k, dtype=DTYPE, scale=k**-0.5) for _ in range(count)]
+        repeats = 20 if n < 10000 else 2
+        for tokens in [1, 4, 8, 16]:
+            x = random(tokens, k, dtype=DTYPE)
+            out = torch.empty(tokens, n, dtype=DTYPE, device="cuda")
+            base = median_us([lambda w=w: torch.mm(x, w.T, out=out) for w in weights] * repeats)
+            cells = [f"{base:6.1f} {n * k * 2 / base / 1e6:.2f}"]
+            for form in GEMM_FORMS:
+                kind, others = ("_silu", []) if label == "gate_up" else ("", [None, None])
+                calls = [lambda w=w: multiply(kernels, kind, form, out, x, w, *others)
+                         for w in weights] * repeats
+                plain = median_us(calls)
+                kernels.overlap = True
+                time = median_us(calls)
+                kernels.overlap = False
+                speed = n * k * 2 / time / 1e6
+                cells.append(f"{form} {plain:5.1f} {time:5.1f} {speed:.2f} "
+                             f"{100 * speed / ceilings['read']:2.0f}%")
+            print(f"{label:8} M {tokens:2}: " + " | ".join(cells), flush=True)
+
+
+def decode(kernels, ceilings):
+    print("decode attention: batch × context, splits × tokens: µs, TB/s; torch SDPA µs")
+    for batch_size, context in [(1, 512), (1, 2048), (1, 16384), (8, 384), (32, 384), (32, 2048),
+                                (256, 640), (512, 1088)]:
+        copies = max(1, min(8, (200 << 20) // (batch_size * context * KV_HEADS * DIM * 4)))
+        batches = [Batch([(1, context)] * batch_size, HEADS, KV_HEADS, DIM, DTYPE, 4)
+                   for _ in range(copies)]
+        data = batch_size * context * KV_HEADS * DIM * 4
+        cells = []
+        for wanted in [132, 264, 396, 792]:
+            splits = max(1, min(64, round(wanted / (batch_size * KV_HEADS))))
+            split_tokens = max(64, -(-context // splits // 64) * 64)
+            splits = -(-context // split_tokens)
+            out = torch.empty_like(batches[0].q)
+            partial = torch.empty(batch_size * KV_HEADS * splits * 7 * 132, device="cuda")
+            counters = torch.zeros(batch_size * KV_HEADS, dtype=torch.int32, device="cuda")
+            split = ints([split_tokens])
+            calls = [lambda b=b: kernels.launch(
+                f"attention_decode_{NAME}_128_g8", [splits, KV_HEADS, batch_size], 128, out, b.q,
+                *b.caches, *b.tables(), split, partial, counters, DIM**-0.5 * LOG2E, HEADS,
+                KV_HEADS, 4, shared_bytes=512 * DIM) for b in batches]
+            time = median_us(calls * 8)
+            cell = f"{splits}×{split_tokens}: {time:.1f} {data / time / 1e6:.2f}"
+            if cell.split(":")[0] not in [other.split(":")[0] for other in cells]:
+                cells.append(cell)
+        q = random(batch_size, HEADS, 1, DIM, dtype=DTYPE)
+        dense = [[random(batch_size, KV_HEADS, context, DIM, dtype=DTYPE) for _ in range(2)]
+                 for _ in range(copies)]
+        base = median_us([lambda k=k, v=v: F.scaled_dot_product_attention(
+            q, k, v, enable_gqa=True) for k, v in dense] * 8)
+        print(f"{batch_size:3} × {context:5}: " + " | ".join(cells) + f" | torch {base:.1f}",
+              flush=True)
+
+
+def prefill(kernels, ceilings):
+    print("prefill attention: sequences × tokens: µs, TFLOP/s; torch SDPA (contiguous)")
+    for count, tokens in [(1, 2048), (4, 1024), (16, 512), (1, 8192)]:
+        batch = Batch([(tokens, tokens)] * count, HEADS, KV_HEADS, DIM, DTYPE, 4)
+        out = torch.empty_like(batch.q)
+        tiles = -(-tokens * 7 // 128) * count
+        run = lambda: kernels.launch(
+            f"attention_prefill_{NAME}_128", [KV_HEADS, tiles], 128, out, batch.q, *batch.caches,
+            *batch.tables(), DIM**-0.5 * LOG2E, count, 2, HEADS, KV_HEADS, 4,
+            shared_bytes=768 * DIM)
+        time = median_us([run] * 5)
+        flops = 2 * count * tokens * tokens * HEADS * DIM
+        q = random(count, HEADS, tokens, DIM, dtype=DTYPE)
+        k, v = (random(count, KV_HEADS, tokens, DIM, dtype=DTYPE) for _ in range(2))
+        base = median_us([lambda: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True)] * 5)
+        print(f"{count:2} × {tokens}: {time:.0f} {flops / time / 1e6:.0f} | torch {base:.0f} "
+              f"{flops / base / 1e6:.0f}", flush=True)
+
+
+def small(kernels, ceilings):
+    print("small kernels, µs at tokens = 1, 32, 256, 2048")
+    rows = {}
+    for tokens in [1, 32, 256, 2048]:
+        x, residual = (random(tokens, HIDDEN, dtype=DTYPE) for _ in range(2))
+        weight = random(HIDDEN, dtype=DTYPE)
+        qkv, bias = random(tokens, QKV, dtype=DTYPE), random(QKV, dtype=DTYPE)
+        q_out = torch.empty(tokens, HEADS * DIM, dtype=DTYPE, device="cuda")
+        caches = [torch.zeros(256, KV_HEADS, 16, DIM, dtype=DTYPE, device="cuda")
+                  for _ in range(2)]
+        cos, sin = (torch.rand(4096, DIM // 2, device="cuda") for _ in range(2))
+        positions = torch.arange(tokens, device="cuda", dtype=torch.int32)
+        gate_up = random(tokens, 2 * FFN, dtype=DTYPE)
+        act = torch.empty(tokens, FFN, dtype=DTYPE, device="cuda")
+        runs = {
+            "add_rms_norm": lambda: kernels.launch(
+                f"add_rms_norm_{NAME}", [tokens], 448, x, residual, x, residual, weight, 1e-6,
+                HIDDEN),
+            "rope_and_cache": lambda: kernels.launch(
+                f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out, *caches, qkv, bias, None,
+                None, cos, sin, positions, positions, 1e-6, HEADS, KV_HEADS, 4),
+            "silu_and_mul": lambda: kernels.launch(
+                f"silu_and_mul_{NAME}", [-(-FFN // 2048), tokens], 256, act, gate_up, FFN),
+            "torch rms_norm": lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-6),
+        }
+        for key, run in runs.items():
+            rows.setdefault(key, []).append(median_us([run] * 50))
+    for key, times in rows.items():
+        print(f"{key:16}" + " ".join(f"{time:7.2f}" for time in times), flush=True)
+
+
+def sampler(kernels, ceilings):
+    print("sampler, vocabulary 152064, µs at rows = 1, 32, 256")
+    kinds = {"greedy": dict(temperature=0.0), "temperature": dict(),
+             "top_p 0.8 top_k 20": dict(temperature=0.7, top_p=0.8, top_k=20),
+             "top_p 0.95": dict(top_p=0.95), "greedy, 5 logprobs": dict(temperature=0.0,
+                                                                       num_logprobs=5)}
+    for key, changes in kinds.items():
+        times = []
+        for rows in [1, 32, 256]:
+            logits = torch.randn(rows, VOCAB, device="cuda") * 2.5
+            params = [dict(DEFAULTS, seed=i, **changes) for i in range(rows)]
+            job = SamplerRun(kernels, logits, params)
+            times.append(median_us([job.run] * 10))
+        print(f"{key:20}" + " ".join(f"{time:7.1f}" for time in times), flush=True)
+    for rows in [1, 256]:
+        logits = torch.randn(rows, VOCAB, device="cuda")
+        print(f"torch argmax, {rows} rows: {median_us([lambda: logits.argmax(-1)] * 10):.1f}")
+
+
+def step(kernels, ceilings):
+    """A whole decode step, kernels only: 28 layers, final norm, head, sampler."""
+    print("decode step of the whole model, µs: plain launches, overlapped launches; tok/s")
+    weights = [[random(n, k, dtype=DTYPE, scale=k**-0.5) for n, k in
+                [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN)]]
+               for _ in range(LAYERS)]
+    head = random(VOCAB, HIDDEN, dtype=DTYPE, scale=HIDDEN**-0.5)
+    norm, bias = random(HIDDEN, dtype=DTYPE), random(QKV, dtype=DTYPE)
+    cos, sin = (torch.rand(8192, DIM // 2, device="cuda") for _ in range(2))
+    for tokens, context in [(1, 384), (1, 2048), (4, 384), (8, 384), (16, 384)]:
+        wide = "wide" if tokens <= 8 else "r32"
+        batch = Batch([(1, context)] * tokens, HEADS, KV_HEADS, DIM, DTYPE, 4)
+        x = random(tokens, HIDDEN, dtype=DTYPE)
+        h, y, q_out, attended = (torch.empty_like(x) for _ in range(4))
+        qkv = torch.empty(tokens, QKV, dtype=DTYPE, device="cuda")
+        act = torch.empty(tokens, FFN, dtype=DTYPE, device="cuda")
+        logits = torch.empty(tokens, VOCAB, device="cuda")
+        slots = ints([-1] * tokens)
+        positions = ints([context - 1] * tokens)
+        splits = max(1, min(64, 264 // (tokens * KV_HEADS)))
+        split_tokens = max(64, -(-context // splits // 64) * 64)
+        splits = -(-context // split_tokens)
+        partial = torch.empty(tokens * KV_HEADS * splits * 7 * 132, device="cuda")
+        counters = torch.zeros(tokens * KV_HEADS, dtype=torch.int32, device="cuda")
+        split = ints([split_tokens])
+        job = SamplerRun(kernels, logits, [dict(DEFAULTS, temperature=0.0)] * tokens)
+
+        def run():
+            kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
+            for qkv_w, o_w, gate_up_w, down_w in weights:
+                multiply(kernels, "", "wide", qkv, h, qkv_w, None, None)
+                kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
+                               *batch.caches, qkv, bias, None, None, cos, sin, positions, slots,
+                               1e-6, HEADS, KV_HEADS, 4)
+                kernels.launch(f"attention_decode_{NAME}_128_g8", [splits, KV_HEADS, tokens], 128,
+                               attended, q_out, *batch.caches, *batch.tables(), split, partial,
+                               counters, DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4,
+                               shared_bytes=512 * DIM)
+                multiply(kernels, "", "deep", y, attended, o_w, None, x)
+                kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, y, norm, 1e-6, HIDDEN)
+                multiply(kernels, "_silu", wide, act, h, gate_up_w)
+                multiply(kernels, "", "deep", x, act, down_w, None, y)
+                kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
+            multiply(kernels, "_f32out", wide, logits, h, head, None)
+            job.run()
+
+        times = []
+        for kernels.overlap in [False, True]:
+            start = x.clone()
+            times.append(median_us([run]))
+            x.copy_(start)
+        kernels.overlap = False
+        data = 2 * (sum(w.numel() for layer in weights for w in layer) + head.numel())
+        print(f"{tokens:2} × {context:4}: {times[0]:.0f} {times[1]:.0f}; "
+              f"{tokens * 1e6 / min(times):.0f} tok/s, weights at "
+              f"{100 * data / min(times) / 1e6 / ceilings['read']:.0f}%", flush=True)
+
+
+def main():
+    kernels = Kernels(sys.argv[1])
+    ceilings = {"read": 4.5}
+    sections = [memory, gemm, decode, prefill, small, sampler, step]
+    for section in sections:
+        if len(sys.argv) == 2 or section.__name__ in sys.argv[2:]:
+            try:
+                section(kernels, ceilings)
+            except Exception as error:
+                print(f"{section.__name__} FAILED: {error!r}"[:800], flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
