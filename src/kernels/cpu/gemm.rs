@@ -549,35 +549,4 @@ mod tests {
             }
         }
     }
-
-    #[test]
-    #[ignore]
-    fn speed() {
-        let pool = Pool::new(2).unwrap();
-        let cpu = Cpu { level: SimdLevel::detect(), pool: &pool };
-        for [m, n, k] in [[2048, 1536, 576], [512, 1536, 576], [512, 576, 1536], [512, 8, 576], [512, 576, 8], [8, 576, 512], [256, 49152, 576]] {
-            let (a, b) = (values(m * k, 1), values(n * k, 2));
-            for (name, back) in [("fwd", false), ("bwd", true)] {
-                let bop = if back { Operand::dense(&b, [k, n]) } else { Operand::dense(&b, [n, k]).transposed() };
-                let mut best = f64::MAX;
-                for _ in 0..10 {
-                    let start = std::time::Instant::now();
-                    let out = product(cpu, &Product { a: Operand::dense(&a, [m, k]), b: bop, scale: 1.0, bias: None, mode: Mode::Overwrite });
-                    best = best.min(start.elapsed().as_secs_f64());
-                    drop(out);
-                }
-                let ta = candle_core::Tensor::from_slice(&a, (m, k), &candle_core::Device::Cpu).unwrap();
-                let tb = if back { candle_core::Tensor::from_slice(&b, (k, n), &candle_core::Device::Cpu).unwrap() } else { candle_core::Tensor::from_slice(&b, (n, k), &candle_core::Device::Cpu).unwrap().t().unwrap() };
-                let mut candle = f64::MAX;
-                for _ in 0..10 {
-                    let start = std::time::Instant::now();
-                    let out = ta.matmul(&tb).unwrap();
-                    candle = candle.min(start.elapsed().as_secs_f64());
-                    drop(out);
-                }
-                let flops = 2e-9 * (m * n * k) as f64;
-                eprintln!("{m} {n} {k} {name}: ours {:.1} candle {:.1} GFLOP/s", flops / best, flops / candle);
-            }
-        }
-    }
 }
