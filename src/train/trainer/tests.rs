@@ -565,3 +565,34 @@ fn a_zero_among_the_counts_is_refused_by_name() {
     let error = run.run(dir.path(), &batches).unwrap_err().to_string();
     assert!(error.contains("gradient_accumulation_steps must be at least 1"), "{error}");
 }
+
+#[test]
+#[ignore]
+fn speed() {
+    let dir = PathBuf::from("/tmp/smol-f32");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let config = ModelConfig::from_json(checkpoint.config()).unwrap();
+    let kernels = Kernels::cpu(2).unwrap();
+    let model = FrozenModel::load(&checkpoint, &config, &kernels, 2048).unwrap();
+    for dropout in [0.0, 0.1] {
+    let layout = LoraLayout::new(&config, LoraOptions { rank: 8, alpha: 16.0, dropout, use_rslora: false, target: LoraTarget::All }).unwrap();
+    let lora = LoraTensors::new(&layout, layout.init(1)).unwrap();
+    for (lens, recompute) in [(vec![96; 4], Recompute::None), (vec![96; 16], Recompute::None), (vec![1024; 1], Recompute::None), (vec![96; 16], Recompute::Mlp), (vec![96; 16], Recompute::Full)] {
+        let batch = crate::train::forward_backward::tests::batch(&lens, 3);
+        let mut gradients = vec![0.0; layout.num_params()];
+        let options = StepOptions { recompute, neftune_noise_alpha: 0.0, noise_key: 0 };
+        let mut best = f64::MAX;
+        for _ in 0..4 {
+            let start = std::time::Instant::now();
+            forward_backward(&kernels, &model, &lora, &batch, (options, 1.0), &mut gradients).unwrap();
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        let tokens = batch.num_tokens();
+        let linear: f64 = (0..config.num_layers).flat_map(|_| crate::train::Linear::ALL).map(|l| { let [a, b] = l.shape(&config); (a * b) as f64 }).sum();
+        let flops = 4.0 * linear * tokens as f64 + 4.0 * (config.vocab_size * config.hidden_size) as f64 * batch.num_targets() as f64;
+        eprintln!("dropout {dropout} {lens:?} {recompute:?}: {:.0} ms, {:.0} tokens/s, {:.1} GFLOP/s", best * 1e3, tokens as f64 / best, flops / best * 1e-9);
+    }
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    eprintln!("{}", status.lines().filter(|l| l.starts_with("VmHWM")).collect::<String>());
+}
