@@ -100,18 +100,31 @@ struct Axes {
 impl Axes {
     fn draw(&self, canvas: &Canvas<'_>, metric: &str) -> Drawn {
         let [left, right, top, bottom] = FRAME;
-        canvas.draw(&Rectangle::new([(left, top), (right, bottom)], BLACK.stroke_width(1)))?;
+        canvas.draw(&Rectangle::new(
+            [(left, top), (right, bottom)],
+            BLACK.stroke_width(1),
+        ))?;
         for value in self.x.ticks() {
             let x = self.x.pixel(value);
             canvas.draw(&PathElement::new(vec![(x, bottom), (x, bottom + 4)], BLACK))?;
-            draw_text(canvas, &self.x.label(value), (x, bottom + 16), Anchor::Middle)?;
+            draw_text(
+                canvas,
+                &self.x.label(value),
+                (x, bottom + 16),
+                Anchor::Middle,
+            )?;
         }
         for value in self.y.ticks() {
             let y = self.y.pixel(value);
             canvas.draw(&PathElement::new(vec![(left - 4, y), (left, y)], BLACK))?;
             draw_text(canvas, &self.y.label(value), (left - 8, y), Anchor::End)?;
         }
-        draw_text(canvas, "step", ((left + right) / 2, bottom + 38), Anchor::Middle)?;
+        draw_text(
+            canvas,
+            "step",
+            ((left + right) / 2, bottom + 38),
+            Anchor::Middle,
+        )?;
         draw_text(canvas, metric, (left, top - 14), Anchor::Start)
     }
 }
@@ -133,11 +146,17 @@ impl Axis {
         let (min, max) = finite.fold(start, |(min, max), value| (min.min(value), max.max(value)));
         let (min, max) = if min <= max { (min, max) } else { (0.0, 1.0) };
         // Room around the curve, and some for a single point.
-        let room = if max > min { 0.05 * (max - min) } else { 0.5 * max.abs().max(1.0) };
+        let room = if max > min {
+            0.05 * (max - min)
+        } else {
+            0.5 * max.abs().max(1.0)
+        };
         let (min, max) = (min - room, max + room);
         let rough = (max - min) / MAX_TICKS;
         let power = 10f64.powf(rough.log10().floor());
-        let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|f| f * power >= rough);
+        let factor = [1.0, 2.0, 5.0, 10.0]
+            .into_iter()
+            .find(|f| f * power >= rough);
         Self {
             min,
             max,
@@ -205,7 +224,9 @@ mod tests {
         let entry = |(i, loss): (usize, &f64)| json!({"loss": loss, "step": 10 * (i + 1)});
         let entries = losses.iter().enumerate().map(entry);
         TrainerState {
-            log_history: entries.map(|entry| entry.as_object().unwrap().clone()).collect(),
+            log_history: entries
+                .map(|entry| entry.as_object().unwrap().clone())
+                .collect(),
             ..TrainerState::default()
         }
     }
