@@ -147,6 +147,32 @@ impl Comm {
         Ok(parts.iter().map(numbers).collect())
     }
 
+    /// Returns every rank's bytes, by rank; how many each gives may differ.
+    ///
+    /// # Errors
+    /// When another rank has ended.
+    pub fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let Some(group) = &self.group else {
+            return Ok(vec![bytes.to_vec()]);
+        };
+        // Four bytes travel as the bits of one float, the last ones padded with zeros.
+        let (words, rest) = bytes.as_chunks();
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        let length = f32::from_bits(rest.len() as u32);
+        let ends = [f32::from_le_bytes(last), length];
+        let words = words.iter().map(|word| f32::from_le_bytes(*word));
+        let parts = group.exchange(self.rank, words.chain(ends).collect())?;
+        let unpack = |part: &Vec<f32>| {
+            let (words, length) = part.split_at(part.len().saturating_sub(1));
+            let rest = length.first().map_or(0, |length| length.to_bits() as usize);
+            let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            bytes.truncate((bytes.len() + rest).saturating_sub(4));
+            bytes
+        };
+        Ok(parts.iter().map(unpack).collect())
+    }
+
     /// Returns the sums over ranks of `numbers` (the same number on each), added in rank order.
     ///
     /// # Errors
@@ -302,6 +328,12 @@ mod tests {
             let sums = comm.all_reduce_f64(&[0.1, comm.rank() as f64]).unwrap();
             assert_eq!(sums, [0.2, 1.0]);
             assert_eq!(comm.broadcast(vec![comm.rank() as f32], 1).unwrap(), [1.0]);
+            for len in [0, 3, 4, 9] {
+                let bytes: Vec<u8> = (0..len + comm.rank() as u8).map(|i| 255 - i).collect();
+                let both = comm.all_gather_bytes(&bytes).unwrap();
+                assert_eq!(both[comm.rank()], bytes);
+                assert_eq!(both[1].len(), both[0].len() + 1);
+            }
             comm.all_gather_u64(&own[comm.rank()..]).unwrap()
         });
         let want = vec![

@@ -107,14 +107,6 @@ pub enum TrainError {
         /// `key: there -> here`, all of them.
         differences: String,
     },
-    /// Another rank ended with an error.
-    #[error("rank {rank} ended: {reason}")]
-    Rank {
-        /// The rank.
-        rank: usize,
-        /// Its error.
-        reason: String,
-    },
     /// The data ended or failed.
     #[error("training data: {0}")]
     Data(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -13,6 +13,9 @@ use super::TrainError;
 /// Named f32 tensors with their shapes.
 pub(super) type Tensors<'a> = Vec<(String, Vec<usize>, &'a [f32])>;
 
+/// Shape and values of tensors by name.
+pub(super) type NamedValues = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
 /// Writes a file beside its place and moves it there when it is safe on the disk.
 ///
 /// # Errors
@@ -82,9 +85,7 @@ pub(super) fn write_tensors(path: &Path, tensors: &Tensors<'_>) -> Result<(), Tr
 ///
 /// # Errors
 /// [`TrainError::Io`] or [`TrainError::Checkpoint`] naming the file.
-pub(super) fn read_tensors(
-    path: &Path,
-) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>, TrainError> {
+pub(super) fn read_tensors(path: &Path) -> Result<NamedValues, TrainError> {
     let content = std::fs::read(path).map_err(TrainError::io(path))?;
     let invalid = |what: String| TrainError::Checkpoint {
         path: path.to_owned(),

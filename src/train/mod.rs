@@ -2,7 +2,7 @@
 //!
 //! `forward_backward` is the numeric core over packed micro-batches, `model` the frozen base,
 //! `lora` the adapters in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates of
-//! gradients, `trainer` is the loop, `checkpoint`, `adapter_out`, `report` and `plot` write files.
+//! gradients, `sharded` divides the base among ranks, `trainer` is the loop, `checkpoint`, `adapter_out`, `report` and `plot` write files.
 
 mod adapter_out;
 mod checkpoint;
@@ -16,6 +16,7 @@ mod mt19937;
 mod optimizer;
 mod plot;
 mod report;
+mod sharded;
 mod trainer;
 mod zero;
 

@@ -3,8 +3,11 @@
 //! Dense weights stay in the checkpoint's precision, mapped from its files where the source maps
 //! them; block formats (GGUF) are widened to f32 at load. Names and shapes are Hugging Face's.
 
+use std::sync::Arc;
+
 use candle_core::{Result as TensorResult, Tensor};
 
+use crate::distributed::Comm;
 use crate::kernels::{Kernels, Matrix};
 use crate::layers::RotaryEmbedding;
 use crate::models::ModelConfig;
@@ -12,6 +15,7 @@ use crate::weights::TensorSource;
 
 use super::TrainError;
 use super::lora::Linear;
+use super::sharded::ShardedLayers;
 
 /// One linear of the base.
 pub(super) struct FrozenLinear {
@@ -36,11 +40,19 @@ impl FrozenLayer {
     }
 }
 
+/// Where the layers are.
+enum Layers {
+    /// All on this rank.
+    Resident(Vec<Arc<FrozenLayer>>),
+    /// In pieces on all ranks.
+    Sharded(Box<ShardedLayers>),
+}
+
 /// The base of one rank.
 pub struct FrozenModel {
     pub(super) config: ModelConfig,
     pub(super) embedding: Matrix,
-    pub(super) layers: Vec<FrozenLayer>,
+    layers: Layers,
     pub(super) norm: Tensor,
     lm_head: Option<Matrix>,
     pub(super) rotary: RotaryEmbedding,
@@ -62,18 +74,42 @@ impl FrozenModel {
             kernels,
             config,
         };
-        let ModelConfig {
-            vocab_size,
-            hidden_size,
-            head_dim,
-            ..
-        } = *config;
-        let table = [vocab_size, hidden_size];
-        let rotary = RotaryEmbedding::new(&config.rope, head_dim, max_positions, kernels.device())
-            .map_err(TrainError::kernel("rotary embedding"))?;
         let layers = (0..config.num_layers)
-            .map(|index| loader.layer(index))
+            .map(|index| loader.layer(index).map(Arc::new))
             .collect::<Result<_, _>>()?;
+        Self::with_layers(&loader, Layers::Resident(layers), max_positions)
+    }
+
+    /// Loads this rank's piece of every layer; `comm` is a group for gathering them alone. Every
+    /// rank must then make the same passes in the same order.
+    ///
+    /// # Errors
+    /// As [`FrozenModel::load`].
+    pub fn load_sharded(
+        source: &dyn TensorSource,
+        config: &ModelConfig,
+        kernels: &Kernels,
+        max_positions: usize,
+        comm: Comm,
+    ) -> Result<Self, TrainError> {
+        let loader = BaseLoader {
+            source,
+            kernels,
+            config,
+        };
+        let layers = ShardedLayers::load(source, config, kernels, comm)?;
+        Self::with_layers(&loader, Layers::Sharded(Box::new(layers)), max_positions)
+    }
+
+    fn with_layers(
+        loader: &BaseLoader<'_>,
+        layers: Layers,
+        max_positions: usize,
+    ) -> Result<Self, TrainError> {
+        let (config, device) = (loader.config, loader.kernels.device());
+        let table = [config.vocab_size, config.hidden_size];
+        let rotary = RotaryEmbedding::new(&config.rope, config.head_dim, max_positions, device)
+            .map_err(TrainError::kernel("rotary embedding"))?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => Some(loader.matrix("lm_head.weight", table)?),
@@ -82,10 +118,38 @@ impl FrozenModel {
             config: config.clone(),
             embedding: loader.matrix("model.embed_tokens.weight", table)?,
             layers,
-            norm: loader.vector("model.norm.weight", hidden_size)?,
+            norm: loader.vector("model.norm.weight", config.hidden_size)?,
             lm_head,
             rotary,
         })
+    }
+
+    /// Returns a layer; `next` is the one that will be asked for after it.
+    pub(super) fn layer(
+        &self,
+        index: usize,
+        next: Option<usize>,
+    ) -> TensorResult<Arc<FrozenLayer>> {
+        match &self.layers {
+            Layers::Resident(layers) => Ok(Arc::clone(&layers[index])),
+            Layers::Sharded(layers) => layers.layer(index, next),
+        }
+    }
+
+    /// Takes part in gathering for a pass in which this rank has nothing to compute: up all
+    /// layers, and down again to `lowest` where there is one.
+    pub(super) fn follow(&self, lowest: Option<usize>) -> TensorResult<()> {
+        let Layers::Sharded(layers) = &self.layers else {
+            return Ok(());
+        };
+        let last = self.config.num_layers - 1;
+        for index in 0..=last {
+            layers.layer(index, (index < last).then_some(index + 1))?;
+        }
+        for index in (lowest.unwrap_or(last + 1)..=last).rev() {
+            layers.layer(index, (Some(index) > lowest).then(|| index - 1))?;
+        }
+        Ok(())
     }
 
     /// Returns the shape of the model.
@@ -100,14 +164,14 @@ impl FrozenModel {
 }
 
 /// Takes tensors out of a source by name and shape.
-struct BaseLoader<'a> {
-    source: &'a dyn TensorSource,
-    kernels: &'a Kernels,
-    config: &'a ModelConfig,
+pub(super) struct BaseLoader<'a> {
+    pub(super) source: &'a dyn TensorSource,
+    pub(super) kernels: &'a Kernels,
+    pub(super) config: &'a ModelConfig,
 }
 
 impl BaseLoader<'_> {
-    fn layer(&self, index: usize) -> Result<FrozenLayer, TrainError> {
+    pub(super) fn layer(&self, index: usize) -> Result<FrozenLayer, TrainError> {
         let prefix = format!("model.layers.{index}");
         let norm = |name: &str, len| self.vector(&format!("{prefix}.{name}.weight"), len);
         let ModelConfig {

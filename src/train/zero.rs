@@ -1,7 +1,8 @@
 //! What data-parallel ranks divide among them: ZeRO (Rajbhandari et al., arXiv:1910.02054).
 //!
-//! Stage 1 divides the optimizer's moments, stage 2 the reduced gradients too. Sums run in rank
-//! order and the norm over the same pieces at every stage, so that all stages give the same bits.
+//! Stage 1 divides the optimizer's moments, stage 2 the reduced gradients too, stage 3 the layers
+//! of the frozen base too (`sharded`). Sums run in rank order and the norm over the same pieces
+//! at every stage, so that all stages give the same bits.
 
 use std::ops::Range;
 

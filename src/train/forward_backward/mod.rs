@@ -19,7 +19,7 @@ use crate::kernels::{Dropout, Kernels};
 
 use super::TrainError;
 use super::lora::{Linear, LoraLayout};
-use super::model::FrozenModel;
+use super::model::{FrozenLayer, FrozenModel};
 use adapted::{AdaptedLinears, Adapter, InputGradient};
 use layer::LayerContext;
 pub(in crate::train) use noise::mix;
@@ -52,6 +52,11 @@ impl<'a> LoraTensors<'a> {
             .map_err(TrainError::kernel("adapter parameters"))?;
         Ok(Self { layout, flat })
     }
+
+    /// Returns the lowest layer with an adapter: no gradient is needed below it.
+    pub(super) fn lowest_layer(&self) -> usize {
+        self.layout.entries().first().map_or(0, |entry| entry.layer)
+    }
 }
 
 /// Runs one micro-batch forward and returns the sum of its target tokens' losses.
@@ -79,8 +84,12 @@ pub fn evaluate(
         dropout: 0.0,
     };
     let run = || {
-        let (hidden, _) = pass.forward()?;
         let (rows, targets) = batch.targets();
+        if rows.is_empty() {
+            model.follow(None)?;
+            return Ok(0.0);
+        }
+        let (hidden, _) = pass.forward()?;
         let hidden = kernels.gather_rows(&hidden, &rows)?;
         let normed = pass.final_norm(&hidden)?;
         let (losses, _) = kernels.cross_entropy(&normed, model.lm_head(), &targets, None)?;
@@ -138,7 +147,9 @@ impl Pass<'_> {
             ..
         } = *self;
         let (rows, targets) = batch.targets();
+        let lowest = self.lora.lowest_layer();
         if rows.is_empty() {
+            model.follow(Some(lowest))?;
             return Ok(0.0);
         }
         let (stream, mut saved) = self.forward()?;
@@ -154,18 +165,13 @@ impl Pass<'_> {
         let eps = model.config.rms_norm_eps;
         let d_hidden = kernels.rms_norm_backward(&hidden, &model.norm, eps, &d_normed, None)?;
         let mut d_stream = kernels.scatter_rows(&d_hidden, &rows, batch.num_tokens())?;
-        let lowest = self
-            .lora
-            .layout
-            .entries()
-            .first()
-            .map_or(0, |entry| entry.layer);
         while let Some((index, saved)) = saved.pop() {
             let wanted = match index == lowest {
                 true => InputGradient::Skipped,
                 false => InputGradient::Wanted,
             };
-            let context = self.layer(index)?;
+            let layer = model.layer(index, (index > lowest).then(|| index - 1))?;
+            let context = self.layer(index, &layer)?;
             match context.backward(saved, &d_stream, wanted, gradients)? {
                 Some(below) => d_stream = below,
                 None => break,
@@ -181,9 +187,12 @@ impl Pass<'_> {
             0.0 => embedded,
             alpha => noise::add(&embedded, self.batch, alpha, self.options.noise_key)?,
         };
-        let mut saved = Vec::with_capacity(self.model.layers.len());
-        for index in 0..self.model.layers.len() {
-            let context = self.layer(index)?;
+        let num_layers = self.model.config.num_layers;
+        let mut saved = Vec::with_capacity(num_layers);
+        for index in 0..num_layers {
+            let next = (index + 1 < num_layers).then_some(index + 1);
+            let layer = self.model.layer(index, next)?;
+            let context = self.layer(index, &layer)?;
             let (output, kept) = context.forward(stream, self.options.recompute)?;
             stream = output;
             saved.push((index, kept));
@@ -196,9 +205,12 @@ impl Pass<'_> {
         self.kernels.rms_norm(hidden, &self.model.norm, eps)
     }
 
-    fn layer(&self, index: usize) -> candle_core::Result<LayerContext<'_>> {
-        let layer = &self.model.layers[index];
-        let group = |linears: &[Linear]| -> candle_core::Result<AdaptedLinears<'_>> {
+    fn layer<'l>(
+        &'l self,
+        index: usize,
+        layer: &'l FrozenLayer,
+    ) -> candle_core::Result<LayerContext<'l>> {
+        let group = |linears: &[Linear]| -> candle_core::Result<AdaptedLinears<'l>> {
             let parts = linears.iter().map(|&linear| {
                 let adapter = self.adapter(index, linear)?;
                 Ok((layer.linear(linear), adapter))

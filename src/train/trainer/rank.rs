@@ -15,27 +15,30 @@ use super::super::lora::LoraLayout;
 use super::super::model::FrozenModel;
 use super::super::optimizer::LossScaler;
 use super::super::report::{TrainerState, tidy};
-use super::super::zero::Trainable;
+use super::super::zero::{Trainable, ZeroStage};
 use super::recorder::{Recorder, UpdateReport};
 use super::setup::{BatchPlace, Progress, Start, TrainEvent, TrainSetup, TrainSummary};
 
-/// What errors of collectives say they happened during.
-pub(super) const COLLECTIVE: &str = "exchange between ranks";
-
 fn collective(error: candle_core::Error) -> TrainError {
-    TrainError::kernel(COLLECTIVE)(error)
+    TrainError::kernel("exchange between ranks")(error)
 }
 
-/// Runs one rank to the end.
+/// Runs one rank to the end; the second group gathers layers of a divided base.
 pub(super) fn run(
     setup: &TrainSetup<'_>,
     layout: &LoraLayout,
-    comm: Comm,
+    (comm, gathering): (Comm, Comm),
     progress: &Progress<'_>,
 ) -> Result<TrainSummary, TrainError> {
     let kernels = Kernels::cpu(setup.ranks.threads_per_rank)
         .map_err(TrainError::kernel("start of the kernels"))?;
-    let model = FrozenModel::load(setup.source, setup.config, &kernels, setup.max_positions)?;
+    let (source, config, max_positions) = (setup.source, setup.config, setup.max_positions);
+    let model = match setup.ranks.zero_stage {
+        ZeroStage::Three => {
+            FrozenModel::load_sharded(source, config, &kernels, max_positions, gathering)?
+        }
+        _ => FrozenModel::load(source, config, &kernels, max_positions)?,
+    };
     let mut rank = Rank::begin(setup, layout, comm, (kernels, model))?;
     let mut recorder = Recorder::new(setup, layout, progress, &rank.snapshot_state())?;
     let first_step = rank.state.global_step;
@@ -231,7 +234,25 @@ impl<'a> Rank<'a> {
             }
             loss += pass_loss;
         }
+        self.follow(passes.len() as u64, Some(lora.lowest_layer()))?;
         Ok((loss, gradients, bad_rows))
+    }
+
+    /// Takes part in the passes that other ranks make beyond this rank's `num_passes`, where the
+    /// base is divided.
+    fn follow(&self, num_passes: u64, lowest: Option<usize>) -> Result<(), TrainError> {
+        if self.setup.ranks.zero_stage != ZeroStage::Three {
+            return Ok(());
+        }
+        let passes = self
+            .comm
+            .all_gather_u64(&[num_passes])
+            .map_err(collective)?;
+        let most = passes.into_iter().flatten().max().unwrap_or(num_passes);
+        for _ in num_passes..most {
+            self.model.follow(lowest).map_err(collective)?;
+        }
+        Ok(())
     }
 
     fn skip(&mut self, step: u64, progress: &Progress<'_>) -> Result<(), TrainError> {
@@ -350,7 +371,7 @@ impl<'a> Rank<'a> {
             return Ok(0.0);
         };
         let lora = LoraTensors::new(self.layout, self.trainable.params.clone())?;
-        let (mut loss, mut num_targets) = (0.0, 0);
+        let (mut loss, mut num_targets, mut num_passes) = (0.0, 0, 0);
         let world_size = self.comm.world_size();
         for index in (self.comm.rank() as u64..evaluation.num_batches).step_by(world_size) {
             let place = BatchPlace {
@@ -361,7 +382,9 @@ impl<'a> Rank<'a> {
             let batch = (evaluation.batches)(place).map_err(TrainError::Data)?;
             loss += evaluate(&self.kernels, &self.model, &lora, &batch)?;
             num_targets += batch.num_targets();
+            num_passes += 1;
         }
+        self.follow(num_passes, None)?;
         let sums = [loss, num_targets as f64];
         let sums = self.comm.all_reduce_f64(&sums).map_err(collective)?;
         Ok(sums[0] / sums[1].max(1.0))
