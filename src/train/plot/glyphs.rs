@@ -11,7 +11,9 @@ const ADVANCE: i32 = 6;
 const HEIGHT: i32 = 7;
 
 /// Stands for what has no glyph.
-const BOX: [u8; 7] = [0b11111, 0b10001, 0b10001, 0b10001, 0b10001, 0b10001, 0b11111];
+const BOX: [u8; 7] = [
+    0b11111, 0b10001, 0b10001, 0b10001, 0b10001, 0b10001, 0b11111,
+];
 
 /// Which part of a text stands at its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,11 +65,6 @@ fn glyph(letter: char) -> [u8; 7] {
         '/' => [
             0b00001, 0b00001, 0b00010, 0b00100, 0b01000, 0b10000, 0b10000,
         ],
-        _ => [
-            0b11111, 0b10001, 0b10001, 0b10001, 0b10001, 0b10001, 0b11111,
-        ],
-    }
-}
         _ => BOX,
     }
 }
