@@ -10,6 +10,7 @@
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
+//! | [`train`] | LoRA fine-tuning: packed batches in, PEFT adapters and checkpoints out |
 //!
 //! | noun | |
 //! |---|---|
@@ -59,4 +60,5 @@ pub mod layers;
 pub mod models;
 pub mod serve;
 pub mod text;
+pub mod train;
 pub mod weights;

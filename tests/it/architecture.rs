@@ -19,6 +19,17 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("serve", &["text", "weights", "engine"]),
     ("bench", &["engine"]),
     ("chat", &[]),
+    (
+        "train",
+        &[
+            "text",
+            "weights",
+            "kernels",
+            "distributed",
+            "layers",
+            "models",
+        ],
+    ),
 ];
 
 /// `(word, folders that may hold it)`: the rest of `src/` may not.

@@ -173,6 +173,8 @@ fn every_zero_stage_gives_the_bits_of_stage_zero_and_about_those_of_one_rank() {
         let mut run = Run::new("tiny-qwen2", 6);
         run.ranks.num_ranks = num_ranks;
         run.ranks.zero_stage = zero_stage;
+        // Some ranks then make one pass of their two micro-batches, others two.
+        run.max_tokens_per_pass = 36;
         if num_ranks == 1 {
             // One rank sees the micro-batches of three in turn.
             run.length.accumulation *= 3;
