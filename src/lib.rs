@@ -11,6 +11,7 @@
 //! | [`merge`] | base and LoRA adapters in, one model out: shards, GGUF, Modelfile |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
+//! | [`train`] | LoRA fine-tuning: packed batches in, PEFT adapters and checkpoints out |
 //!
 //! | noun | |
 //! |---|---|
@@ -72,4 +73,5 @@ pub mod merge;
 pub mod models;
 pub mod serve;
 pub mod text;
+pub mod train;
 pub mod weights;

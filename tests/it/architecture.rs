@@ -20,6 +20,17 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("merge", &["text", "weights"]),
     ("bench", &["engine"]),
     ("chat", &[]),
+    (
+        "train",
+        &[
+            "text",
+            "weights",
+            "kernels",
+            "distributed",
+            "layers",
+            "models",
+        ],
+    ),
 ];
 
 /// `(word, folders that may hold it)`: the rest of `src/` may not.
