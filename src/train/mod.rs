@@ -1,0 +1,7 @@
+//! The trainer.
+
+mod conversation;
+mod dataset;
+mod mt19937;
+mod sampler;
+mod steps;
