@@ -49,6 +49,11 @@ impl Settings {
         self.get(key).is_some()
     }
 
+    /// Returns whether a key was given, be it as null.
+    pub(super) fn is_given(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
     /// Returns the value of a key as it was given.
     pub(super) fn raw(&self, key: &str) -> Option<&Value> {
         self.get(key).map(|setting| &setting.value)
