@@ -86,7 +86,7 @@ fn plain(setting: &Setting) -> String {
 /// "false" or "0".
 fn is_off(setting: &Setting, off: &[&str]) -> bool {
     let text = plain(setting).trim().to_ascii_lowercase();
-    let spelled = |word: &&str| match **word {
+    let spelled = |word: &&str| match *word {
         "false" => as_bool(&setting.value) == Some(false),
         "true" => as_bool(&setting.value) == Some(true),
         "0" => as_f64(&setting.value) == Some(0.0),

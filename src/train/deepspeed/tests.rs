@@ -51,7 +51,7 @@ fn both_configurations_of_the_reference_fit_its_run() {
 #[test]
 fn every_key_of_the_file_has_an_effect() {
     let zero3 = DeepSpeedConfig::resolve(&parse(ZERO3), &reference_run()).unwrap();
-    assert_eq!(zero3.effects.len(), 34);
+    assert_eq!(zero3.effects.len(), 36);
     assert!(zero3.effects.iter().all(|effect| !effect.effect.is_empty()));
     assert_eq!(effect(&zero3, "train_batch_size"), "128, from the run");
     assert!(effect(&zero3, "scheduler.type").contains("overrides lr_scheduler_type"));
