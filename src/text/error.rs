@@ -148,6 +148,16 @@ pub enum TextError {
         /// Names of the built-in templates.
         known: String,
     },
+    /// A name that no training template has.
+    #[error("no training template {name:?}: did you mean {nearest:?}? The templates are {known}")]
+    UnknownTrainingTemplate {
+        /// What was asked for.
+        name: String,
+        /// The name most like it.
+        nearest: &'static str,
+        /// All names.
+        known: String,
+    },
 }
 
 impl TextError {
@@ -171,7 +181,8 @@ impl TextError {
             | Self::UnsupportedVocabulary { .. }
             | Self::UnsupportedPreTokenizer { .. }
             | Self::VocabularyLength { .. }
-            | Self::UnknownTemplate { .. } => false,
+            | Self::UnknownTemplate { .. }
+            | Self::UnknownTrainingTemplate { .. } => false,
         }
     }
 }

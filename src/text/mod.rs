@@ -6,12 +6,14 @@ mod detokenizer;
 mod error;
 mod pre_tokenizer;
 mod stop_strings;
+mod supervised;
 #[cfg(test)]
 mod tests;
 mod token_table;
 mod tokenizer;
 mod tokenizer_files;
 mod tokenizer_json;
+mod training_template;
 mod vocabulary;
 
 pub use chat_template::{
@@ -21,5 +23,13 @@ pub use chat_template::{
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use stop_strings::{IncludeStopString, StopOutcome, StopStrings};
+pub use supervised::{
+    IGNORE_INDEX, LearnedTurns, PromptLabels, SupervisedExample, SupervisedOptions,
+    encode_supervised, truncated_lengths,
+};
 pub use tokenizer::{AddSpecialTokens, NamedToken, SkipSpecialTokens, Tokenizer};
+pub use training_template::{
+    Conversation, EncodedTurn, Message, Role, Slot, TEMPLATE_RECORD_FILE, TemplatePart,
+    TemplateRecord, Thinking, ThoughtHistory, TrainingTemplate, python_json,
+};
 pub use vocabulary::GgufVocabulary;

@@ -7,9 +7,9 @@ mod environment;
 mod fallback;
 mod generation;
 mod methods;
-mod python;
+pub(super) mod python;
 mod sources;
-mod strftime;
+pub(super) mod strftime;
 #[cfg(test)]
 mod tests;
 

@@ -15,21 +15,21 @@ const MAX_DEPTH: usize = 100;
 
 /// Options of `json.dumps`.
 #[derive(Debug, Clone)]
-pub(super) struct JsonStyle {
+pub(in crate::text) struct JsonStyle {
     /// Text put before each level, or everything on one line.
-    pub(super) indent: Option<String>,
+    pub(in crate::text) indent: Option<String>,
     /// Between items.
-    pub(super) item_separator: String,
+    pub(in crate::text) item_separator: String,
     /// Between key and value.
-    pub(super) key_separator: String,
+    pub(in crate::text) key_separator: String,
     /// Keys in code point order.
-    pub(super) sort_keys: bool,
+    pub(in crate::text) sort_keys: bool,
     /// Non-ASCII characters as `\uXXXX`.
-    pub(super) ensure_ascii: bool,
+    pub(in crate::text) ensure_ascii: bool,
 }
 
 /// Returns `str(value)`.
-pub(super) fn to_str(value: &Value) -> Result<String, Error> {
+pub(in crate::text) fn to_str(value: &Value) -> Result<String, Error> {
     if let Some(text) = value.as_str() {
         return Ok(text.to_owned());
     }
@@ -42,7 +42,7 @@ pub(super) fn to_str(value: &Value) -> Result<String, Error> {
 }
 
 /// Returns `json.dumps(value, …)`.
-pub(super) fn to_json(value: &Value, style: &JsonStyle) -> Result<String, Error> {
+pub(in crate::text) fn to_json(value: &Value, style: &JsonStyle) -> Result<String, Error> {
     let mut out = String::new();
     JsonWriter {
         out: &mut out,

@@ -29,12 +29,12 @@ const DAYS: [&str; 7] = [
 ];
 
 /// Returns the local time, UTC where the system does not tell its offset.
-pub(super) fn now() -> OffsetDateTime {
+pub(in crate::text) fn now() -> OffsetDateTime {
     OffsetDateTime::now_local().unwrap_or_else(|_| OffsetDateTime::now_utc())
 }
 
 /// Writes `time` as `format` asks. Unknown directives stay as they are, as in glibc.
-pub(super) fn strftime(format: &str, time: OffsetDateTime) -> String {
+pub(in crate::text) fn strftime(format: &str, time: OffsetDateTime) -> String {
     let mut out = String::with_capacity(format.len() + 16);
     let mut characters = format.chars();
     while let Some(character) = characters.next() {
