@@ -95,3 +95,68 @@ pub(super) fn is_offsets(name: &str, offsets: &[u32], num: usize, total: usize) 
     }
     Ok(())
 }
+
+/// The data of an `f32` CPU matrix whose rows, or columns, are contiguous.
+pub(super) struct F32Matrix<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    dims: [usize; 2],
+    stride: usize,
+    is_transposed: bool,
+}
+
+impl<'a> F32Matrix<'a> {
+    /// Borrows a matrix's data.
+    ///
+    /// # Errors
+    ///
+    /// When it is not two-dimensional, neither stride is 1, or it is not `f32` on the CPU;
+    /// `name` names it.
+    pub(super) fn new(name: &str, tensor: &'a Tensor) -> Result<Self> {
+        let (rows, cols) = tensor.dims2()?;
+        let (storage, layout) = tensor.storage_and_layout();
+        let (stride, is_transposed) = match *layout.stride() {
+            [stride, 1] => (stride, false),
+            [stride, _] if cols == 1 => (stride, false),
+            [1, stride] => (stride, true),
+            [_, stride] if rows == 1 => (stride, true),
+            _ => bail!("{name} must have contiguous rows or columns, got {layout:?}"),
+        };
+        let Storage::Cpu(CpuStorage::F32(_)) = &*storage else {
+            let (dtype, device) = (tensor.dtype(), tensor.device());
+            bail!("{name} must be f32 on the CPU, got {dtype:?} on {device:?}");
+        };
+        let start = layout.start_offset();
+        Ok(Self {
+            storage,
+            start,
+            dims: [rows, cols],
+            stride,
+            is_transposed,
+        })
+    }
+
+    /// Returns rows and columns.
+    pub(super) fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    /// Returns the elements between two rows, or two columns of a transposed matrix.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Says whether columns are contiguous, not rows.
+    pub(super) fn is_transposed(&self) -> bool {
+        self.is_transposed
+    }
+
+    /// Returns the elements from the matrix's first on.
+    pub(super) fn get(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => &data[self.start..],
+            // `new` has let no other storage in.
+            _ => &[],
+        }
+    }
+}

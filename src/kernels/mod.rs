@@ -15,6 +15,9 @@ mod check;
 mod cpu;
 #[cfg(test)]
 mod tests;
+mod training;
+#[cfg(test)]
+mod training_tests;
 
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
@@ -24,6 +27,7 @@ use cpu::{AttentionInputs, Cpu, CpuKv, CpuMatrix, CpuRuntime, KvType, RopeInputs
 use std::sync::Arc;
 
 pub use cpu::SimdLevel;
+pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 
 /// One rank's kernels and its threads. Cheap to clone.
 #[derive(Clone)]

@@ -7,6 +7,7 @@
 use super::activation::{Activations, MAX_GROUP};
 use super::buffer::{Lines, Output, for_each_piece};
 use super::dense::{DenseDot, DenseType};
+use super::gemm::{Elements, Operand};
 use super::pool::Pool;
 use super::quant_dot::QuantDot;
 use super::quant_pack::{TILE_ROWS, TileLayout};
@@ -88,6 +89,42 @@ impl CpuMatrix {
                 let tile = &lines.bytes()[row / TILE_ROWS * layout.tile_bytes..];
                 layout.dequantize_row(tile, row % TILE_ROWS, out);
             }
+        }
+    }
+
+    /// Returns the weights as a product reads them; tiles must have been widened before.
+    ///
+    /// # Panics
+    ///
+    /// When the matrix holds tiles, which [`CpuMatrix::widened`] replaces at load.
+    pub(super) fn operand(&self) -> Operand<'_> {
+        match &self.data {
+            Data::Dense(dtype, data) => {
+                Operand::new(Elements::Stored(*dtype, data), [self.rows, self.cols], self.cols)
+            }
+            Data::Tiles(..) => panic!("training multiplies dense weights only"),
+        }
+    }
+
+    /// Says whether [`CpuMatrix::operand`] may be called.
+    pub(in crate::kernels) fn is_dense(&self) -> bool {
+        matches!(self.data, Data::Dense(..))
+    }
+
+    /// Returns tiles as dense `f32`, dense weights as they are.
+    pub(in crate::kernels) fn widened(self) -> Self {
+        if self.is_dense() {
+            return self;
+        }
+        let mut bytes = Vec::with_capacity(self.rows * self.cols * 4);
+        let mut row_values = vec![0f32; self.cols];
+        for row in 0..self.rows {
+            self.row_to_f32(row, &mut row_values);
+            bytes.extend(row_values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        Self {
+            data: Data::Dense(DenseType::F32, Bytes::from(bytes)),
+            ..self
         }
     }
 

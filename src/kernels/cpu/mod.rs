@@ -3,26 +3,41 @@
 //! Slices in, vectors out: `kernels/mod.rs` checks tensors before it calls here. `pool` owns the
 //! threads, `simd` the instruction sets; `quant_pack`, `quant_dot` and `activation` are the block
 //! formats, `dense` the others, `matmul` cuts both into tasks; `kv`, `attention` and `attention_scan`
-//! are the paged cache; `elementwise` is the rest. `unsafe` code stays in this folder.
+//! are the paged cache; `elementwise` is the rest. Training multiplies with `gemm`, on which
+//! `product_sum`, `varlen_attention` and `cross_entropy` stand; `gradients` is its elementwise. `unsafe` code stays in this folder.
 
 mod activation;
 mod attention;
 mod attention_scan;
 mod buffer;
+mod cross_entropy;
 mod dense;
 mod elementwise;
+mod gemm;
+mod gradients;
 mod kv;
 mod matmul;
 mod pool;
+mod product_sum;
 mod quant_dot;
 mod quant_pack;
 mod simd;
+mod varlen_attention;
 
 pub(super) use attention::{AttentionInputs, paged_attention};
+pub(super) use cross_entropy::{CrossEntropy, cross_entropy};
 pub(super) use elementwise::{add, add_rms_norm, gather_rows, rms_norm, silu_and_mul};
+pub(super) use gradients::{
+    NormGradient, Rotation, rms_norm_backward, rotate_heads, rotate_heads_backward,
+    silu_and_mul_backward,
+};
 pub(super) use kv::{CpuKv, KvType, RopeInputs, rope_and_cache};
 pub(super) use matmul::{Cpu, CpuMatrix, embedding, matmul};
+pub(super) use product_sum::{ProductSum, dropout, product_of};
 pub use simd::SimdLevel;
+pub(super) use varlen_attention::{
+    Varlen, VarlenSaved, varlen_attention, varlen_attention_backward,
+};
 
 /// The instruction set and the threads that kernels run on.
 pub(super) struct CpuRuntime {

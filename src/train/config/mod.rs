@@ -9,6 +9,7 @@ mod key_table;
 mod keys;
 mod optimization;
 mod output;
+mod run;
 mod settings;
 mod sources;
 #[cfg(test)]
@@ -19,12 +20,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::Recompute;
 use super::deepspeed::{DeepSpeedConfig, DeepSpeedError, RunValues};
 
 pub use data::{DataConfig, Packing};
 pub use error::ConfigError;
 pub use optimization::{
-    BatchConfig, LrSchedulerType, OptimizerConfig, Precision, Recompute, ScheduleConfig,
+    BatchConfig, LrSchedulerType, OptimizerConfig, Precision, ScheduleConfig,
 };
 pub use output::{Cadence, OutputConfig};
 pub(super) use settings::Settings;
@@ -82,8 +84,8 @@ pub struct TrainConfig {
     pub schedule: ScheduleConfig,
     /// The type of computation.
     pub precision: Precision,
-    /// What is computed again in the backward pass.
-    pub recompute: Recompute,
+    /// What is computed again in the backward pass; absent means as much as memory needs.
+    pub recompute: Option<Recompute>,
     /// Logging, saving, evaluation.
     pub output: OutputConfig,
     /// Whether training was asked for (`do_train`); LLaMA-Factory does nothing without it.

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::super::Recompute;
 use super::super::deepspeed::DeepSpeedSchedule;
 use super::super::steps::Duration;
 use super::{ConfigError, Settings};
@@ -89,19 +90,6 @@ pub enum Precision {
     Bf16,
     /// Products in fp16 with a loss scale.
     Fp16,
-}
-
-/// What is computed again in the backward pass instead of kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Recompute {
-    /// As much as memory needs: gradient checkpointing is on, as in LLaMA-Factory.
-    Auto,
-    /// Nothing (`disable_gradient_checkpointing`).
-    None,
-    /// The inside of the MLP.
-    Mlp,
-    /// Each layer from its input.
-    Full,
 }
 
 impl BatchConfig {
@@ -205,17 +193,19 @@ pub(super) fn precision(settings: &Settings) -> Result<Precision, ConfigError> {
     }
 }
 
-pub(super) fn recompute(settings: &Settings) -> Result<Recompute, ConfigError> {
+/// Returns what is computed again in the backward pass; nothing for as much as memory needs, which
+/// is what gradient checkpointing, on by default as in LLaMA-Factory, means here.
+pub(super) fn recompute(settings: &Settings) -> Result<Option<Recompute>, ConfigError> {
     let default = if settings.bool("disable_gradient_checkpointing", false)? {
-        Recompute::None
+        Some(Recompute::None)
     } else {
-        Recompute::Auto
+        None
     };
     let policies = [
-        ("auto", Recompute::Auto),
-        ("none", Recompute::None),
-        ("mlp", Recompute::Mlp),
-        ("full", Recompute::Full),
+        ("auto", None),
+        ("none", Some(Recompute::None)),
+        ("mlp", Some(Recompute::Mlp)),
+        ("full", Some(Recompute::Full)),
     ];
     settings.choice("recompute", default, &policies)
 }

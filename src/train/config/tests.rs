@@ -74,7 +74,7 @@ fn a_usual_yaml_file_is_read() {
     assert_eq!(config.output.eval, Cadence::Updates(500));
     assert_eq!(config.output.resume_from_checkpoint, None);
     assert!(!config.output.tensorboard);
-    assert_eq!(config.recompute, Recompute::Auto);
+    assert_eq!(config.recompute, None);
     assert_eq!(config.data.packing, Packing::Packed);
     let notes = config.notes.join("\n");
     assert!(notes.contains("`trust_remote_code`: no Python code runs here"), "{notes}");

@@ -7,7 +7,8 @@
 
 use serde_json::{Map, Value};
 
-use super::super::conversation::{Conversation, Message, Role};
+use crate::text::{Conversation, Message, Role, python_json};
+
 use super::file::kind;
 use super::info::{DatasetSpec, Formatting};
 
@@ -106,11 +107,11 @@ fn alpaca(row: &Row, spec: &DatasetSpec) -> Result<Vec<Message>, DropReason> {
         .flatten()
         .filter(|part| !part.is_empty())
         .collect();
-    messages.push(message(Role::User, parts.join("\n")));
+    messages.push(Message::new(Role::User, parts.join("\n")));
     let response = columns.response.as_deref();
     let field = response.unwrap_or("response");
     let answer = optional_text(row, response)?.ok_or_else(|| missing(field))?;
-    messages.push(message(Role::Assistant, answer));
+    messages.push(Message::new(Role::Assistant, answer));
     Ok(messages)
 }
 
@@ -131,8 +132,8 @@ fn history(row: &Row, field: Option<&str>) -> Result<Vec<Message>, DropReason> {
                 found: "a list of something else",
             });
         };
-        messages.push(message(Role::User, prompt.clone()));
-        messages.push(message(Role::Assistant, response.clone()));
+        messages.push(Message::new(Role::User, prompt.clone()));
+        messages.push(Message::new(Role::Assistant, response.clone()));
     }
     Ok(messages)
 }
@@ -177,7 +178,7 @@ fn sharegpt_messages(list: &[Value], spec: &DatasetSpec) -> Result<Vec<Message>,
     let mut messages = Vec::with_capacity(list.len());
     for (index, turn) in list.iter().enumerate() {
         let role = role_of(role(turn, spec)?, index, spec)?;
-        messages.push(message(role, content(turn, spec)?));
+        messages.push(Message::new(role, content(turn, spec)?));
     }
     Ok(messages)
 }
@@ -194,9 +195,9 @@ fn openai_messages(list: &[Value], spec: &DatasetSpec) -> Result<Vec<Message>, D
         });
         let message = match (role, calls) {
             (Role::Assistant | Role::Function, Some(calls)) => {
-                message(Role::Function, call_list(calls)?)
+                Message::new(Role::Function, call_list(calls)?)
             }
-            _ => message(role, content(turn, spec)?),
+            _ => Message::new(role, content(turn, spec)?),
         };
         match messages.last_mut() {
             Some(last) if results_in_a_row && role == Role::Observation => {
@@ -325,10 +326,6 @@ fn optional_text(row: &Row, field: Option<&str>) -> Result<Option<String>, DropR
     }
 }
 
-fn message(role: Role, content: String) -> Message {
-    Message { role, content }
-}
-
 fn missing(field: &str) -> DropReason {
     DropReason::MissingField {
         field: field.to_owned(),
@@ -340,25 +337,5 @@ fn wrong_type(field: &str, wanted: &'static str, found: &Value) -> DropReason {
         field: field.to_owned(),
         wanted,
         found: kind(found),
-    }
-}
-
-/// Returns JSON as `json.dumps(value, ensure_ascii=False)` spaces it, which templates have seen.
-fn python_json(value: &Value) -> String {
-    match value {
-        Value::Array(items) => {
-            let items: Vec<String> = items.iter().map(python_json).collect();
-            format!("[{}]", items.join(", "))
-        }
-        Value::Object(entries) => {
-            let entries: Vec<String> = entries
-                .iter()
-                .map(|(key, value)| {
-                    format!("{}: {}", Value::from(key.as_str()), python_json(value))
-                })
-                .collect();
-            format!("{{{}}}", entries.join(", "))
-        }
-        other => other.to_string(),
     }
 }

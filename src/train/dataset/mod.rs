@@ -18,14 +18,15 @@ mod tests;
 
 use std::path::PathBuf;
 
-use super::conversation::Conversation;
-use file::{Row, RowId};
+use crate::text::Conversation;
+
+use file::Row;
 use info::DatasetSpec;
 use numpy::{RandomState, default_rng_permutation};
 
 pub use convert::DropReason;
 pub use error::DataError;
-pub use file::RowId as DataRowId;
+pub use file::RowId;
 pub(super) use info::nearest;
 pub use report::{DatasetReport, Dropped};
 

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use super::super::conversation::{Conversation, Role};
+use crate::text::{Conversation, Role};
+
 use super::{DataError, DataRequest, LoadedData, load_data};
 
 fn folder(files: &[(&str, &[u8])]) -> TempDir {
