@@ -38,11 +38,17 @@ fn report(arguments: &[String], out: &mut impl Write) -> anyhow::Result<()> {
         writeln!(out, "{}", report.text())?;
     }
     let (train, eval) = (data.train.len(), data.eval.len());
-    writeln!(out, "{train} conversations to train on, {eval} to evaluate on")?;
+    writeln!(
+        out,
+        "{train} conversations to train on, {eval} to evaluate on"
+    )?;
     match model {
         Some(model) => report_tokens(&config, &data, &model, out),
         None => {
-            writeln!(out, "name --model_name_or_path to count tokens and see an example")?;
+            writeln!(
+                out,
+                "name --model_name_or_path to count tokens and see an example"
+            )?;
             Ok(())
         }
     }
@@ -71,7 +77,11 @@ fn report_tokens(
         summary.num_empty
     )?;
     if let Some(first) = examples.first() {
-        writeln!(out, "training example:\n{}", describe_example(&tokenizer, first))?;
+        writeln!(
+            out,
+            "training example:\n{}",
+            describe_example(&tokenizer, first)
+        )?;
     }
     Ok(())
 }
@@ -102,8 +112,14 @@ mod tests {
         let path = dir.path().join("rows.json");
         let text = run(&["--dataset", path.to_str().unwrap()]).unwrap();
         assert!(text.contains("2 rows read, 1 kept, 1 dropped"), "{text}");
-        assert!(text.contains("dropped 1 row: `output` is missing (row 2)"), "{text}");
-        assert!(text.contains("1 conversations to train on, 0 to evaluate on"), "{text}");
+        assert!(
+            text.contains("dropped 1 row: `output` is missing (row 2)"),
+            "{text}"
+        );
+        assert!(
+            text.contains("1 conversations to train on, 0 to evaluate on"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -140,8 +156,14 @@ mod tests {
             text.chars().any(|c| ('\u{4e00}'..='\u{9fff}').contains(&c))
         };
         let chinese = rows.iter().filter(is_chinese).count();
-        assert!(chinese >= 40 && rows.len() - chinese >= 40, "{chinese} in Chinese");
-        let mut questions: Vec<String> = rows.iter().map(|row| row["instruction"].to_string()).collect();
+        assert!(
+            chinese >= 40 && rows.len() - chinese >= 40,
+            "{chinese} in Chinese"
+        );
+        let mut questions: Vec<String> = rows
+            .iter()
+            .map(|row| row["instruction"].to_string())
+            .collect();
         questions.sort();
         questions.dedup();
         assert_eq!(questions.len(), rows.len(), "no question twice");

@@ -28,7 +28,10 @@ pub enum Layout {
 /// Lays out the examples with these indices in `data`.
 pub fn collate(data: &[SupervisedExample], indices: &[usize], layout: Layout) -> TrainBatch {
     let lengths = indices.iter().map(|&index| data[index].input_ids.len());
-    let padded = lengths.max().unwrap_or(0).next_multiple_of(PAD_TO_MULTIPLE_OF);
+    let padded = lengths
+        .max()
+        .unwrap_or(0)
+        .next_multiple_of(PAD_TO_MULTIPLE_OF);
     let mut batch = TrainBatch {
         cu_seqlens: vec![0],
         ..TrainBatch::default()
@@ -36,7 +39,12 @@ pub fn collate(data: &[SupervisedExample], indices: &[usize], layout: Layout) ->
     for &index in indices {
         push(&mut batch, index, &data[index]);
         if let Layout::Padded { pad_token_id } = layout {
-            pad(&mut batch, data[index].input_ids.len(), padded, pad_token_id);
+            pad(
+                &mut batch,
+                data[index].input_ids.len(),
+                padded,
+                pad_token_id,
+            );
         }
         batch.cu_seqlens.push(batch.input_ids.len() as u32);
     }
@@ -46,15 +54,21 @@ pub fn collate(data: &[SupervisedExample], indices: &[usize], layout: Layout) ->
 fn push(batch: &mut TrainBatch, index: usize, example: &SupervisedExample) {
     batch.input_ids.extend_from_slice(&example.input_ids);
     // Labels are token ids or -100, both of which are far within 32 bits.
-    batch.labels.extend(example.labels.iter().map(|&label| label as i32));
+    batch
+        .labels
+        .extend(example.labels.iter().map(|&label| label as i32));
     batch.position_ids.extend(0..example.input_ids.len() as u32);
     batch.rows.push(index as u64);
 }
 
 fn pad(batch: &mut TrainBatch, length: usize, padded: usize, pad_token_id: u32) {
     let missing = padded - length;
-    batch.input_ids.extend(std::iter::repeat_n(pad_token_id, missing));
-    batch.labels.extend(std::iter::repeat_n(IGNORE_INDEX as i32, missing));
+    batch
+        .input_ids
+        .extend(std::iter::repeat_n(pad_token_id, missing));
+    batch
+        .labels
+        .extend(std::iter::repeat_n(IGNORE_INDEX as i32, missing));
     batch.position_ids.extend(length as u32..padded as u32);
 }
 
@@ -91,7 +105,10 @@ mod tests {
         let data = [example(9, 1), example(2, 0)];
         let batch = collate(&data, &[0, 1], Layout::Padded { pad_token_id: 99 });
         assert_eq!(batch.cu_seqlens, [0, 16, 32]);
-        assert_eq!(batch.input_ids[8..18], [8, 99, 99, 99, 99, 99, 99, 99, 0, 1]);
+        assert_eq!(
+            batch.input_ids[8..18],
+            [8, 99, 99, 99, 99, 99, 99, 99, 0, 1]
+        );
         assert_eq!(batch.labels[9..16], [-100; 7]);
         assert_eq!(batch.position_ids[14..18], [14, 15, 0, 1]);
     }

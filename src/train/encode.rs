@@ -7,8 +7,9 @@
 use rayon::prelude::*;
 
 use crate::text::{
-    Conversation, LearnedTurns, PromptLabels, SkipSpecialTokens, SupervisedExample, SupervisedOptions, TextError,
-    Thinking, ThoughtHistory, Tokenizer, TrainingTemplate, encode_supervised,
+    Conversation, LearnedTurns, PromptLabels, SkipSpecialTokens, SupervisedExample,
+    SupervisedOptions, TextError, Thinking, ThoughtHistory, Tokenizer, TrainingTemplate,
+    encode_supervised,
 };
 
 use super::DataConfig;
@@ -125,7 +126,9 @@ impl Encoder {
         let turns =
             self.template
                 .encode_multiturn(tokenizer, conversation, self.options.learned_turns)?;
-        let lengths = turns.iter().map(|turn| turn.prompt_ids.len() + turn.response_ids.len());
+        let lengths = turns
+            .iter()
+            .map(|turn| turn.prompt_ids.len() + turn.response_ids.len());
         let full = lengths.sum::<usize>() + usize::from(self.options.efficient_eos.is_some());
         Ok((encode_supervised(&turns, &self.options), full))
     }

@@ -42,7 +42,7 @@ impl LearningRates {
 }
 
 /// What a plan is made of.
-#[derive(Debug, Clone)]
+#[derive(Clone, Copy)]
 pub struct PlanInputs<'a> {
     /// Everything asked for.
     pub config: &'a TrainConfig,
@@ -93,12 +93,13 @@ impl Plan {
             train,
             world_size,
             ..
-        } = inputs;
-        let counts = config.step_counts(train.num_examples, *world_size);
+        } = *inputs;
+        let counts = config.step_counts(train.num_examples, world_size);
         if counts.micro_batches_per_epoch == 0 {
             return Err(TrainError::InvalidOption {
                 key: "dataset",
-                wanted: "at least one example, or a full batch with dataloader_drop_last".to_owned(),
+                wanted: "at least one example, or a full batch with dataloader_drop_last"
+                    .to_owned(),
                 found: format!("{} examples", train.num_examples),
             });
         }

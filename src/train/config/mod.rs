@@ -25,9 +25,7 @@ use super::deepspeed::{DeepSpeedConfig, DeepSpeedError, RunValues};
 
 pub use data::{DataConfig, Packing};
 pub use error::ConfigError;
-pub use optimization::{
-    BatchConfig, LrSchedulerType, OptimizerConfig, Precision, ScheduleConfig,
-};
+pub use optimization::{BatchConfig, LrSchedulerType, OptimizerConfig, Precision, ScheduleConfig};
 pub use output::{Cadence, OutputConfig};
 pub(super) use settings::Settings;
 
@@ -184,7 +182,9 @@ impl TrainConfig {
 ///
 /// # Errors
 /// [`ConfigError`] naming the key, what was found, and what to do.
-pub fn check_data_config(arguments: &[String]) -> Result<(DataConfig, Option<String>), ConfigError> {
+pub fn check_data_config(
+    arguments: &[String],
+) -> Result<(DataConfig, Option<String>), ConfigError> {
     let mut settings = sources::parse_arguments(arguments)?;
     keys::check_keys(&mut settings)?;
     let data = DataConfig::from_settings(&settings)?;
@@ -268,10 +268,7 @@ fn run_values(
     }
 }
 
-fn deepspeed(
-    settings: &Settings,
-    run: &RunValues,
-) -> Result<Option<DeepSpeedConfig>, ConfigError> {
+fn deepspeed(settings: &Settings, run: &RunValues) -> Result<Option<DeepSpeedConfig>, ConfigError> {
     let json = match settings.raw("deepspeed") {
         None => return Ok(None),
         Some(json @ Value::Object(_)) => json.clone(),

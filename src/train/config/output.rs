@@ -79,11 +79,19 @@ pub struct OutputConfig {
 
 impl OutputConfig {
     pub(super) fn from_settings(settings: &Settings) -> Result<Self, ConfigError> {
-        let output_dir = settings.opt_text("output_dir")?.ok_or(ConfigError::Missing {
-            key: "output_dir",
-            advice: "the folder for the adapter and its logs",
-        })?;
-        let logging = cadence(settings, "logging_strategy", "logging_steps", 500.0, "steps")?;
+        let output_dir = settings
+            .opt_text("output_dir")?
+            .ok_or(ConfigError::Missing {
+                key: "output_dir",
+                advice: "the folder for the adapter and its logs",
+            })?;
+        let logging = cadence(
+            settings,
+            "logging_strategy",
+            "logging_steps",
+            500.0,
+            "steps",
+        )?;
         let has_eval_data = settings.has("eval_dataset") || settings.has("val_size");
         let eval_default = if settings.bool("do_eval", false)? && has_eval_data {
             "steps"
@@ -103,7 +111,13 @@ impl OutputConfig {
                 .opt_whole("save_total_limit", 1)?
                 .map(|limit| limit as usize),
             save_only_model: settings.bool("save_only_model", false)?,
-            eval: cadence(settings, "eval_strategy", "eval_steps", eval_steps, eval_default)?,
+            eval: cadence(
+                settings,
+                "eval_strategy",
+                "eval_steps",
+                eval_steps,
+                eval_default,
+            )?,
             eval_delay: settings.f64_in("eval_delay", 0.0, 0.0..=f64::INFINITY)?,
             eval_on_start: settings.bool("eval_on_start", false)?,
             load_best_model_at_end: settings.bool("load_best_model_at_end", false)?,
@@ -114,8 +128,7 @@ impl OutputConfig {
             tensorboard: tensorboard(settings)?,
             logging_dir: path("logging_dir")?,
             run_name: settings.opt_text("run_name")?,
-            include_num_input_tokens_seen: settings
-                .bool("include_num_input_tokens_seen", false)?
+            include_num_input_tokens_seen: settings.bool("include_num_input_tokens_seen", false)?
                 || settings.bool("include_effective_tokens_per_second", false)?,
             disable_tqdm: settings.bool("disable_tqdm", false)?,
         };

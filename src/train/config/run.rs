@@ -1,8 +1,6 @@
 //! What a configuration means for a run whose data and ranks are known.
 
-use super::super::{
-    LoraOptions, LoraTarget, Order, Remainder, Sampler, StepCounts, ZeroStage,
-};
+use super::super::{LoraOptions, LoraTarget, Order, Remainder, Sampler, StepCounts, ZeroStage};
 use super::TrainConfig;
 
 impl TrainConfig {

@@ -73,7 +73,11 @@ fn flag_setting(flag: &str, values: &[String]) -> (String, Value, String) {
             _ => (key, Value::Bool(true), origin),
         },
         [value] => (key, Value::String(value.clone()), origin),
-        several => (key, several.iter().cloned().map(Value::String).collect(), origin),
+        several => (
+            key,
+            several.iter().cloned().map(Value::String).collect(),
+            origin,
+        ),
     }
 }
 
@@ -92,7 +96,9 @@ fn key_value(argument: &str) -> Option<(String, &str)> {
 fn is_config_file(argument: &str) -> bool {
     let extension = Path::new(argument).extension();
     extension.is_some_and(|extension| {
-        ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+        ["yaml", "yml", "json"]
+            .iter()
+            .any(|known| extension.eq_ignore_ascii_case(known))
     })
 }
 

@@ -4,7 +4,10 @@ use super::super::deepspeed::ZeroStage;
 use super::super::steps::Duration;
 use super::*;
 
-const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/training_configs");
+const FIXTURES: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/tests/fixtures/training_configs"
+);
 
 fn config(arguments: &[&str]) -> Result<TrainConfig, ConfigError> {
     let arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();
@@ -77,7 +80,10 @@ fn a_usual_yaml_file_is_read() {
     assert_eq!(config.recompute, None);
     assert_eq!(config.data.packing, Packing::Packed);
     let notes = config.notes.join("\n");
-    assert!(notes.contains("`trust_remote_code`: no Python code runs here"), "{notes}");
+    assert!(
+        notes.contains("`trust_remote_code`: no Python code runs here"),
+        "{notes}"
+    );
     assert!(notes.contains("`ddp_timeout`"), "{notes}");
 }
 
@@ -85,7 +91,10 @@ fn a_usual_yaml_file_is_read() {
 fn rarer_keys_and_overrides_are_read() {
     let file = format!("{FIXTURES}/lora_sft_ds3.yaml");
     let config = config(&[&file, "lora_rank=4", "--num-ranks", "2"]).unwrap();
-    assert_eq!(config.lora.lora_rank, 4, "the command line goes over the file");
+    assert_eq!(
+        config.lora.lora_rank, 4,
+        "the command line goes over the file"
+    );
     assert_eq!(config.lora.lora_target, ["q_proj", "v_proj"]);
     assert_eq!(config.data.cutoff_len, 1000);
     assert_eq!(config.schedule.learning_rate, 1e-4, "a YAML string");
@@ -94,7 +103,12 @@ fn rarer_keys_and_overrides_are_read() {
     assert_eq!(config.output.eval, Cadence::Epoch, "the key's old name");
     assert_eq!(config.output.save_total_limit, Some(2));
     assert_eq!(config.batch.num_ranks, Some(2));
-    assert!(config.notes.iter().any(|note| note.contains("`flash_attn`")));
+    assert!(
+        config
+            .notes
+            .iter()
+            .any(|note| note.contains("`flash_attn`"))
+    );
 }
 
 #[test]
@@ -116,7 +130,12 @@ fn defaults_are_llama_factorys() {
     assert_eq!(config.output.logging, Cadence::Updates(500));
     assert_eq!(config.output.eval, Cadence::Never);
     assert_eq!(config.seed, 42);
-    assert!(config.notes.iter().any(|note| note.contains("mixed precision")));
+    assert!(
+        config
+            .notes
+            .iter()
+            .any(|note| note.contains("mixed precision"))
+    );
 }
 
 #[test]
@@ -142,7 +161,11 @@ fn flags_follow_the_argument_parser_of_hugging_face() {
     .unwrap();
     assert_eq!(config.batch.per_device_train_batch_size, 2);
     assert!(config.output.plot_loss && config.output.overwrite_output_dir);
-    assert_eq!(config.lora.lora_target, ["q_proj", "v_proj"], "split by the shell");
+    assert_eq!(
+        config.lora.lora_target,
+        ["q_proj", "v_proj"],
+        "split by the shell"
+    );
     assert_eq!(config.schedule.learning_rate, 3e-4);
     assert!(!config.do_train);
     assert_eq!(config.data.enable_thinking, None);
@@ -151,20 +174,39 @@ fn flags_follow_the_argument_parser_of_hugging_face() {
 #[test]
 fn every_spelling_of_true_and_false_is_read() {
     for word in ["True", "true", "1", "yes", "Y", "on"] {
-        assert!(with(&[&format!("use_rslora={word}")]).unwrap().lora.use_rslora);
+        assert!(
+            with(&[&format!("use_rslora={word}")])
+                .unwrap()
+                .lora
+                .use_rslora
+        );
     }
     for word in ["False", "0", "no"] {
-        assert!(!with(&[&format!("use_rslora={word}")]).unwrap().lora.use_rslora);
+        assert!(
+            !with(&[&format!("use_rslora={word}")])
+                .unwrap()
+                .lora
+                .use_rslora
+        );
     }
     let text = text(&["use_rslora=maybe"]);
-    assert!(text.contains("`use_rslora` must be true or false, found \"maybe\""), "{text}");
+    assert!(
+        text.contains("`use_rslora` must be true or false, found \"maybe\""),
+        "{text}"
+    );
 }
 
 #[test]
 fn unknown_keys_name_their_place_and_the_nearest_key() {
     let text = text(&["lora_rnak=8", "--frobnicate", "1"]);
-    assert!(text.starts_with("Some keys are not used by the HfArgumentParser"), "{text}");
-    assert!(text.contains("`lora_rnak` (lora_rnak=8); did you mean `lora_rank`?"), "{text}");
+    assert!(
+        text.starts_with("Some keys are not used by the HfArgumentParser"),
+        "{text}"
+    );
+    assert!(
+        text.contains("`lora_rnak` (lora_rnak=8); did you mean `lora_rank`?"),
+        "{text}"
+    );
     assert!(text.contains("`frobnicate` (--frobnicate)"), "{text}");
 }
 
@@ -192,7 +234,10 @@ fn values_out_of_range_name_the_key_and_the_file() {
     let file = dir.path().join("run.yaml");
     std::fs::write(&file, "cutoff_len: many\n").unwrap();
     let text = text(&[file.to_str().unwrap()]);
-    assert!(text.contains("found \"many\"") && text.contains("run.yaml"), "{text}");
+    assert!(
+        text.contains("found \"many\"") && text.contains("run.yaml"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -221,7 +266,11 @@ fn files_and_arguments_that_are_none_are_named() {
     std::fs::write(&yaml, "a: b: c\n").unwrap();
     assert!(text(&[yaml.to_str().unwrap()]).contains("not valid YAML"));
     let json = dir.path().join("good.json");
-    std::fs::write(&json, r#"{"lora_rank": 4, "lora_target": ["q_proj", "v_proj"]}"#).unwrap();
+    std::fs::write(
+        &json,
+        r#"{"lora_rank": 4, "lora_target": ["q_proj", "v_proj"]}"#,
+    )
+    .unwrap();
     let config = with(&[json.to_str().unwrap()]).unwrap();
     assert_eq!(config.lora.lora_target, ["q_proj", "v_proj"]);
 }
@@ -230,7 +279,10 @@ fn files_and_arguments_that_are_none_are_named() {
 fn a_deepspeed_file_that_does_not_fit_is_refused_in_hugging_faces_words() {
     let file = format!("deepspeed={FIXTURES}/ds_config_zero2.json");
     let text = text(&[&file, "gradient_accumulation_steps=8"]);
-    assert!(text.contains("- ds gradient_accumulation_steps=4 vs hf"), "{text}");
+    assert!(
+        text.contains("- ds gradient_accumulation_steps=4 vs hf"),
+        "{text}"
+    );
     let file = format!("deepspeed={FIXTURES}/ds_config_zero3.json");
     let config = with(&[&file, "prefer_hf_scheduler=true"]).unwrap();
     assert_eq!(config.schedule.deepspeed, None);

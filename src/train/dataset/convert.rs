@@ -201,7 +201,8 @@ fn openai_messages(list: &[Value], spec: &DatasetSpec) -> Result<Vec<Message>, D
         };
         match messages.last_mut() {
             Some(last) if results_in_a_row && role == Role::Observation => {
-                last.content.push_str("\n</tool_response>\n<tool_response>\n");
+                last.content
+                    .push_str("\n</tool_response>\n<tool_response>\n");
                 last.content.push_str(&message.content);
             }
             _ => messages.push(message),
@@ -226,7 +227,7 @@ fn call_list(calls: &Value) -> Result<String, DropReason> {
         }
         list.push(function);
     }
-    Ok(python_json(&Value::Array(list)))
+    json_text(&Value::Array(list))
 }
 
 /// Checks that the person or a tool speaks at even positions and the model at odd ones.
@@ -313,7 +314,7 @@ fn tools(row: &Row, spec: &DatasetSpec) -> Result<Option<String>, DropReason> {
     match row.get(field) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(list @ (Value::Array(_) | Value::Object(_))) => Ok(Some(python_json(list))),
+        Some(list @ (Value::Array(_) | Value::Object(_))) => json_text(list).map(Some),
         Some(other) => Err(wrong_type(field, "JSON text", other)),
     }
 }
@@ -338,4 +339,9 @@ fn wrong_type(field: &str, wanted: &'static str, found: &Value) -> DropReason {
         wanted,
         found: kind(found),
     }
+}
+
+/// Returns JSON as Python spaces it, which templates have seen.
+fn json_text(value: &Value) -> Result<String, DropReason> {
+    python_json(value).map_err(|error| DropReason::Malformed(error.to_string()))
 }

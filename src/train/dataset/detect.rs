@@ -86,7 +86,12 @@ pub(super) fn wanted_columns(spec: &DatasetSpec) -> String {
             .collect(),
         Formatting::Sharegpt | Formatting::Openai => {
             let tags = [spec.tags.role.as_str(), spec.tags.content.as_str()];
-            columns.messages.as_deref().into_iter().chain(tags).collect()
+            columns
+                .messages
+                .as_deref()
+                .into_iter()
+                .chain(tags)
+                .collect()
         }
     };
     format!("{} ({})", named.join(", "), spec.formatting.name())

@@ -46,7 +46,9 @@ fn wrong(path: &Path, bytes: &[u8], offset: usize) -> DataError {
 /// Returns the likely encoding and what iconv calls it.
 fn guess(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
     let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
-    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) || zeros > bytes.len() / 8
+    if bytes.starts_with(&[0xff, 0xfe])
+        || bytes.starts_with(&[0xfe, 0xff])
+        || zeros > bytes.len() / 8
     {
         return Some(("UTF-16", "UTF-16"));
     }

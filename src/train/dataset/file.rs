@@ -111,10 +111,7 @@ fn common_type(path: &Path, files: &[PathBuf]) -> Result<FileType, DataError> {
 }
 
 fn mixed(path: &Path, files: &[PathBuf]) -> DataError {
-    let mut names: Vec<String> = files
-        .iter()
-        .map(|file| extension(file))
-        .collect();
+    let mut names: Vec<String> = files.iter().map(|file| extension(file)).collect();
     names.sort();
     names.dedup();
     DataError::MixedFileTypes {

@@ -320,7 +320,9 @@ impl Info {
         let num_samples = match entry.get("num_samples") {
             None | Some(Value::Null) => None,
             Some(value) => Some(value.as_u64().filter(|&n| n > 0).ok_or_else(|| {
-                wrong(format!("`num_samples` must be a positive number, found {value}"))
+                wrong(format!(
+                    "`num_samples` must be a positive number, found {value}"
+                ))
             })? as usize),
         };
         Ok(DatasetSpec {

@@ -109,7 +109,12 @@ fn load_dataset(
     if spec.guessed {
         detect::guess_format(&mut spec, &rows.rows);
     }
-    let selected = select(rows.rows.len(), spec.num_samples, request.max_samples, random);
+    let selected = select(
+        rows.rows.len(),
+        spec.num_samples,
+        request.max_samples,
+        random,
+    );
     let mut report = DatasetReport {
         name: spec.name.clone(),
         formatting: spec.formatting.name(),
@@ -125,7 +130,11 @@ fn load_dataset(
         let row = &rows.rows[index];
         match convert_row(row, &spec) {
             Ok(conversation) => {
-                if conversation.messages.iter().any(|turn| turn.content.is_empty()) {
+                if conversation
+                    .messages
+                    .iter()
+                    .any(|turn| turn.content.is_empty())
+                {
                     empty.push(row.id);
                 }
                 conversations.push(conversation);

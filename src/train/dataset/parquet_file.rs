@@ -55,9 +55,7 @@ fn json_value(field: Field) -> Value {
         Field::Str(value) => Value::from(value),
         Field::Bytes(value) => Value::from(String::from_utf8_lossy(value.data())),
         Field::Group(row) => Value::Object(object(row.into_columns())),
-        Field::ListInternal(list) => {
-            list.elements().iter().cloned().map(json_value).collect()
-        }
+        Field::ListInternal(list) => list.elements().iter().cloned().map(json_value).collect(),
         Field::MapInternal(map) => {
             let entry = |(key, value): &(Field, Field)| {
                 let key = match json_value(key.clone()) {

@@ -98,7 +98,12 @@ impl DatasetReport {
         if self.num_selected != self.num_rows {
             let _ = write!(text, ", {} selected", self.num_selected);
         }
-        let _ = write!(text, ", {} kept, {} dropped", self.num_kept, self.num_dropped());
+        let _ = write!(
+            text,
+            ", {} kept, {} dropped",
+            self.num_kept,
+            self.num_dropped()
+        );
         for reason in self.reasons() {
             let _ = write!(text, "\n  dropped {reason}");
         }

@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::text::{Conversation, Role};
 
-use super::{DataError, DataRequest, LoadedData, load_data};
+use super::numpy::RandomState;
+use super::{DataError, DataRequest, LoadedData, load_data, select};
 
 fn folder(files: &[(&str, &[u8])]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -49,7 +51,8 @@ fn load_as(info: &str, file: &str, content: &str) -> Result<LoadedData, DataErro
 
 fn turns(conversation: &Conversation) -> Vec<(Role, &str)> {
     let turn = conversation.messages.iter();
-    turn.map(|turn| (turn.role, turn.content.as_str())).collect()
+    turn.map(|turn| (turn.role, turn.content.as_str()))
+        .collect()
 }
 
 const ALPACA_INFO: &str = r#"{"d": {"file_name": "d.json"}}"#;
@@ -69,7 +72,8 @@ fn alpaca_joins_instruction_and_input_by_a_newline() {
 
 #[test]
 fn alpaca_reads_history_system_and_tools_only_when_named() {
-    let rows = r#"[{"q": "3", "a": "4", "history": [["1", "2"]], "sys": "S", "tools": [{"name": "f"}]}]"#;
+    let rows =
+        r#"[{"q": "3", "a": "4", "history": [["1", "2"]], "sys": "S", "tools": [{"name": "f"}]}]"#;
     let info = r#"{"d": {"file_name": "d.json", "columns": {"prompt": "q", "response": "a",
         "history": "history", "system": "sys", "tools": "tools"}}}"#;
     let data = load_as(info, "d.json", rows).unwrap();
@@ -122,10 +126,7 @@ fn openai_collects_calls_and_joins_results() {
                 Role::Function,
                 r#"[{"name": "w", "arguments": {"city": "北京"}}]"#
             ),
-            (
-                Role::Observation,
-                "1\n</tool_response>\n<tool_response>\n2"
-            ),
+            (Role::Observation, "1\n</tool_response>\n<tool_response>\n2"),
             (Role::Assistant, "done")
         ]
     );
@@ -175,11 +176,21 @@ fn wrong_turns_are_dropped_with_the_roles_wanted() {
 
 #[test]
 fn all_rows_unusable_names_the_columns_found_and_wanted() {
-    let error = load_as(ALPACA_INFO, "d.json", r#"[{"question": "a", "answer": "b"}]"#);
+    let error = load_as(
+        ALPACA_INFO,
+        "d.json",
+        r#"[{"question": "a", "answer": "b"}]"#,
+    );
     let text = error.unwrap_err().to_string();
-    assert!(text.starts_with("Cannot find valid samples in data set \"d\""), "{text}");
+    assert!(
+        text.starts_with("Cannot find valid samples in data set \"d\""),
+        "{text}"
+    );
     assert!(text.contains("the rows have: question, answer"), "{text}");
-    assert!(text.contains("instruction, input, output (alpaca)"), "{text}");
+    assert!(
+        text.contains("instruction, input, output (alpaca)"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -209,7 +220,10 @@ fn an_unknown_data_set_names_the_file_its_keys_and_the_nearest() {
         text.starts_with("Undefined dataset identiy in dataset_info.json"),
         "{text}"
     );
-    assert!(text.contains(&format!("{info:?} has alpaca_zh, identity")), "{text}");
+    assert!(
+        text.contains(&format!("{info:?} has alpaca_zh, identity")),
+        "{text}"
+    );
     assert!(text.contains("did you mean \"identity\"?"), "{text}");
     assert!(text.contains("--dataset ./identiy.json"), "{text}");
 }
@@ -217,7 +231,9 @@ fn an_unknown_data_set_names_the_file_its_keys_and_the_nearest() {
 #[test]
 fn a_missing_description_or_file_is_named() {
     let dir = folder(&[("dataset_info.json", br#"{"d": {"file_name": "gone.json"}}"#)]);
-    let text = load_data(&request(dir.path(), "d")).unwrap_err().to_string();
+    let text = load_data(&request(dir.path(), "d"))
+        .unwrap_err()
+        .to_string();
     assert!(text.contains("gone.json\" not found"), "{text}");
     let text = load_data(&request(&dir.path().join("no"), "d")).unwrap_err();
     assert!(text.to_string().starts_with("Cannot open "), "{text}");
@@ -251,7 +267,8 @@ fn a_file_can_be_named_directly_and_its_format_is_told_from_its_rows() {
     let json = br#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
     let data = load(&[("chat.jsonl", json)], "chat.jsonl").unwrap();
     assert_eq!(data.reports[0].formatting, "openai");
-    let json = br#"[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]"#;
+    let json =
+        br#"[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]"#;
     let data = load(&[("x.json", json)], "x.json").unwrap();
     assert_eq!(data.reports[0].formatting, "sharegpt");
     let json = br#"[{"instruction": "a", "output": "b", "system": "S"}]"#;
@@ -269,7 +286,11 @@ fn json_lines_csv_and_parquet_hold_the_same_rows() {
     );
     let csv = "instruction,input,output\na,,\"你,好\"\nb,c\n";
     let from_csv = load(&[("d.csv", csv.as_bytes())], "d.csv").unwrap();
-    assert!(from_csv.reports[0].dropped[0].reason.contains("2 fields and the header 3"));
+    assert!(
+        from_csv.reports[0].dropped[0]
+            .reason
+            .contains("2 fields and the header 3")
+    );
     assert_eq!(from_csv.train, from_lines.train);
     let dir = folder(&[]);
     write_parquet(&dir.path().join("d.parquet"), &[("a", "你,好")]);
@@ -284,7 +305,8 @@ fn write_parquet(path: &Path, rows: &[(&str, &str)]) {
     use parquet::schema::parser::parse_message_type;
     use std::sync::Arc;
 
-    let schema = "message rows { required binary instruction (UTF8); required binary output (UTF8); }";
+    let schema =
+        "message rows { required binary instruction (UTF8); required binary output (UTF8); }";
     let schema = Arc::new(parse_message_type(schema).unwrap());
     let file = fs::File::create(path).unwrap();
     let properties = Arc::new(WriterProperties::builder().build());
@@ -306,7 +328,10 @@ fn write_parquet(path: &Path, rows: &[(&str, &str)]) {
 fn text_lines_are_learned_as_answers_when_described_so() {
     let info = r#"{"d": {"file_name": "d.txt", "columns": {"response": "text"}}}"#;
     let data = load_as(info, "d.txt", "one\ntwo\n").unwrap();
-    assert_eq!(turns(&data.train[1]), [(Role::User, ""), (Role::Assistant, "two")]);
+    assert_eq!(
+        turns(&data.train[1]),
+        [(Role::User, ""), (Role::Assistant, "two")]
+    );
     let error = load(&[("d.txt", b"one")], "d.txt").unwrap_err().to_string();
     assert!(error.contains("the rows have: text"), "{error}");
 }
@@ -326,7 +351,9 @@ fn a_byte_order_mark_is_accepted_and_other_encodings_are_named() {
     assert!(text.contains("iconv -f GB18030 -t UTF-8"), "{text}");
 
     let utf16: Vec<u8> = row.encode_utf16().flat_map(u16::to_le_bytes).collect();
-    let text = load(&[("d.json", &utf16)], "d.json").unwrap_err().to_string();
+    let text = load(&[("d.json", &utf16)], "d.json")
+        .unwrap_err()
+        .to_string();
     assert!(text.contains("looks like UTF-16"), "{text}");
 }
 
@@ -337,7 +364,10 @@ fn broken_json_is_located() {
     let text = load(&[("d.json", b"[{\"instruction\": \"a\"")], "d.json").unwrap_err();
     assert!(text.to_string().contains("the file ends early"), "{text}");
     let text = load(&[("d.json", b"{\n\"instruction\": \"a\"\n}")], "d.json").unwrap_err();
-    assert!(text.to_string().contains("holds an object where a list"), "{text}");
+    assert!(
+        text.to_string().contains("holds an object where a list"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -357,7 +387,10 @@ fn a_directory_is_read_in_order_of_names_and_rows_name_their_file() {
     let text = load(&[files[0], files[1], ("parts/c.csv", b"x\n1\n")], "d").unwrap_err();
     assert!(text.to_string().contains("holds csv, json"), "{text}");
     let text = load(&[("d.arrow", b"x")], "./d.arrow").unwrap_err();
-    assert!(text.to_string().contains("save the data set as Parquet"), "{text}");
+    assert!(
+        text.to_string().contains("save the data set as Parquet"),
+        "{text}"
+    );
 }
 
 fn numbered(count: usize) -> Vec<u8> {
@@ -398,9 +431,15 @@ fn val_size_splits_as_datasets_does() {
     request.val_size = 2.0;
     assert_eq!(prompts(&load_data(&request).unwrap().eval), [5, 6]);
     request.val_size = 10.0;
-    assert!(matches!(load_data(&request), Err(DataError::ValSize { .. })));
+    assert!(matches!(
+        load_data(&request),
+        Err(DataError::ValSize { .. })
+    ));
     request.eval_dataset = vec!["d.json".to_owned()];
-    assert!(matches!(load_data(&request), Err(DataError::TwoEvaluationSets)));
+    assert!(matches!(
+        load_data(&request),
+        Err(DataError::TwoEvaluationSets)
+    ));
 }
 
 #[test]
@@ -415,4 +454,46 @@ fn several_data_sets_follow_one_another() {
 fn chinese_file_names_work() {
     let data = load(&[("数据 集.json", &numbered(1))], "数据 集.json").unwrap();
     assert_eq!(data.train.len(), 1);
+}
+
+fn golden(name: &str) -> Vec<Value> {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/training/order");
+    let text = fs::read_to_string(format!("{dir}/{name}.json")).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    json["cases"].as_array().unwrap().clone()
+}
+
+fn whole(value: &Value, key: &str) -> usize {
+    value[key].as_u64().unwrap() as usize
+}
+
+#[test]
+fn every_golden_num_samples_is_drawn_as_by_llama_factory() {
+    for case in golden("num_samples") {
+        let mut random = RandomState::new(whole(&case, "seed") as u64);
+        for dataset in case["datasets"].as_array().unwrap() {
+            let (rows, samples) = (
+                whole(dataset, "num_examples"),
+                whole(dataset, "num_samples"),
+            );
+            let drawn = select(rows, Some(samples), None, &mut random);
+            assert_eq!(json!(drawn), dataset["indices"]);
+        }
+    }
+}
+
+#[test]
+fn every_golden_val_size_is_split_as_by_datasets() {
+    for case in golden("val_size") {
+        let content = numbered(whole(&case, "num_examples"));
+        let dir = folder(&[("d.json", &content)]);
+        let mut request = request(dir.path(), "d.json");
+        request.val_size = case["val_size"].as_f64().unwrap();
+        request.seed = case["seed"].as_u64().unwrap();
+        let data = load_data(&request).unwrap();
+        assert_eq!(data.train.len(), whole(&case, "num_train"));
+        assert_eq!(json!(prompts(&data.eval)), case["test"]);
+        let first = case["train_first"].as_array().unwrap();
+        assert_eq!(json!(prompts(&data.train)[..first.len()]), json!(first));
+    }
 }

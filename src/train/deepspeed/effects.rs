@@ -139,9 +139,7 @@ fn zero(key: &str, value: &Value, stage: ZeroStage) -> &'static str {
         "offload_param.device" if value == "none" => "nothing to offload",
         "offload_param.device" => "no effect: the base stays on the device",
         "overlap_comm" => "no effect: communication is always overlapped where it can be",
-        "stage3_gather_16bit_weights_on_model_save" => {
-            "no effect: adapters are always saved whole"
-        }
+        "stage3_gather_16bit_weights_on_model_save" => "no effect: adapters are always saved whole",
         "stage3_prefetch_bucket_size"
         | "stage3_param_persistence_threshold"
         | "stage3_max_live_parameters"

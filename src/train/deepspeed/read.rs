@@ -109,7 +109,11 @@ impl<'a> Config<'a> {
             None => Ok(None),
             Some(value) => match value.as_f64().filter(|number| *number >= 0.0) {
                 Some(number) => Ok(Some(number)),
-                None => Err(Self::invalid(key, "\"auto\" or a number of at least 0", value)),
+                None => Err(Self::invalid(
+                    key,
+                    "\"auto\" or a number of at least 0",
+                    value,
+                )),
             },
         }
     }
@@ -196,14 +200,26 @@ impl<'a> Config<'a> {
                 (run.world_size * batch * accumulation).into(),
                 "train_batch_size (calculated)",
             ),
-            self.compare("gradient_clipping", run.max_grad_norm.into(), "max_grad_norm"),
-            self.compare("optimizer.params.lr", run.learning_rate.into(), "learning_rate"),
+            self.compare(
+                "gradient_clipping",
+                run.max_grad_norm.into(),
+                "max_grad_norm",
+            ),
+            self.compare(
+                "optimizer.params.lr",
+                run.learning_rate.into(),
+                "learning_rate",
+            ),
             self.compare(
                 "optimizer.params.betas",
                 run.adam_betas.to_vec().into(),
                 "adam_beta1+adam_beta2",
             ),
-            self.compare("optimizer.params.eps", run.adam_epsilon.into(), "adam_epsilon"),
+            self.compare(
+                "optimizer.params.eps",
+                run.adam_epsilon.into(),
+                "adam_epsilon",
+            ),
             self.compare(
                 "optimizer.params.weight_decay",
                 run.weight_decay.into(),

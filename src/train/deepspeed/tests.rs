@@ -44,7 +44,10 @@ fn both_configurations_of_the_reference_fit_its_run() {
     let schedule = zero3.schedule.unwrap();
     assert_eq!(schedule.kind, DeepSpeedScheduleKind::WarmupLr);
     assert_eq!(schedule.warmup_type, WarmupType::Log);
-    assert_eq!((schedule.warmup_min_lr, schedule.warmup_max_lr), (0.0, 5e-4));
+    assert_eq!(
+        (schedule.warmup_min_lr, schedule.warmup_max_lr),
+        (0.0, 5e-4)
+    );
     assert_eq!(schedule.warmup_num_steps, None);
 }
 
@@ -123,7 +126,5 @@ fn what_is_not_built_is_refused_by_name() {
     assert!(text(json!({"zero_optimization": {"stage": 4}})).contains("must be 0, 1, 2 or 3"));
     assert!(text(json!({"pipeline": {"stages": 2}})).contains("is not built"));
     assert!(text(json!([])).contains("a JSON object"));
-    assert!(
-        text(json!({"fp16": {"loss_scale": "high"}})).contains("fp16.loss_scale"),
-    );
+    assert!(text(json!({"fp16": {"loss_scale": "high"}})).contains("fp16.loss_scale"),);
 }

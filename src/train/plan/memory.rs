@@ -38,7 +38,8 @@ impl MemoryPlan {
         let longest = inputs.train.longest.next_multiple_of(8);
         let tokens = longest * config.batch.per_device_train_batch_size;
         let layers = inputs.model.num_layers;
-        let total = |per_token: usize| (tokens * layers * per_token) as u64 * element(config.precision);
+        let total =
+            |per_token: usize| (tokens * layers * per_token) as u64 * element(config.precision);
         let kept = kept_per_token(inputs, config.recompute.unwrap_or(Recompute::None));
         Self {
             base: inputs.model_bytes / share(ZeroStage::Three),

@@ -74,7 +74,13 @@ fn the_reference_run_has_its_steps_and_parameters() {
     assert_eq!(plan_8.lora.num_params(), 20_185_088);
     assert_eq!(2 * plan_8.lora.entries().len(), 392);
     assert_eq!(plan_8.base_parameters, 7_615_616_512);
-    assert_eq!(plan(&config(&[]), &model(3), 1).unwrap().counts.total_updates, 3810);
+    assert_eq!(
+        plan(&config(&[]), &model(3), 1)
+            .unwrap()
+            .counts
+            .total_updates,
+        3810
+    );
     let text = plan_8.to_string();
     for part in [
         "trainable params: 20,185,088 || all params: 7,635,801,600 || trainable%: 0.2643",
@@ -99,7 +105,10 @@ fn adapters_of_the_whole_family_have_the_known_sizes() {
 #[test]
 fn zero_divides_what_it_says() {
     let file = |stage| {
-        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/training_configs");
+        let dir = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/fixtures/training_configs"
+        );
         format!("deepspeed={dir}/ds_config_zero{stage}.json")
     };
     let memory = |stage: usize| {
@@ -121,7 +130,12 @@ fn zero_divides_what_it_says() {
 
 #[test]
 fn recomputation_keeps_only_the_inputs_of_layers() {
-    let kept = |policy: &str| plan(&config(&[policy]), &model(3), 1).unwrap().memory.activations;
+    let kept = |policy: &str| {
+        plan(&config(&[policy]), &model(3), 1)
+            .unwrap()
+            .memory
+            .activations
+    };
     let tokens = 4 * 208;
     assert_eq!(kept("recompute=full"), tokens * 28 * 3584 * 2);
     assert!(kept("recompute=mlp") > kept("recompute=full"));
@@ -131,29 +145,44 @@ fn recomputation_keeps_only_the_inputs_of_layers() {
 
 #[test]
 fn a_name_that_is_no_linear_is_refused_with_the_names_there_are() {
-    let text = plan(&config(&["lora_target=c_attn"]), &model(3), 1).unwrap_err().to_string();
+    let text = plan(&config(&["lora_target=c_attn"]), &model(3), 1)
+        .unwrap_err()
+        .to_string();
     assert!(text.contains("c_attn") && text.contains("q_proj"), "{text}");
 }
 
 #[test]
 fn a_schedule_that_counts_other_steps_is_refused() {
-    let json = r#"deepspeed={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}"#;
+    let json =
+        r#"deepspeed={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}"#;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("ds.json");
     std::fs::write(&file, json.trim_start_matches("deepspeed=")).unwrap();
     let config = config(&[&format!("deepspeed={}", file.display())]);
-    assert!(plan(&config, &model(3), 1).is_ok(), "the file's own warm-up counts");
+    assert!(
+        plan(&config, &model(3), 1).is_ok(),
+        "the file's own warm-up counts"
+    );
 }
 
 #[test]
 fn no_examples_are_refused() {
-    let config = config(&["dataloader_drop_last=true", "per_device_train_batch_size=4096"]);
+    let config = config(&[
+        "dataloader_drop_last=true",
+        "per_device_train_batch_size=4096",
+    ]);
     let text = plan(&config, &model(3), 1).unwrap_err().to_string();
     assert!(text.contains("2030 examples"), "{text}");
 }
 
 #[test]
 fn sizes_and_counts_read_well() {
-    assert_eq!([grouped(7), grouped(1234), grouped(1_234_567)], ["7", "1,234", "1,234,567"]);
-    assert_eq!([bytes(12), bytes(1536), bytes(15_231_233_024)], ["12 bytes", "1.5 KiB", "14.2 GiB"]);
+    assert_eq!(
+        [grouped(7), grouped(1234), grouped(1_234_567)],
+        ["7", "1,234", "1,234,567"]
+    );
+    assert_eq!(
+        [bytes(12), bytes(1536), bytes(15_231_233_024)],
+        ["12 bytes", "1.5 KiB", "14.2 GiB"]
+    );
 }

@@ -1,5 +1,7 @@
 //! The order against torch 2.6 (`torch.randperm`) and accelerate 1.1.1 (`BatchSamplerShard`).
 
+use serde_json::{Value, json};
+
 use super::*;
 
 fn sampler(num_examples: usize, batch_size: usize, world_size: usize) -> Sampler {
@@ -27,10 +29,7 @@ fn permutations_are_torchs() {
     assert_eq!(torch_randperm(10, 42), [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]);
     assert_eq!(torch_randperm(10, 43), [8, 4, 9, 0, 5, 1, 6, 7, 2, 3]);
     let reference = torch_randperm(2030, 42);
-    assert_eq!(
-        reference[..8],
-        [582, 762, 138, 165, 1984, 790, 1890, 1412]
-    );
+    assert_eq!(reference[..8], [582, 762, 138, 165, 1984, 790, 1890, 1412]);
     assert_eq!(fingerprint(reference), 14_279_981_518_719_829_712);
     assert_eq!(
         fingerprint(torch_randperm(2030, 45)),
@@ -124,4 +123,48 @@ fn sequential_order_is_the_data_s() {
 #[test]
 fn an_empty_data_set_has_no_batches() {
     assert!(sampler(0, 4, 2).epoch(0, 1).is_empty());
+}
+
+/// Returns the fixture of this name, made by `scripts/` with accelerate 1.1.1 and numpy.
+fn golden(name: &str) -> Value {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/training/order");
+    let text = std::fs::read_to_string(format!("{dir}/{name}.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn number(value: &Value, key: &str) -> usize {
+    value[key].as_u64().unwrap() as usize
+}
+
+#[test]
+fn every_golden_epoch_and_shard_is_accelerates() {
+    for epoch in golden("sampler")["epochs"].as_array().unwrap() {
+        let seed = number(epoch, "seed") as u64;
+        let number_of_epoch = number(epoch, "epoch") as u64;
+        let num_examples = number(epoch, "num_examples");
+        let permutation = torch_randperm(num_examples, seed + number_of_epoch);
+        assert_eq!(json!(permutation), epoch["permutation"]);
+        for shard in epoch["shards"].as_array().unwrap() {
+            let sampler = Sampler {
+                order: Order::Shuffled { seed },
+                ..sampler(
+                    num_examples,
+                    number(shard, "batch_size"),
+                    number(shard, "world_size"),
+                )
+            };
+            for (rank, expected) in shard["ranks"].as_array().unwrap().iter().enumerate() {
+                let batches = sampler.epoch(number_of_epoch, rank);
+                match expected {
+                    Value::Array(_) => assert_eq!(json!(batches), *expected),
+                    // Long ones are given by their ends.
+                    _ => {
+                        assert_eq!(json!(batches.len()), expected["num_batches"]);
+                        assert_eq!(json!(batches.first()), expected["first"]);
+                        assert_eq!(json!(batches.last()), expected["last"]);
+                    }
+                }
+            }
+        }
+    }
 }
