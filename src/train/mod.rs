@@ -6,6 +6,7 @@
 //! is loaded. `forward_backward` is the numeric core over packed micro-batches, `model` the frozen
 //! base, `lora` the adapters in one flat buffer.
 
+mod args;
 mod check_data;
 mod collate;
 mod config;
@@ -21,6 +22,7 @@ mod plan;
 mod sampler;
 mod steps;
 
+pub use args::TrainArgs;
 pub use check_data::{CheckDataArgs, check_data};
 pub use collate::{Layout, collate};
 pub use config::{

@@ -103,6 +103,7 @@ impl Plan {
                 found: format!("{} examples", train.num_examples),
             });
         }
+        check_supported(config)?;
         check_steps(config, &counts)?;
         let lora = LoraLayout::new(model, config.lora_options())?;
         let rate = |update| (inputs.learning_rate)(&counts, update);
@@ -213,6 +214,21 @@ impl fmt::Display for Plan {
         }
         Ok(())
     }
+}
+
+/// Refuses what the configuration can say and the trainer does not do.
+fn check_supported(config: &TrainConfig) -> Result<(), TrainError> {
+    let what = if !config.lora.additional_target.is_empty() {
+        "additional_target"
+    } else if config.lora.use_dora {
+        "use_dora"
+    } else {
+        return Ok(());
+    };
+    Err(TrainError::Unsupported {
+        what: what.to_owned(),
+        advice: "leave the key out: A and B of the linears are trained".to_owned(),
+    })
 }
 
 fn check_steps(config: &TrainConfig, counts: &StepCounts) -> Result<(), TrainError> {

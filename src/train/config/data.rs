@@ -23,8 +23,6 @@ pub struct DataConfig {
     pub template: Option<String>,
     /// Replaces the template's default system prompt; may be empty.
     pub default_system: Option<String>,
-    /// How tools are written; absent means the template's way.
-    pub tool_format: Option<String>,
     /// LLaMA-Factory's `enable_thinking`: true unless given, absent for `null`.
     pub enable_thinking: Option<bool>,
     /// Whether thoughts of earlier answers are kept.
@@ -65,7 +63,6 @@ impl DataConfig {
             request,
             template: settings.opt_text("template")?,
             default_system: settings.opt_text_or_empty("default_system")?,
-            tool_format: settings.opt_text("tool_format")?,
             enable_thinking,
             preserve_thinking: settings.bool("preserve_thinking", false)?,
             cutoff_len: settings.whole("cutoff_len", 2048, 1)? as usize,

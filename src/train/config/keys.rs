@@ -14,7 +14,7 @@ pub(super) fn is_list(key: &str) -> bool {
 }
 
 /// Returns whether a key is in any of the tables.
-pub(super) fn is_known(key: &str) -> bool {
+pub(in crate::train) fn is_known(key: &str) -> bool {
     known_keys().any(|known| known == key)
 }
 

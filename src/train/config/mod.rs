@@ -25,6 +25,8 @@ use super::deepspeed::{DeepSpeedConfig, DeepSpeedError, RunValues};
 
 pub use data::{DataConfig, Packing};
 pub use error::ConfigError;
+#[cfg(test)]
+pub(super) use keys::is_known;
 pub use optimization::{BatchConfig, LrSchedulerType, OptimizerConfig, Precision, ScheduleConfig};
 pub use output::{Cadence, OutputConfig};
 pub(super) use settings::Settings;
@@ -101,22 +103,22 @@ pub struct TrainConfig {
 }
 
 impl TrainConfig {
-    /// Reads and checks the arguments of `infold train`.
+    /// Reads and checks the arguments of `infold train` on a machine with `num_devices` devices.
     ///
     /// # Errors
     /// [`ConfigError`] naming the key, what was found, and what to do.
-    pub fn from_arguments(arguments: &[String]) -> Result<Self, ConfigError> {
+    pub fn from_arguments(arguments: &[String], num_devices: usize) -> Result<Self, ConfigError> {
         let mut settings = sources::parse_arguments(arguments)?;
         let mut notes = keys::check_keys(&mut settings)?;
-        let config = Self::from_settings(&settings)?;
+        let config = Self::from_settings(&settings, num_devices)?;
         notes.extend(config.remarks(&settings));
         Ok(Self { notes, ..config })
     }
 
-    fn from_settings(settings: &Settings) -> Result<Self, ConfigError> {
+    fn from_settings(settings: &Settings, num_devices: usize) -> Result<Self, ConfigError> {
         check_stage(settings)?;
         let precision = optimization::precision(settings)?;
-        let batch = BatchConfig::from_settings(settings)?;
+        let batch = BatchConfig::from_settings(settings, num_devices)?;
         let optimizer = OptimizerConfig::from_settings(settings)?;
         let mut schedule = ScheduleConfig::from_settings(settings)?;
         let run = run_values(&batch, &optimizer, schedule.learning_rate, precision);
@@ -255,7 +257,7 @@ fn run_values(
     precision: Precision,
 ) -> RunValues {
     RunValues {
-        world_size: batch.num_ranks.unwrap_or(1) as u64,
+        world_size: batch.num_ranks as u64,
         per_device_train_batch_size: batch.per_device_train_batch_size as u64,
         gradient_accumulation_steps: batch.gradient_accumulation_steps as u64,
         max_grad_norm: optimizer.max_grad_norm,

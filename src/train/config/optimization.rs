@@ -20,8 +20,8 @@ pub struct BatchConfig {
     pub duration: Duration,
     /// Whether examples that do not fill a batch are left out.
     pub dataloader_drop_last: bool,
-    /// Ranks; absent means one for each device.
-    pub num_ranks: Option<usize>,
+    /// Ranks; one for each device unless given.
+    pub num_ranks: usize,
 }
 
 /// AdamW and what is done to gradients.
@@ -93,7 +93,10 @@ pub enum Precision {
 }
 
 impl BatchConfig {
-    pub(super) fn from_settings(settings: &Settings) -> Result<Self, ConfigError> {
+    pub(super) fn from_settings(
+        settings: &Settings,
+        num_devices: usize,
+    ) -> Result<Self, ConfigError> {
         let count = |key, default| Ok::<_, ConfigError>(settings.whole(key, default, 1)? as usize);
         let max_steps = settings.opt_f64("max_steps")?.unwrap_or(-1.0);
         let duration = if max_steps > 0.0 {
@@ -111,7 +114,7 @@ impl BatchConfig {
             gradient_accumulation_steps: count("gradient_accumulation_steps", 1)?,
             duration,
             dataloader_drop_last: settings.bool("dataloader_drop_last", false)?,
-            num_ranks: settings.opt_whole("num_ranks", 1)?.map(|n| n as usize),
+            num_ranks: count("num_ranks", num_devices as u64)?,
         })
     }
 }

@@ -49,7 +49,9 @@ pub struct OutputConfig {
     pub save_total_limit: Option<usize>,
     /// Whether checkpoints hold the adapter alone.
     pub save_only_model: bool,
-    /// When the loss of the evaluation set is computed.
+    /// Whether the loss of the evaluation set is computed at the end.
+    pub do_eval: bool,
+    /// When the loss of the evaluation set is computed on the way.
     pub eval: Cadence,
     /// Epochs or updates without evaluation at the start.
     pub eval_delay: f64,
@@ -92,13 +94,10 @@ impl OutputConfig {
             500.0,
             "steps",
         )?;
-        let has_eval_data = settings.has("eval_dataset") || settings.has("val_size");
-        let eval_default = if settings.bool("do_eval", false)? && has_eval_data {
-            "steps"
-        } else {
-            "no"
-        };
+        let val_size = settings.opt_f64("val_size")?.unwrap_or(0.0);
+        let has_eval_data = val_size > 0.0 || !settings.list("eval_dataset")?.is_empty();
         let eval_steps = settings.opt_f64("logging_steps")?.unwrap_or(500.0);
+        let eval = cadence(settings, "eval_strategy", "eval_steps", eval_steps, "no")?;
         let path = |key| Ok::<_, ConfigError>(settings.opt_text(key)?.map(PathBuf::from));
         let config = Self {
             output_dir: PathBuf::from(output_dir),
@@ -111,13 +110,8 @@ impl OutputConfig {
                 .opt_whole("save_total_limit", 1)?
                 .map(|limit| limit as usize),
             save_only_model: settings.bool("save_only_model", false)?,
-            eval: cadence(
-                settings,
-                "eval_strategy",
-                "eval_steps",
-                eval_steps,
-                eval_default,
-            )?,
+            do_eval: eval != Cadence::Never || settings.bool("do_eval", false)?,
+            eval,
             eval_delay: settings.f64_in("eval_delay", 0.0, 0.0..=f64::INFINITY)?,
             eval_on_start: settings.bool("eval_on_start", false)?,
             load_best_model_at_end: settings.bool("load_best_model_at_end", false)?,
@@ -142,10 +136,10 @@ impl OutputConfig {
                 what: what.to_owned(),
             })
         };
-        if self.eval != Cadence::Never && !has_eval_data {
+        if self.do_eval && !has_eval_data {
             return conflict(
-                "`eval_strategy` asks for evaluation without data: set `val_size` or \
-                 `eval_dataset`",
+                "Please specify dataset for evaluation: `do_eval` or `eval_strategy` is set, so \
+                 set `val_size` or `eval_dataset`",
             );
         }
         if self.load_best_model_at_end

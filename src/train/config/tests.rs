@@ -11,7 +11,7 @@ const FIXTURES: &str = concat!(
 
 fn config(arguments: &[&str]) -> Result<TrainConfig, ConfigError> {
     let arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();
-    TrainConfig::from_arguments(&arguments)
+    TrainConfig::from_arguments(&arguments, 1)
 }
 
 /// A configuration with what must be given, and `more`.
@@ -45,7 +45,7 @@ fn reference(deepspeed: &str) -> Vec<String> {
 
 #[test]
 fn the_reference_command_line_runs_unmodified_with_both_deepspeed_files() {
-    let config = TrainConfig::from_arguments(&reference("ds_config_zero3.json")).unwrap();
+    let config = TrainConfig::from_arguments(&reference("ds_config_zero3.json"), 8).unwrap();
     assert_eq!(config.data.request.dataset, ["identity"]);
     assert_eq!(config.data.request.max_samples, Some(100_000));
     assert_eq!(config.data.cutoff_len, 1024);
@@ -61,7 +61,7 @@ fn the_reference_command_line_runs_unmodified_with_both_deepspeed_files() {
     assert!(config.output.plot_loss && config.do_train);
     assert_eq!(config.deepspeed.unwrap().stage, ZeroStage::Three);
 
-    let config = TrainConfig::from_arguments(&reference("ds_config_zero2.json")).unwrap();
+    let config = TrainConfig::from_arguments(&reference("ds_config_zero2.json"), 8).unwrap();
     assert_eq!(config.schedule.deepspeed, None);
     assert_eq!(config.deepspeed.unwrap().stage, ZeroStage::Two);
 }
@@ -102,7 +102,7 @@ fn rarer_keys_and_overrides_are_read() {
     assert_eq!(config.precision, Precision::Fp16);
     assert_eq!(config.output.eval, Cadence::Epoch, "the key's old name");
     assert_eq!(config.output.save_total_limit, Some(2));
-    assert_eq!(config.batch.num_ranks, Some(2));
+    assert_eq!(config.batch.num_ranks, 2);
     assert!(
         config
             .notes

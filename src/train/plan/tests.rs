@@ -45,7 +45,7 @@ fn config(more: &[&str]) -> TrainConfig {
     ];
     arguments.extend(more);
     let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-    TrainConfig::from_arguments(&arguments).unwrap()
+    TrainConfig::from_arguments(&arguments, 1).unwrap()
 }
 
 fn plan(config: &TrainConfig, model: &ModelConfig, world_size: usize) -> Result<Plan, TrainError> {
@@ -163,6 +163,14 @@ fn a_schedule_that_counts_other_steps_is_refused() {
         plan(&config, &model(3), 1).is_ok(),
         "the file's own warm-up counts"
     );
+}
+
+#[test]
+fn what_the_trainer_does_not_do_is_refused() {
+    for key in ["use_dora=true", "additional_target=lm_head"] {
+        let text = plan(&config(&[key]), &model(3), 1).unwrap_err().to_string();
+        assert!(text.contains(key.split('=').next().unwrap()), "{text}");
+    }
 }
 
 #[test]
