@@ -5,6 +5,7 @@
 
 mod local;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
@@ -79,6 +80,113 @@ impl Comm {
             }
         }
         Tensor::from_vec(sum, tensor.shape(), tensor.device())
+    }
+
+    /// Returns the sum over ranks of `values` (the same number on each), added in rank order.
+    ///
+    /// # Errors
+    /// When another rank has ended or lengths differ.
+    pub fn all_reduce_values(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        let len = values.len();
+        self.reduce_scatter(values, 0..len)
+    }
+
+    /// Returns elements `part` of the sum over ranks of `values` (the same number on each),
+    /// added in rank order.
+    ///
+    /// # Errors
+    /// When another rank has ended or lengths differ.
+    pub fn reduce_scatter(&self, values: Vec<f32>, part: Range<usize>) -> Result<Vec<f32>> {
+        let Some(group) = &self.group else {
+            return Ok(match part.len() == values.len() {
+                true => values,
+                false => values[part].to_vec(),
+            });
+        };
+        let len = values.len();
+        let parts = group.exchange(self.rank, values)?;
+        let mut sum = vec![0f32; part.len()];
+        for values in parts.iter() {
+            if values.len() != len {
+                candle_core::bail!("a sum of {len} and {} values", values.len());
+            }
+            for (total, value) in sum.iter_mut().zip(&values[part.clone()]) {
+                *total += value;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Returns every rank's values, one rank after another; their numbers may differ.
+    ///
+    /// # Errors
+    /// When another rank has ended.
+    pub fn all_gather(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        let Some(group) = &self.group else {
+            return Ok(values);
+        };
+        Ok(group.exchange(self.rank, values)?.concat())
+    }
+
+    /// Returns every rank's numbers, by rank; how many each gives may differ.
+    ///
+    /// # Errors
+    /// When another rank has ended.
+    pub fn all_gather_u64(&self, numbers: &[u64]) -> Result<Vec<Vec<u64>>> {
+        let Some(group) = &self.group else {
+            return Ok(vec![numbers.to_vec()]);
+        };
+        // The group carries floats: each number goes as the bits of two, which nothing computes
+        // with on the way.
+        let halves = |number: &u64| [*number as u32, (*number >> 32) as u32].map(f32::from_bits);
+        let values = numbers.iter().flat_map(halves).collect();
+        let parts = group.exchange(self.rank, values)?;
+        let number = |pair: &[f32; 2]| {
+            u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32
+        };
+        let numbers = |part: &Vec<f32>| part.as_chunks().0.iter().map(number).collect();
+        Ok(parts.iter().map(numbers).collect())
+    }
+
+    /// Returns the sums over ranks of `numbers` (the same number on each), added in rank order.
+    ///
+    /// # Errors
+    /// When another rank has ended or lengths differ.
+    pub fn all_reduce_f64(&self, numbers: &[f64]) -> Result<Vec<f64>> {
+        let bits: Vec<u64> = numbers.iter().map(|number| number.to_bits()).collect();
+        let mut sums = vec![0f64; numbers.len()];
+        for part in self.all_gather_u64(&bits)? {
+            if part.len() != sums.len() {
+                candle_core::bail!("sums of {} and {} numbers", sums.len(), part.len());
+            }
+            for (sum, bits) in sums.iter_mut().zip(part) {
+                *sum += f64::from_bits(bits);
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Returns the values of rank `root` on every rank; the others' are not read.
+    ///
+    /// # Errors
+    /// When another rank has ended.
+    pub fn broadcast(&self, values: Vec<f32>, root: usize) -> Result<Vec<f32>> {
+        let Some(group) = &self.group else {
+            return Ok(values);
+        };
+        let own = if self.rank == root { values } else { Vec::new() };
+        Ok(group.exchange(self.rank, own)?[root].clone())
+    }
+
+    /// Waits until every rank has come here.
+    ///
+    /// # Errors
+    /// When another rank has ended.
+    pub fn barrier(&self) -> Result<()> {
+        match &self.group {
+            None => Ok(()),
+            Some(group) => group.exchange(self.rank, Vec::new()).map(drop),
+        }
     }
 
     /// Returns the ranks' `[rows, cols_i]` tensors (f32) side by side in rank order: `[rows, Σ cols_i]`.
@@ -168,6 +276,33 @@ mod tests {
         });
         assert_eq!(gathered[0], [[0.0, 10.0, 11.0], [1.0, 12.0, 13.0]]);
         assert_eq!(gathered[0], gathered[1]);
+    }
+
+    #[test]
+    fn parts_of_sums_gathered_again_are_the_sum() {
+        let sums = on_ranks(3, |comm| {
+            let values: Vec<f32> = (0..7).map(|i| (comm.rank() * 10 + i) as f32).collect();
+            let part = [0..3, 3..6, 6..7][comm.rank()].clone();
+            let part = comm.reduce_scatter(values.clone(), part).unwrap();
+            let whole = comm.all_reduce_values(values).unwrap();
+            assert_eq!(comm.all_gather(part).unwrap(), whole);
+            whole
+        });
+        assert_eq!(sums[2], [30.0, 33.0, 36.0, 39.0, 42.0, 45.0, 48.0]);
+    }
+
+    #[test]
+    fn numbers_of_64_bits_arrive_whole() {
+        let numbers = on_ranks(2, |comm| {
+            let own = [u64::MAX - comm.rank() as u64, 0x7fa0_0001_ffa0_0001];
+            comm.barrier().unwrap();
+            let sums = comm.all_reduce_f64(&[0.1, comm.rank() as f64]).unwrap();
+            assert_eq!(sums, [0.2, 1.0]);
+            assert_eq!(comm.broadcast(vec![comm.rank() as f32], 1).unwrap(), [1.0]);
+            comm.all_gather_u64(&own[comm.rank()..]).unwrap()
+        });
+        let want = vec![vec![u64::MAX, 0x7fa0_0001_ffa0_0001], vec![0x7fa0_0001_ffa0_0001]];
+        assert_eq!(numbers, [want.clone(), want]);
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use super::{LossScaleOptions, LrCurve, ZeroStage};
+
 pub use effects::KeyEffect;
 use read::{Comparison, Config};
 
@@ -92,82 +94,22 @@ pub struct RunValues {
     pub fp16: bool,
 }
 
-/// What the ranks divide among them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ZeroStage {
-    /// Nothing: data parallel.
-    Zero,
-    /// The optimiser's states.
-    One,
-    /// And the gradients.
-    Two,
-    /// And the parameters, the frozen base with them.
-    Three,
-}
-
-/// A learning-rate schedule of DeepSpeed. Numbers that the file leaves to the run are absent.
+/// A learning-rate schedule of DeepSpeed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DeepSpeedSchedule {
-    /// Which one.
-    pub kind: DeepSpeedScheduleKind,
-    /// The rate at the start; for the cosine, its share of the peak.
-    pub warmup_min_lr: f64,
-    /// The rate after the warm-up.
-    pub warmup_max_lr: f64,
+    /// The curve.
+    pub curve: LrCurve,
     /// Updates of the warm-up; absent means the run's `warmup_steps` or `warmup_ratio`.
     pub warmup_num_steps: Option<u64>,
-    /// How the rate rises.
-    pub warmup_type: WarmupType,
-    /// Updates until the end of the decay; absent means all of the run.
-    pub total_num_steps: Option<u64>,
-    /// For the cosine, the rate at the end as a share of the peak.
-    pub cos_min_ratio: f64,
 }
 
-/// Which schedule of DeepSpeed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeepSpeedScheduleKind {
-    /// Rises and stays.
-    WarmupLr,
-    /// Rises and falls linearly to zero.
-    WarmupDecayLr,
-    /// Rises linearly and falls as a cosine.
-    WarmupCosineLr,
-}
-
-/// How a warm-up of DeepSpeed rises.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WarmupType {
-    /// With the logarithm of the update, the default.
-    Log,
-    /// In proportion to the update.
-    Linear,
-}
-
-/// The loss scale of fp16.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LossScale {
-    /// A fixed scale; absent means one that adapts.
-    pub fixed: Option<f64>,
-    /// The first scale is two to this power.
-    pub initial_scale_power: u64,
-    /// Updates without overflow before the scale doubles.
-    pub loss_scale_window: u64,
-    /// Overflows before the scale halves.
-    pub hysteresis: u64,
-    /// The smallest scale.
-    pub min_loss_scale: f64,
-}
-
-impl Default for LossScale {
-    /// Returns DeepSpeed's defaults, which are the reference's values too.
-    fn default() -> Self {
-        Self {
-            fixed: None,
-            initial_scale_power: 16,
-            loss_scale_window: 1000,
-            hysteresis: 2,
-            min_loss_scale: 1.0,
+impl DeepSpeedSchedule {
+    /// Returns its name in the file.
+    pub fn name(&self) -> &'static str {
+        match self.curve {
+            LrCurve::WarmupDecayLr(_) => "WarmupDecayLR",
+            LrCurve::WarmupCosineLr { .. } => "WarmupCosineLR",
+            _ => "WarmupLR",
         }
     }
 }
@@ -180,7 +122,7 @@ pub struct DeepSpeedConfig {
     /// The schedule that overrides the run's, if the file has one.
     pub schedule: Option<DeepSpeedSchedule>,
     /// The loss scale of fp16.
-    pub loss_scale: LossScale,
+    pub loss_scale: LossScaleOptions,
     /// The largest global norm of a gradient; 0 for no limit.
     pub gradient_clipping: f64,
     /// What each key of the file does, for the plan.

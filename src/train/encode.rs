@@ -135,7 +135,7 @@ impl Encoder {
 }
 
 /// Returns the template that a tokenizer's special tokens speak of, for a run that names none.
-pub(super) fn template_of_tokenizer(tokenizer: &Tokenizer) -> &'static str {
+pub fn template_of_tokenizer(tokenizer: &Tokenizer) -> &'static str {
     let has = |token: &str| tokenizer.token_id(token).is_some();
     if has("<|start_header_id|>") {
         "llama3"
@@ -150,7 +150,7 @@ pub(super) fn template_of_tokenizer(tokenizer: &Tokenizer) -> &'static str {
 
 /// Returns an example as LLaMA-Factory prints its first: ids and text, of all and of what is
 /// learned.
-pub(super) fn describe_example(tokenizer: &Tokenizer, example: &SupervisedExample) -> String {
+pub fn describe_example(tokenizer: &Tokenizer, example: &SupervisedExample) -> String {
     let learned: Vec<u32> = example
         .labels
         .iter()

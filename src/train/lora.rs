@@ -5,12 +5,11 @@
 //! Initialisation and scaling are PEFT's (`tuners/lora/layer.py`).
 
 use candle_core::{Device, Tensor};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
 use crate::models::ModelConfig;
 
 use super::TrainError;
+use super::mt19937::Mt19937;
 
 /// A linear of a decoder layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -224,14 +223,24 @@ impl LoraLayout {
         }
     }
 
-    /// Returns fresh parameters: A uniform in ±1/√in (PEFT's `kaiming_uniform_(a=√5)`), B zero.
+    /// Returns fresh parameters, bit-equal to what PEFT draws after `set_seed(seed)`: A uniform
+    /// in ±1/√in (`kaiming_uniform_(a=√5)`), B zero.
+    ///
+    /// PEFT's constructors fill A and B once before `reset_lora_parameters` fills A again, so
+    /// those words of the generator are passed over.
     pub fn init(&self, seed: u64) -> Vec<f32> {
-        let mut random = StdRng::seed_from_u64(seed);
+        let mut generator = Mt19937::new(seed);
         let mut params = vec![0f32; self.num_params];
+        let rank = self.options.rank;
         for entry in &self.entries {
-            let bound = 1.0 / (entry.in_features as f32).sqrt();
+            for _ in 0..rank * (entry.in_features + entry.out_features) {
+                generator.next_u32();
+            }
+            let bound = (1.0 / (entry.in_features as f64).sqrt()) as f32;
             for value in &mut params[entry.a_offset..entry.b_offset] {
-                *value = random.random_range(-bound..bound);
+                // 24 random bits as a number in 0..1, as torch's `uniform_` in f32.
+                let uniform = (generator.next_u32() & 0x00ff_ffff) as f32 / 16_777_216.0;
+                *value = uniform * (bound + bound) - bound;
             }
         }
         params

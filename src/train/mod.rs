@@ -4,26 +4,39 @@
 //! `dataset` turns files into conversations, `encode` those into tokens, `sampler` orders them,
 //! `collate` lays out micro-batches, `steps` counts updates, `plan` says all that before anything
 //! is loaded. `forward_backward` is the numeric core over packed micro-batches, `model` the frozen
-//! base, `lora` the adapters in one flat buffer.
+//! base, `lora` the adapters in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates
+//! of gradients, `trainer` is the loop, `checkpoint`, `adapter_out`, `report` and `plot` write
+//! files.
 
+mod adapter_out;
 mod args;
 mod check_data;
+mod checkpoint;
 mod collate;
 mod config;
 mod dataset;
 mod deepspeed;
 mod encode;
 mod error;
+mod files;
 mod forward_backward;
 mod lora;
+mod lr_schedule;
 mod model;
 mod mt19937;
+mod optimizer;
 mod plan;
+mod plot;
+mod report;
 mod sampler;
 mod steps;
+mod trainer;
+mod zero;
 
+pub use adapter_out::{AdapterFiles, read_adapter, write_adapter};
 pub use args::TrainArgs;
 pub use check_data::{CheckDataArgs, check_data};
+pub use checkpoint::{Manifest, checkpoint_dir, list_checkpoints};
 pub use collate::{Layout, collate};
 pub use config::{
     BatchConfig, Cadence, ConfigError, DataConfig, LoraConfig, LrSchedulerType, ModelSource,
@@ -32,17 +45,22 @@ pub use config::{
 pub use dataset::{
     DataError, DataRequest, DatasetReport, DropReason, Dropped, LoadedData, RowId, load_data,
 };
-pub use deepspeed::{
-    DeepSpeedConfig, DeepSpeedError, DeepSpeedSchedule, DeepSpeedScheduleKind, KeyEffect,
-    LossScale, RunValues, WarmupType, ZeroStage,
-};
-pub use encode::{EncodeSummary, Encoder};
+pub use deepspeed::{DeepSpeedConfig, DeepSpeedError, DeepSpeedSchedule, KeyEffect, RunValues};
+pub use encode::{EncodeSummary, Encoder, describe_example, template_of_tokenizer};
 pub use error::TrainError;
 pub use forward_backward::{
     LoraTensors, Recompute, StepOptions, TrainBatch, evaluate, forward_backward,
 };
 pub use lora::{Linear, LoraEntry, LoraLayout, LoraOptions, LoraTarget};
+pub use lr_schedule::{DeepSpeedWarmup, LrCurve, LrSchedule, WarmupType};
 pub use model::FrozenModel;
-pub use plan::{LearningRates, Plan, PlanInputs};
+pub use optimizer::{AdamW, AdamWOptions, LossScaleOptions, LossScaler, clip_coefficient};
+pub use plan::{LearningRates, MemoryPlan, Plan, PlanInputs};
+pub use report::{RunFacts, TrainerState, clock};
 pub use sampler::{Order, Remainder, Sampler};
 pub use steps::{Duration, StepCounts};
+pub use trainer::{
+    BatchPlace, BatchProvider, Evaluation, OutputPlan, Progress, Ranks, RunLength, Start,
+    TrainEvent, TrainSetup, TrainSummary, train,
+};
+pub use zero::ZeroStage;

@@ -13,8 +13,8 @@ use std::fmt;
 use crate::models::ModelConfig;
 
 use super::{
-    DatasetReport, DeepSpeedScheduleKind, EncodeSummary, Linear, LoraLayout, LrSchedulerType,
-    Packing, Precision, StepCounts, TrainConfig, TrainError,
+    DatasetReport, EncodeSummary, Linear, LoraLayout, LrSchedule, Packing, Precision, StepCounts,
+    TrainConfig, TrainError,
 };
 
 pub use memory::MemoryPlan;
@@ -31,12 +31,13 @@ pub struct LearningRates {
 }
 
 impl LearningRates {
-    /// Returns the rates of a run of `total` updates, where `rate` gives that of each from 0.
-    pub fn of_run(total: u64, rate: impl Fn(u64) -> f64) -> Self {
+    /// Returns the rates of a run.
+    fn of_run(schedule: &LrSchedule) -> Self {
+        let rates = (0..schedule.total_steps).map(|update| schedule.at(update));
         Self {
-            first: rate(0),
-            peak: (0..total).map(&rate).fold(0.0, f64::max),
-            last: rate(total.saturating_sub(1)),
+            first: schedule.at(0),
+            peak: rates.fold(0.0, f64::max),
+            last: schedule.at(schedule.total_steps.saturating_sub(1)),
         }
     }
 }
@@ -58,8 +59,6 @@ pub struct PlanInputs<'a> {
     pub eval: Option<EncodeSummary>,
     /// Data-parallel ranks.
     pub world_size: usize,
-    /// The learning rate of each update from 0, given the counts of the run.
-    pub learning_rate: &'a dyn Fn(&StepCounts, u64) -> f64,
 }
 
 /// A run before it starts. Its `Display` is the table that is printed.
@@ -106,9 +105,8 @@ impl Plan {
         check_supported(config)?;
         check_steps(config, &counts)?;
         let lora = LoraLayout::new(model, config.lora_options())?;
-        let rate = |update| (inputs.learning_rate)(&counts, update);
         let mut plan = Self {
-            learning_rates: LearningRates::of_run(counts.total_updates, rate),
+            learning_rates: LearningRates::of_run(&config.lr_schedule(&counts)),
             base_parameters: base_parameters(model),
             memory: MemoryPlan::new(inputs, &lora),
             counts,
@@ -316,24 +314,10 @@ fn numbers(precision: Precision) -> &'static str {
     }
 }
 
-fn schedule_name(config: &TrainConfig) -> &'static str {
-    if let Some(schedule) = &config.schedule.deepspeed {
-        return match schedule.kind {
-            DeepSpeedScheduleKind::WarmupLr => "DeepSpeed's WarmupLR",
-            DeepSpeedScheduleKind::WarmupDecayLr => "DeepSpeed's WarmupDecayLR",
-            DeepSpeedScheduleKind::WarmupCosineLr => "DeepSpeed's WarmupCosineLR",
-        };
-    }
-    match config.schedule.lr_scheduler_type {
-        LrSchedulerType::Linear => "linear",
-        LrSchedulerType::Cosine => "cosine",
-        LrSchedulerType::CosineWithRestarts => "cosine with restarts",
-        LrSchedulerType::CosineWithMinLr => "cosine with a least rate",
-        LrSchedulerType::Polynomial => "polynomial",
-        LrSchedulerType::Constant => "constant",
-        LrSchedulerType::ConstantWithWarmup => "constant with warm-up",
-        LrSchedulerType::InverseSqrt => "inverse square root",
-        LrSchedulerType::WarmupStableDecay => "warm-up, stable, decay",
+fn schedule_name(config: &TrainConfig) -> String {
+    match config.deepspeed_schedule() {
+        Some(schedule) => format!("DeepSpeed's {}", schedule.name()),
+        None => config.schedule.lr_scheduler_type.name().to_owned(),
     }
 }
 

@@ -10,6 +10,7 @@ mod keys;
 mod optimization;
 mod output;
 mod run;
+mod schedule;
 mod settings;
 mod sources;
 #[cfg(test)]
@@ -27,8 +28,9 @@ pub use data::{DataConfig, Packing};
 pub use error::ConfigError;
 #[cfg(test)]
 pub(super) use keys::is_known;
-pub use optimization::{BatchConfig, LrSchedulerType, OptimizerConfig, Precision, ScheduleConfig};
+pub use optimization::{BatchConfig, OptimizerConfig, Precision};
 pub use output::{Cadence, OutputConfig};
+pub use schedule::{LrSchedulerType, ScheduleConfig};
 pub(super) use settings::Settings;
 
 /// The model and the adapters that are there already.
@@ -120,16 +122,13 @@ impl TrainConfig {
         let precision = optimization::precision(settings)?;
         let batch = BatchConfig::from_settings(settings, num_devices)?;
         let optimizer = OptimizerConfig::from_settings(settings)?;
-        let mut schedule = ScheduleConfig::from_settings(settings)?;
+        let schedule = ScheduleConfig::from_settings(settings)?;
         let run = run_values(&batch, &optimizer, schedule.learning_rate, precision);
         let mut deepspeed = deepspeed(settings, &run)?;
         if settings.bool("prefer_hf_scheduler", false)?
             && let Some(deepspeed) = &mut deepspeed
         {
             deepspeed.schedule = None;
-        }
-        if let Some(schedules) = deepspeed.as_ref().and_then(|config| config.schedule) {
-            schedule.deepspeed = Some(schedules);
         }
         let strict = [("strict", true), ("auto", false)];
         Ok(Self {

@@ -1,9 +1,6 @@
-//! The keys of batches, optimiser, learning rate and number types.
-
-use serde_json::{Map, Value};
+//! The keys of batches, optimiser and number types.
 
 use super::super::Recompute;
-use super::super::deepspeed::DeepSpeedSchedule;
 use super::super::steps::Duration;
 use super::{ConfigError, Settings};
 
@@ -39,46 +36,6 @@ pub struct OptimizerConfig {
     pub max_grad_norm: f64,
     /// NEFTune's alpha; absent for none.
     pub neftune_noise_alpha: Option<f64>,
-}
-
-/// Hugging Face's schedules.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LrSchedulerType {
-    /// Linear to zero.
-    Linear,
-    /// Half a cosine to zero.
-    Cosine,
-    /// Several half cosines (`num_cycles`).
-    CosineWithRestarts,
-    /// Half a cosine to `min_lr` or `min_lr_rate`.
-    CosineWithMinLr,
-    /// To `lr_end` with `power`.
-    Polynomial,
-    /// Constant, without warm-up.
-    Constant,
-    /// Constant after the warm-up.
-    ConstantWithWarmup,
-    /// One over the root of the update.
-    InverseSqrt,
-    /// Constant, then a decay (`num_decay_steps`).
-    WarmupStableDecay,
-}
-
-/// The learning rate over time.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ScheduleConfig {
-    /// The peak.
-    pub learning_rate: f64,
-    /// Which curve.
-    pub lr_scheduler_type: LrSchedulerType,
-    /// Its own parameters.
-    pub lr_scheduler_kwargs: Map<String, Value>,
-    /// Updates of the warm-up; wins over the ratio if positive.
-    pub warmup_steps: u64,
-    /// The warm-up as a share of all updates.
-    pub warmup_ratio: f64,
-    /// DeepSpeed's schedule, which overrides the curve above.
-    pub deepspeed: Option<DeepSpeedSchedule>,
 }
 
 /// The type of computation.
@@ -142,45 +99,6 @@ impl OptimizerConfig {
                 .opt_f64("neftune_noise_alpha")?
                 .filter(|alpha| *alpha > 0.0),
         })
-    }
-}
-
-impl ScheduleConfig {
-    pub(super) fn from_settings(settings: &Settings) -> Result<Self, ConfigError> {
-        use LrSchedulerType as Type;
-        let types = [
-            ("linear", Type::Linear),
-            ("cosine", Type::Cosine),
-            ("cosine_with_restarts", Type::CosineWithRestarts),
-            ("cosine_with_min_lr", Type::CosineWithMinLr),
-            ("polynomial", Type::Polynomial),
-            ("constant", Type::Constant),
-            ("constant_with_warmup", Type::ConstantWithWarmup),
-            ("inverse_sqrt", Type::InverseSqrt),
-            ("warmup_stable_decay", Type::WarmupStableDecay),
-        ];
-        let lr_scheduler_type = settings.choice("lr_scheduler_type", Type::Linear, &types)?;
-        Ok(Self {
-            learning_rate: settings.f64_in("learning_rate", 5e-5, 0.0..=f64::INFINITY)?,
-            lr_scheduler_type,
-            lr_scheduler_kwargs: kwargs(settings)?,
-            warmup_steps: settings.whole("warmup_steps", 0, 0)?,
-            warmup_ratio: settings.f64_in("warmup_ratio", 0.0, 0.0..=1.0)?,
-            deepspeed: None,
-        })
-    }
-}
-
-fn kwargs(settings: &Settings) -> Result<Map<String, Value>, ConfigError> {
-    let key = "lr_scheduler_kwargs";
-    let wanted = "an object such as {\"num_cycles\": 2}";
-    match settings.raw(key) {
-        None => Ok(Map::new()),
-        Some(Value::Object(kwargs)) => Ok(kwargs.clone()),
-        Some(Value::String(text)) => {
-            serde_json::from_str(text).map_err(|_| settings.invalid(key, wanted))
-        }
-        Some(_) => Err(settings.invalid(key, wanted)),
     }
 }
 

@@ -1,6 +1,9 @@
 //! What a configuration means for a run whose data and ranks are known.
 
-use super::super::{LoraOptions, LoraTarget, Order, Remainder, Sampler, StepCounts, ZeroStage};
+use super::super::{
+    AdamWOptions, DeepSpeedSchedule, LoraOptions, LoraTarget, LrSchedule, Order, Remainder,
+    Sampler, StepCounts, ZeroStage,
+};
 use super::TrainConfig;
 
 impl TrainConfig {
@@ -37,10 +40,40 @@ impl TrainConfig {
     /// Returns the updates of the warm-up: DeepSpeed's own number, else the run's.
     pub fn warmup_updates(&self, counts: &StepCounts) -> u64 {
         let schedule = &self.schedule;
-        schedule
-            .deepspeed
+        self.deepspeed_schedule()
             .and_then(|schedule| schedule.warmup_num_steps)
             .unwrap_or_else(|| counts.warmup_updates(schedule.warmup_steps, schedule.warmup_ratio))
+    }
+
+    /// Returns DeepSpeed's schedule, which overrides the run's, if there is one.
+    pub fn deepspeed_schedule(&self) -> Option<DeepSpeedSchedule> {
+        self.deepspeed.as_ref().and_then(|config| config.schedule)
+    }
+
+    /// Returns the learning rate of every update.
+    pub fn lr_schedule(&self, counts: &StepCounts) -> LrSchedule {
+        let warmup = self.warmup_updates(counts);
+        let own = self.schedule.schedule(counts, warmup);
+        match self.deepspeed_schedule() {
+            Some(schedule) => LrSchedule {
+                curve: schedule.curve,
+                ..own
+            },
+            None => own,
+        }
+    }
+
+    /// Returns the numbers of the optimizer.
+    pub fn adamw_options(&self) -> AdamWOptions {
+        let optimizer = &self.optimizer;
+        AdamWOptions {
+            beta1: optimizer.adam_beta1,
+            beta2: optimizer.adam_beta2,
+            epsilon: optimizer.adam_epsilon,
+            weight_decay: optimizer.weight_decay,
+            max_grad_norm: optimizer.max_grad_norm,
+            loraplus_lr_ratio: self.lora.loraplus_lr_ratio.unwrap_or(1.0),
+        }
     }
 
     /// Returns the numbers of the adapter.

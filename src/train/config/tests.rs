@@ -1,7 +1,6 @@
 //! Configurations as users write them, and what they are told when something is wrong.
 
-use super::super::deepspeed::ZeroStage;
-use super::super::steps::Duration;
+use super::super::{Duration, LrCurve, StepCounts, ZeroStage};
 use super::*;
 
 const FIXTURES: &str = concat!(
@@ -55,15 +54,19 @@ fn the_reference_command_line_runs_unmodified_with_both_deepspeed_files() {
     assert_eq!(config.optimizer.neftune_noise_alpha, None);
     assert_eq!(config.schedule.learning_rate, 5e-4);
     assert_eq!(config.schedule.lr_scheduler_type, LrSchedulerType::Cosine);
-    assert!(config.schedule.deepspeed.is_some());
     assert_eq!(config.precision, Precision::Bf16);
     assert_eq!(config.output.logging, Cadence::Updates(5));
     assert!(config.output.plot_loss && config.do_train);
-    assert_eq!(config.deepspeed.unwrap().stage, ZeroStage::Three);
+    let deepspeed = config.deepspeed.unwrap();
+    assert_eq!(deepspeed.stage, ZeroStage::Three);
+    assert_eq!(deepspeed.schedule.unwrap().name(), "WarmupLR");
 
     let config = TrainConfig::from_arguments(&reference("ds_config_zero2.json"), 8).unwrap();
-    assert_eq!(config.schedule.deepspeed, None);
-    assert_eq!(config.deepspeed.unwrap().stage, ZeroStage::Two);
+    let deepspeed = config.deepspeed.unwrap();
+    assert_eq!(
+        (deepspeed.stage, deepspeed.schedule),
+        (ZeroStage::Two, None)
+    );
 }
 
 #[test]
@@ -285,7 +288,7 @@ fn a_deepspeed_file_that_does_not_fit_is_refused_in_hugging_faces_words() {
     );
     let file = format!("deepspeed={FIXTURES}/ds_config_zero3.json");
     let config = with(&[&file, "prefer_hf_scheduler=true"]).unwrap();
-    assert_eq!(config.schedule.deepspeed, None);
+    assert_eq!(config.deepspeed.unwrap().schedule, None);
 }
 
 #[test]
@@ -306,4 +309,50 @@ fn intervals_follow_the_cadence() {
     assert_eq!(Cadence::Share(0.25).interval(101, 10), Some(26));
     assert_eq!(Cadence::Epoch.interval(100, 10), Some(10));
     assert_eq!(Cadence::Never.interval(100, 10), None);
+}
+
+#[test]
+fn the_schedule_has_the_parameters_given_and_deepspeed_s_wins() {
+    let counts = StepCounts::new(100, 1, Duration::Updates(100));
+    let schedule = |more: &[&str]| with(more).unwrap().lr_schedule(&counts);
+    let cosine = schedule(&["lr_scheduler_type=cosine", "warmup_ratio=0.1"]);
+    assert_eq!(cosine.curve, LrCurve::Cosine { num_cycles: 0.5 });
+    assert_eq!((cosine.warmup_steps, cosine.total_steps), (10, 100));
+    let restarts = schedule(&[
+        "lr_scheduler_type=cosine_with_restarts",
+        "lr_scheduler_kwargs={\"num_cycles\": 3}",
+    ]);
+    assert_eq!(
+        restarts.curve,
+        LrCurve::CosineWithRestarts { num_cycles: 3.0 }
+    );
+    let stable = schedule(&[
+        "lr_scheduler_type=warmup_stable_decay",
+        "lr_scheduler_kwargs={\"num_decay_steps\": 20}",
+        "warmup_steps=5",
+    ]);
+    assert!(matches!(
+        stable.curve,
+        LrCurve::WarmupStableDecay {
+            num_stable_steps: 75,
+            num_decay_steps: 20,
+            ..
+        }
+    ));
+    let file = format!("deepspeed={FIXTURES}/ds_config_zero3.json");
+    let deepspeed = schedule(&[&file, "lr_scheduler_type=cosine", "warmup_ratio=0.1"]);
+    assert!(matches!(deepspeed.curve, LrCurve::WarmupLr(_)));
+    assert_eq!(deepspeed.warmup_steps, 10);
+    assert_eq!(deepspeed.at(99), 5e-5, "the rate stays where it rose to");
+
+    let text = text(&[
+        "lr_scheduler_type=cosine",
+        "lr_scheduler_kwargs={\"power\": 2}",
+    ]);
+    assert!(text.contains("under: num_cycles (cosine)"), "{text}");
+    assert!(text_of_missing().contains("needs num_decay_steps"));
+}
+
+fn text_of_missing() -> String {
+    text(&["lr_scheduler_type=warmup_stable_decay"])
 }

@@ -3,7 +3,8 @@
 use serde_json::Value;
 
 use super::read::{Config, python};
-use super::{DeepSpeedSchedule, DeepSpeedScheduleKind, RunValues, ZeroStage};
+use super::{DeepSpeedSchedule, RunValues};
+use crate::train::{LrCurve, ZeroStage};
 
 /// What becomes of one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,23 +110,30 @@ fn stage_effect(stage: ZeroStage, world_size: u64) -> String {
 
 fn scheduler(key: &str, is_auto: bool, schedule: &DeepSpeedSchedule) -> String {
     match key {
-        "scheduler.type" => match schedule.kind {
-            DeepSpeedScheduleKind::WarmupLr => format!(
-                "overrides lr_scheduler_type: the rate rises to {} and stays there; \
-                 --prefer_hf_scheduler true keeps lr_scheduler_type",
-                python(&schedule.warmup_max_lr.into())
-            ),
-            DeepSpeedScheduleKind::WarmupDecayLr => {
+        "scheduler.type" => match schedule.curve {
+            LrCurve::WarmupDecayLr(_) => {
                 "overrides lr_scheduler_type: warm-up, then linear to 0".to_owned()
             }
-            DeepSpeedScheduleKind::WarmupCosineLr => {
+            LrCurve::WarmupCosineLr { .. } => {
                 "overrides lr_scheduler_type: warm-up, then cosine".to_owned()
             }
+            _ => format!(
+                "overrides lr_scheduler_type: the rate rises to {} and stays there; \
+                 --prefer_hf_scheduler true keeps lr_scheduler_type",
+                max_lr(schedule)
+            ),
         },
-        "scheduler.params.warmup_min_lr" => python(&schedule.warmup_min_lr.into()),
-        "scheduler.params.warmup_max_lr" => python(&schedule.warmup_max_lr.into()),
+        "scheduler.params.warmup_max_lr" => max_lr(schedule),
         _ if is_auto => "from the run".to_owned(),
         _ => "honoured".to_owned(),
+    }
+}
+
+/// Returns the rate after the warm-up.
+fn max_lr(schedule: &DeepSpeedSchedule) -> String {
+    match schedule.curve {
+        LrCurve::WarmupLr(warmup) | LrCurve::WarmupDecayLr(warmup) => python(&warmup.max_lr.into()),
+        _ => "learning_rate".to_owned(),
     }
 }
 

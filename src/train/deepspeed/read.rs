@@ -2,10 +2,8 @@
 
 use serde_json::Value;
 
-use super::{
-    DeepSpeedError, DeepSpeedSchedule, DeepSpeedScheduleKind, LossScale, RunValues, WarmupType,
-    ZeroStage,
-};
+use super::{DeepSpeedError, DeepSpeedSchedule, RunValues};
+use crate::train::{DeepSpeedWarmup, LossScaleOptions, LrCurve, WarmupType, ZeroStage};
 
 /// What a file says about a number that the run has too.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,6 +49,10 @@ const NOT_BUILT: &[(&str, &str)] = &[
         "data follow the sampler; leave the block out",
     ),
     ("amp.enabled", "use bf16 or fp16"),
+    (
+        "fp16.loss_scale",
+        "the loss scale adapts; set 0 or leave the key out",
+    ),
     (
         "progressive_layer_drop.enabled",
         "all layers are trained; leave the block out",
@@ -149,7 +151,7 @@ impl<'a> Config<'a> {
         for (key, advice) in NOT_BUILT {
             if let Some(value) = self.get(key)
                 && *value != Value::Bool(false)
-                && value.as_u64() != Some(0)
+                && value.as_f64() != Some(0.0)
             {
                 return Err(DeepSpeedError::NotBuilt {
                     key: (*key).to_owned(),
@@ -253,11 +255,8 @@ impl<'a> Config<'a> {
         &self,
         learning_rate: f64,
     ) -> Result<Option<DeepSpeedSchedule>, DeepSpeedError> {
-        let kind = match self.get("scheduler.type").and_then(Value::as_str) {
-            None => return Ok(None),
-            Some("WarmupDecayLR") => DeepSpeedScheduleKind::WarmupDecayLr,
-            Some("WarmupCosineLR") => DeepSpeedScheduleKind::WarmupCosineLr,
-            Some(_) => DeepSpeedScheduleKind::WarmupLr,
+        let Some(name) = self.get("scheduler.type").and_then(Value::as_str) else {
+            return Ok(None);
         };
         let warmup_type = match self.get("scheduler.params.warmup_type") {
             None => WarmupType::Log,
@@ -270,29 +269,36 @@ impl<'a> Config<'a> {
                 }
             },
         };
-        let min_lr = self.number("scheduler.params.warmup_min_lr")?;
-        let min_ratio = self.number("scheduler.params.warmup_min_ratio")?;
-        Ok(Some(DeepSpeedSchedule {
-            kind,
-            warmup_min_lr: min_lr.or(min_ratio).unwrap_or(0.0),
-            warmup_max_lr: self
-                .number("scheduler.params.warmup_max_lr")?
-                .unwrap_or(learning_rate),
-            warmup_num_steps: self.whole("scheduler.params.warmup_num_steps")?,
+        let parameter = |name: &str, default: f64| {
+            let given = self.number(&format!("scheduler.params.{name}"))?;
+            Ok::<_, DeepSpeedError>(given.unwrap_or(default))
+        };
+        let warmup = DeepSpeedWarmup {
+            min_lr: parameter("warmup_min_lr", 0.0)?,
+            max_lr: parameter("warmup_max_lr", learning_rate)?,
             warmup_type,
-            total_num_steps: self.whole("scheduler.params.total_num_steps")?,
-            cos_min_ratio: self
-                .number("scheduler.params.cos_min_ratio")?
-                .unwrap_or(0.0001),
+        };
+        let curve = match name {
+            "WarmupDecayLR" => LrCurve::WarmupDecayLr(warmup),
+            "WarmupCosineLR" => LrCurve::WarmupCosineLr {
+                warmup_min_ratio: parameter("warmup_min_ratio", 0.0)?,
+                cos_min_ratio: parameter("cos_min_ratio", 0.0001)?,
+                warmup_type,
+            },
+            _ => LrCurve::WarmupLr(warmup),
+        };
+        Ok(Some(DeepSpeedSchedule {
+            curve,
+            warmup_num_steps: self.whole("scheduler.params.warmup_num_steps")?,
         }))
     }
 
-    pub(super) fn loss_scale(&self) -> Result<LossScale, DeepSpeedError> {
-        let defaults = LossScale::default();
+    pub(super) fn loss_scale(&self) -> Result<LossScaleOptions, DeepSpeedError> {
+        let defaults = LossScaleOptions::default();
         let whole = |key: &str, default| Ok(self.whole(key)?.unwrap_or(default));
-        Ok(LossScale {
-            fixed: self.number("fp16.loss_scale")?.filter(|scale| *scale > 0.0),
-            initial_scale_power: whole("fp16.initial_scale_power", defaults.initial_scale_power)?,
+        let power = self.number("fp16.initial_scale_power")?;
+        Ok(LossScaleOptions {
+            initial_scale: power.map_or(defaults.initial_scale, f64::exp2),
             loss_scale_window: whole("fp16.loss_scale_window", defaults.loss_scale_window)?,
             hysteresis: whole("fp16.hysteresis", defaults.hysteresis)?,
             min_loss_scale: self

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::train::{DeepSpeedWarmup, WarmupType};
 
 const ZERO2: &str = include_str!("../../../tests/fixtures/training_configs/ds_config_zero2.json");
 const ZERO3: &str = include_str!("../../../tests/fixtures/training_configs/ds_config_zero3.json");
@@ -37,17 +38,17 @@ fn both_configurations_of_the_reference_fit_its_run() {
     assert_eq!(zero2.stage, ZeroStage::Two);
     assert_eq!(zero2.schedule, None);
     assert_eq!(zero2.gradient_clipping, 1.0);
-    assert_eq!(zero2.loss_scale, LossScale::default());
+    assert_eq!(zero2.loss_scale, LossScaleOptions::default());
 
     let zero3 = DeepSpeedConfig::resolve(&parse(ZERO3), &reference_run()).unwrap();
     assert_eq!(zero3.stage, ZeroStage::Three);
     let schedule = zero3.schedule.unwrap();
-    assert_eq!(schedule.kind, DeepSpeedScheduleKind::WarmupLr);
-    assert_eq!(schedule.warmup_type, WarmupType::Log);
-    assert_eq!(
-        (schedule.warmup_min_lr, schedule.warmup_max_lr),
-        (0.0, 5e-4)
-    );
+    let warmup = DeepSpeedWarmup {
+        min_lr: 0.0,
+        max_lr: 5e-4,
+        warmup_type: WarmupType::Log,
+    };
+    assert_eq!(schedule.curve, LrCurve::WarmupLr(warmup));
     assert_eq!(schedule.warmup_num_steps, None);
 }
 
@@ -108,11 +109,16 @@ fn steps_are_compared_once_they_are_known() {
 fn the_loss_scale_is_read() {
     let mut run = reference_run();
     (run.fp16, run.bf16) = (true, false);
-    let config = json!({"fp16": {"enabled": "auto", "loss_scale": 128, "initial_scale_power": 10}});
+    let config = json!({"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 10}});
     let config = DeepSpeedConfig::resolve(&config, &run).unwrap();
-    assert_eq!(config.loss_scale.fixed, Some(128.0));
-    assert_eq!(config.loss_scale.initial_scale_power, 10);
+    assert_eq!(config.loss_scale.initial_scale, 1024.0);
     assert_eq!(config.loss_scale.loss_scale_window, 1000);
+    let text = DeepSpeedConfig::resolve(&json!({"fp16": {"loss_scale": 128}}), &run);
+    assert!(
+        text.unwrap_err()
+            .to_string()
+            .contains("`fp16.loss_scale` = 128 is not built")
+    );
 }
 
 #[test]
@@ -126,5 +132,5 @@ fn what_is_not_built_is_refused_by_name() {
     assert!(text(json!({"zero_optimization": {"stage": 4}})).contains("must be 0, 1, 2 or 3"));
     assert!(text(json!({"pipeline": {"stages": 2}})).contains("is not built"));
     assert!(text(json!([])).contains("a JSON object"));
-    assert!(text(json!({"fp16": {"loss_scale": "high"}})).contains("fp16.loss_scale"),);
+    assert!(text(json!({"fp16": {"hysteresis": "high"}})).contains("fp16.hysteresis"),);
 }

@@ -8,7 +8,7 @@ mod batch;
 mod layer;
 mod noise;
 #[cfg(test)]
-mod tests;
+pub(in crate::train) mod tests;
 
 pub use batch::TrainBatch;
 pub use layer::Recompute;
@@ -22,7 +22,7 @@ use super::lora::{Linear, LoraLayout};
 use super::model::FrozenModel;
 use adapted::{AdaptedLinears, Adapter, InputGradient};
 use layer::LayerContext;
-use noise::mix;
+pub(in crate::train) use noise::mix;
 
 /// How micro-batches are computed, the same in a whole run.
 #[derive(Debug, Clone, Copy, PartialEq)]

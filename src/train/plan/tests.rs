@@ -63,7 +63,6 @@ fn plan(config: &TrainConfig, model: &ModelConfig, world_size: usize) -> Result<
         },
         eval: None,
         world_size,
-        learning_rate: &|counts, update| 5e-4 * (1.0 - update as f64 / counts.total_updates as f64),
     })
 }
 
@@ -88,6 +87,7 @@ fn the_reference_run_has_its_steps_and_parameters() {
         "480 in all: 30 epochs of 16 updates (64 micro-batches on each rank)",
         "4 examples x 4 micro-batches x 8 ranks = 128 examples an update",
         "5e-4 at first, 5e-4 at most",
+        "at the end (cosine, 0 updates of warm-up)",
         "2,030, 150,000 tokens, 60,000 of them learned; the longest has 201",
     ] {
         assert!(text.contains(part), "{part} is not in\n{text}");
