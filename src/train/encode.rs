@@ -21,6 +21,18 @@ pub struct Encoder {
     options: SupervisedOptions,
 }
 
+/// A conversation that the template refuses.
+#[derive(Debug, thiserror::Error)]
+#[error("conversation {number}, which begins \"{beginning}\": {source}")]
+pub struct EncodeError {
+    /// Its number among those kept, from 1.
+    pub number: usize,
+    /// Its first words.
+    pub beginning: String,
+    /// Why.
+    pub source: TextError,
+}
+
 /// What came out of a data set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EncodeSummary {
@@ -89,15 +101,23 @@ impl Encoder {
     /// Encodes all conversations; those with nothing to learn are left out and counted.
     ///
     /// # Errors
-    /// [`TextError`] of the first conversation that the template refuses.
+    /// [`EncodeError`] naming a conversation that the template refuses.
     pub fn encode(
         &self,
         tokenizer: &Tokenizer,
         conversations: &[Conversation],
-    ) -> Result<(Vec<SupervisedExample>, EncodeSummary), TextError> {
+    ) -> Result<(Vec<SupervisedExample>, EncodeSummary), EncodeError> {
         let encoded = conversations
             .par_iter()
-            .map(|conversation| self.encode_one(tokenizer, conversation))
+            .enumerate()
+            .map(|(index, conversation)| {
+                self.encode_one(tokenizer, conversation)
+                    .map_err(|source| EncodeError {
+                        number: index + 1,
+                        beginning: beginning(conversation),
+                        source,
+                    })
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let mut summary = EncodeSummary::default();
         let mut examples = Vec::with_capacity(encoded.len());
@@ -132,6 +152,11 @@ impl Encoder {
         let full = lengths.sum::<usize>() + usize::from(self.options.efficient_eos.is_some());
         Ok((encode_supervised(&turns, &self.options), full))
     }
+}
+
+fn beginning(conversation: &Conversation) -> String {
+    let first = conversation.messages.first();
+    first.map_or_else(String::new, |turn| turn.content.chars().take(40).collect())
 }
 
 /// Returns the template that a tokenizer's special tokens speak of, for a run that names none.

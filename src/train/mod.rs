@@ -3,7 +3,7 @@
 //! From the command line to batches: `config` is everything asked for, `deepspeed` the JSON in it,
 //! `dataset` turns files into conversations, `encode` those into tokens, `sampler` orders them,
 //! `collate` lays out micro-batches, `steps` counts updates, `plan` says all that before anything
-//! is loaded. `forward_backward` is the numeric core over packed micro-batches, `model` the frozen
+//! is loaded, and `prepare` does it all in order. `forward_backward` is the numeric core over packed micro-batches, `model` the frozen
 //! base, `lora` the adapters in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates
 //! of gradients, `trainer` is the loop, `checkpoint`, `adapter_out`, `report` and `plot` write
 //! files.
@@ -27,6 +27,7 @@ mod mt19937;
 mod optimizer;
 mod plan;
 mod plot;
+mod prepare;
 mod report;
 mod sampler;
 mod steps;
@@ -46,7 +47,7 @@ pub use dataset::{
     DataError, DataRequest, DatasetReport, DropReason, Dropped, LoadedData, RowId, load_data,
 };
 pub use deepspeed::{DeepSpeedConfig, DeepSpeedError, DeepSpeedSchedule, KeyEffect, RunValues};
-pub use encode::{EncodeSummary, Encoder, describe_example, template_of_tokenizer};
+pub use encode::{EncodeError, EncodeSummary, Encoder, describe_example, template_of_tokenizer};
 pub use error::TrainError;
 pub use forward_backward::{
     LoraTensors, Recompute, StepOptions, TrainBatch, evaluate, forward_backward,
@@ -56,6 +57,7 @@ pub use lr_schedule::{DeepSpeedWarmup, LrCurve, LrSchedule, WarmupType};
 pub use model::FrozenModel;
 pub use optimizer::{AdamW, AdamWOptions, LossScaleOptions, LossScaler, clip_coefficient};
 pub use plan::{LearningRates, MemoryPlan, Plan, PlanInputs};
+pub use prepare::{Prepared, prepare};
 pub use report::{RunFacts, TrainerState, clock};
 pub use sampler::{Order, Remainder, Sampler};
 pub use steps::{Duration, StepCounts};

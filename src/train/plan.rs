@@ -11,6 +11,7 @@ mod tests;
 use std::fmt;
 
 use crate::models::ModelConfig;
+use crate::text::TrainingTemplate;
 
 use super::{
     DatasetReport, EncodeSummary, Linear, LoraLayout, LrSchedule, Packing, Precision, StepCounts,
@@ -51,6 +52,8 @@ pub struct PlanInputs<'a> {
     pub model: &'a ModelConfig,
     /// Bytes of the base as stored.
     pub model_bytes: u64,
+    /// The template with its system prompt as used.
+    pub template: &'a TrainingTemplate,
     /// What became of the rows.
     pub reports: &'a [DatasetReport],
     /// The training examples.
@@ -126,6 +129,7 @@ impl Plan {
         for report in inputs.reports {
             line("data", report.text());
         }
+        line("template", template_line(inputs));
         line("examples", summary(&inputs.train, config.data.cutoff_len));
         if let Some(eval) = &inputs.eval {
             line("evaluation", summary(eval, config.data.cutoff_len));
@@ -264,6 +268,14 @@ fn base_parameters(model: &ModelConfig) -> u64 {
     }
     let tables = if model.tie_word_embeddings { 1 } else { 2 };
     (tables * table + model.num_layers * layer + model.hidden_size) as u64
+}
+
+fn template_line(inputs: &PlanInputs<'_>) -> String {
+    let template = inputs.template;
+    match template.default_system() {
+        "" => format!("{}, without a default system prompt", template.name()),
+        system => format!("{}, default system prompt {system:?}", template.name()),
+    }
 }
 
 fn summary(summary: &EncodeSummary, cutoff_len: usize) -> String {

@@ -53,6 +53,7 @@ fn plan(config: &TrainConfig, model: &ModelConfig, world_size: usize) -> Result<
         config,
         model,
         model_bytes: 15_231_233_024,
+        template: TrainingTemplate::named("qwen").unwrap(),
         reports: &[],
         train: EncodeSummary {
             num_examples: 2030,
