@@ -65,7 +65,7 @@ const TYPES: [(&str, Type, &[&str]); 9] = [
     ("polynomial", Type::Polynomial, &["lr_end", "power"]),
     ("constant", Type::Constant, &[]),
     ("constant_with_warmup", Type::ConstantWithWarmup, &[]),
-    ("inverse_sqrt", Type::InverseSqrt, &["timescale"]),
+    ("inverse_sqrt", Type::InverseSqrt, &[]),
     (
         "warmup_stable_decay",
         Type::WarmupStableDecay,
@@ -149,12 +149,7 @@ impl ScheduleConfig {
             },
             Type::Constant => LrCurve::Constant,
             Type::ConstantWithWarmup => LrCurve::ConstantWithWarmup,
-            Type::InverseSqrt => {
-                let timescale = self.lr_scheduler_kwargs.get("timescale");
-                LrCurve::InverseSqrt {
-                    timescale: timescale.map(|&updates| updates as u64),
-                }
-            }
+            Type::InverseSqrt => LrCurve::InverseSqrt,
             Type::WarmupStableDecay => {
                 let num_decay_steps = self.kwarg("num_decay_steps", 0.0) as u64;
                 let left = counts.total_updates.saturating_sub(warmup);
