@@ -183,7 +183,7 @@ impl TrainConfig {
 ///
 /// # Errors
 /// [`ConfigError`] naming the key, what was found, and what to do.
-pub fn check_data_config(
+pub(super) fn check_data_config(
     arguments: &[String],
 ) -> Result<(DataConfig, Option<String>), ConfigError> {
     let mut settings = sources::parse_arguments(arguments)?;

@@ -13,7 +13,7 @@ use super::DataError;
 
 /// How rows spell conversations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Formatting {
+pub(super) enum Formatting {
     /// Instruction, input, output, and history as pairs.
     Alpaca,
     /// A list of turns whose roles alternate.
@@ -24,61 +24,61 @@ pub enum Formatting {
 
 /// The column of each part of a row; absent parts are not read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Columns {
+pub(super) struct Columns {
     /// The request.
-    pub prompt: Option<String>,
+    pub(super) prompt: Option<String>,
     /// What the request is about, put below it.
-    pub query: Option<String>,
+    pub(super) query: Option<String>,
     /// The answer.
-    pub response: Option<String>,
+    pub(super) response: Option<String>,
     /// Earlier turns, as pairs.
-    pub history: Option<String>,
+    pub(super) history: Option<String>,
     /// The turns.
-    pub messages: Option<String>,
+    pub(super) messages: Option<String>,
     /// The system prompt.
-    pub system: Option<String>,
+    pub(super) system: Option<String>,
     /// Descriptions of tools.
-    pub tools: Option<String>,
+    pub(super) tools: Option<String>,
     /// Images, videos and audio, none of which are learned from.
-    pub media: Vec<String>,
+    pub(super) media: Vec<String>,
 }
 
 /// The keys of a turn and the names of the roles.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tags {
+pub(super) struct Tags {
     /// The key of the role.
-    pub role: String,
+    pub(super) role: String,
     /// The key of the text.
-    pub content: String,
+    pub(super) content: String,
     /// The person.
-    pub user: String,
+    pub(super) user: String,
     /// The model.
-    pub assistant: String,
+    pub(super) assistant: String,
     /// The result of a tool.
-    pub observation: String,
+    pub(super) observation: String,
     /// The call of a tool.
-    pub function: String,
+    pub(super) function: String,
     /// The system prompt, as a first turn; absent when no turn is one.
-    pub system: Option<String>,
+    pub(super) system: Option<String>,
 }
 
 /// One data set, described.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DatasetSpec {
+pub(super) struct DatasetSpec {
     /// Its name.
-    pub name: String,
+    pub(super) name: String,
     /// The file or directory of its rows.
-    pub path: PathBuf,
+    pub(super) path: PathBuf,
     /// How rows spell conversations.
-    pub formatting: Formatting,
+    pub(super) formatting: Formatting,
     /// Where the parts are.
-    pub columns: Columns,
+    pub(super) columns: Columns,
     /// How turns are written.
-    pub tags: Tags,
+    pub(super) tags: Tags,
     /// Rows to draw at random; absent means all, in order.
-    pub num_samples: Option<usize>,
+    pub(super) num_samples: Option<usize>,
     /// Whether the columns were guessed, because a file was named instead of a data set.
-    pub guessed: bool,
+    pub(super) guessed: bool,
 }
 
 const KNOWN_KEYS: &[&str] = &[
@@ -120,7 +120,7 @@ const TAG_KEYS: &[&str] = &[
 
 impl Formatting {
     /// Returns its name in `dataset_info.json`.
-    pub fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Alpaca => "alpaca",
             Self::Sharegpt => "sharegpt",
