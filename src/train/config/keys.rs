@@ -92,7 +92,7 @@ fn is_off(setting: &Setting, off: &[&str]) -> bool {
         "0" => as_f64(&setting.value) == Some(0.0),
         word => word == text,
     };
-    text.is_empty() || off.iter().any(|word| spelled(&word))
+    text.is_empty() || off.iter().any(spelled)
 }
 
 fn notes(settings: &Settings) -> Vec<String> {

@@ -4,9 +4,12 @@ use serde_json::json;
 
 use super::*;
 
-/// Shapes of the Qwen2.5 family: hidden, intermediate, layers, heads, key-value heads, vocabulary,
+/// A shape of the Qwen2.5 family: hidden, intermediate, layers, heads, key-value heads, vocabulary,
 /// tied head; and the trainable parameters of rank 8 on all linears.
-const FAMILY: [(usize, usize, usize, usize, usize, usize, bool, usize); 7] = [
+type Shape = (usize, usize, usize, usize, usize, usize, bool, usize);
+
+/// From 0.5B to 72B.
+const FAMILY: [Shape; 7] = [
     (896, 4864, 24, 14, 2, 151_936, true, 4_399_104),
     (1536, 8960, 28, 12, 2, 151_936, true, 9_232_384),
     (2048, 11_008, 36, 16, 2, 151_936, true, 14_966_784),
