@@ -141,9 +141,8 @@ impl Comm {
         let halves = |number: &u64| [*number as u32, (*number >> 32) as u32].map(f32::from_bits);
         let values = numbers.iter().flat_map(halves).collect();
         let parts = group.exchange(self.rank, values)?;
-        let number = |pair: &[f32; 2]| {
-            u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32
-        };
+        let number =
+            |pair: &[f32; 2]| u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32;
         let numbers = |part: &Vec<f32>| part.as_chunks().0.iter().map(number).collect();
         Ok(parts.iter().map(numbers).collect())
     }
@@ -174,7 +173,11 @@ impl Comm {
         let Some(group) = &self.group else {
             return Ok(values);
         };
-        let own = if self.rank == root { values } else { Vec::new() };
+        let own = if self.rank == root {
+            values
+        } else {
+            Vec::new()
+        };
         Ok(group.exchange(self.rank, own)?[root].clone())
     }
 
@@ -301,7 +304,10 @@ mod tests {
             assert_eq!(comm.broadcast(vec![comm.rank() as f32], 1).unwrap(), [1.0]);
             comm.all_gather_u64(&own[comm.rank()..]).unwrap()
         });
-        let want = vec![vec![u64::MAX, 0x7fa0_0001_ffa0_0001], vec![0x7fa0_0001_ffa0_0001]];
+        let want = vec![
+            vec![u64::MAX, 0x7fa0_0001_ffa0_0001],
+            vec![0x7fa0_0001_ffa0_0001],
+        ];
         assert_eq!(numbers, [want.clone(), want]);
     }
 

@@ -202,7 +202,11 @@ impl Kernels {
     /// When shapes or dtypes disagree or a position has no row in the tables.
     pub fn rope(&self, qkv: &Tensor, args: &RopeArgs<'_>) -> Result<Tensor> {
         self.with_rotation(qkv, args, |rotation| {
-            Ok(cpu::rotate_heads(self.get(), F32View::new("qkv", qkv)?.get(), rotation))
+            Ok(cpu::rotate_heads(
+                self.get(),
+                F32View::new("qkv", qkv)?.get(),
+                rotation,
+            ))
         })
     }
 
@@ -226,7 +230,12 @@ impl Kernels {
         self.with_rotation(d_rotated, args, |rotation| {
             let d_rotated = F32View::new("d_rotated", d_rotated)?;
             let qkv = qkv.as_ref().map(F32View::get);
-            Ok(cpu::rotate_heads_backward(self.get(), qkv, d_rotated.get(), rotation))
+            Ok(cpu::rotate_heads_backward(
+                self.get(),
+                qkv,
+                d_rotated.get(),
+                rotation,
+            ))
         })
     }
 
@@ -275,7 +284,11 @@ impl Kernels {
     ///
     /// # Errors
     /// When shapes or dtypes disagree.
-    pub fn varlen_attention(&self, qkv: &Tensor, args: &VarlenArgs<'_>) -> Result<(Tensor, Tensor)> {
+    pub fn varlen_attention(
+        &self,
+        qkv: &Tensor,
+        args: &VarlenArgs<'_>,
+    ) -> Result<(Tensor, Tensor)> {
         let num_tokens = check_varlen(qkv, args)?;
         let qkv = F32View::new("qkv", qkv)?;
         let (out, lse) = cpu::varlen_attention(self.get(), &varlen(qkv.get(), args));

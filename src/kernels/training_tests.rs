@@ -59,13 +59,20 @@ fn assert_gradient(got: &Tensor, x: &Tensor, dy: &Tensor, f: impl Fn(&[f64]) -> 
         x[i] = middle;
         let want = (above - below) / (2.0 * step);
         let error = (got[i] - want).abs();
-        assert!(error < 2e-5 * (1.0 + want.abs()), "{i}: {} for {want}", got[i]);
+        assert!(
+            error < 2e-5 * (1.0 + want.abs()),
+            "{i}: {} for {want}",
+            got[i]
+        );
     }
 }
 
 fn assert_close(got: &Tensor, want: &[f64]) {
     for (i, (got, want)) in flat(got).iter().zip(want).enumerate() {
-        assert!((got - want).abs() < 2e-5 * (1.0 + want.abs()), "{i}: {got} for {want}");
+        assert!(
+            (got - want).abs() < 2e-5 * (1.0 + want.abs()),
+            "{i}: {got} for {want}"
+        );
     }
 }
 
@@ -74,7 +81,10 @@ fn norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     rows.flat_map(|row| {
         let squares: f64 = row.iter().map(|x| x * x).sum();
         let rho = (squares / weight.len() as f64 + eps).powf(-0.5);
-        row.iter().zip(weight).map(move |(x, w)| x * rho * w).collect::<Vec<_>>()
+        row.iter()
+            .zip(weight)
+            .map(move |(x, w)| x * rho * w)
+            .collect::<Vec<_>>()
     })
     .collect()
 }
@@ -84,7 +94,9 @@ fn rms_norm_backward_is_the_gradient_plus_what_passes_the_norm() {
     on_each_level(|kernels| {
         let (x, weight, dy) = (random(&[3, 37], 1), random(&[37], 2), random(&[3, 37], 3));
         let w = flat(&weight);
-        let plain = kernels.rms_norm_backward(&x, &weight, 1e-6, &dy, None).unwrap();
+        let plain = kernels
+            .rms_norm_backward(&x, &weight, 1e-6, &dy, None)
+            .unwrap();
         assert_gradient(&plain, &x, &dy, |x| norm(x, &w, 1e-6));
         let residual = random(&[3, 37], 4);
         let both = kernels
@@ -102,8 +114,10 @@ fn silu_and_mul_backward_is_the_gradient() {
         let got = kernels.silu_and_mul_backward(&gate_up, &dh).unwrap();
         assert_gradient(&got, &gate_up, &dh, |x| {
             let rows = x.chunks_exact(38);
-            rows.flat_map(|row| (0..19).map(move |i| row[i] / (1.0 + (-row[i]).exp()) * row[19 + i]))
-                .collect()
+            rows.flat_map(|row| {
+                (0..19).map(move |i| row[i] / (1.0 + (-row[i]).exp()) * row[19 + i])
+            })
+            .collect()
         });
     });
 }
@@ -256,18 +270,32 @@ fn attention_over_several_tiles_of_queries_agrees_with_f64() {
         .unwrap();
     let (x, direction, dy) = (flat(&qkv), flat(&direction), flat(&dy));
     let value = |step: f64| -> f64 {
-        let moved: Vec<f64> = x.iter().zip(&direction).map(|(x, d)| x + step * d).collect();
-        attention(&moved, &args).iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+        let moved: Vec<f64> = x
+            .iter()
+            .zip(&direction)
+            .map(|(x, d)| x + step * d)
+            .collect();
+        attention(&moved, &args)
+            .iter()
+            .zip(&dy)
+            .map(|(y, dy)| y * dy)
+            .sum()
     };
     let want = (value(1e-5) - value(-1e-5)) / 2e-5;
     let got: f64 = flat(&got).iter().zip(&direction).map(|(g, d)| g * d).sum();
-    assert!((got - want).abs() < 1e-4 * (1.0 + want.abs()), "{got} for {want}");
+    assert!(
+        (got - want).abs() < 1e-4 * (1.0 + want.abs()),
+        "{got} for {want}"
+    );
 }
 
 #[test]
 fn cross_entropy_and_its_gradient_agree_with_f64() {
     on_each_level(|kernels| {
-        let (hidden, head) = (random(&[5, 7], 30).affine(3.0, 0.0).unwrap(), values(83 * 7, 31));
+        let (hidden, head) = (
+            random(&[5, 7], 30).affine(3.0, 0.0).unwrap(),
+            values(83 * 7, 31),
+        );
         let targets = [0, 82, 41, 41, 7];
         let forward = |x: &[f64]| -> Vec<f64> {
             let rows = x.chunks_exact(7).zip(targets);
@@ -288,7 +316,9 @@ fn cross_entropy_and_its_gradient_agree_with_f64() {
         assert_close(&tensor(&losses, &[5]), &forward(&flat(&hidden)));
         let dy = tensor(&[0.25; 5], &[5]);
         assert_gradient(&gradient.unwrap(), &hidden, &dy, forward);
-        let (again, none) = kernels.cross_entropy(&hidden, &weight, &targets, None).unwrap();
+        let (again, none) = kernels
+            .cross_entropy(&hidden, &weight, &targets, None)
+            .unwrap();
         assert!(again == losses && none.is_none());
     });
 }
@@ -298,7 +328,10 @@ fn linears_side_by_side_with_low_rank_terms_agree_with_f64_forward_and_backward(
     on_each_level(|kernels| {
         let (x, dy) = (random(&[5, 20], 40), random(&[5, 41], 41));
         let weights = [values(33 * 20, 42), values(8 * 20, 43)];
-        let parts = [matrix(kernels, &weights[0], [33, 20]), matrix(kernels, &weights[1], [8, 20])];
+        let parts = [
+            matrix(kernels, &weights[0], [33, 20]),
+            matrix(kernels, &weights[1], [8, 20]),
+        ];
         let bias = random(&[33], 44);
         // With x constant in it, u Bᵀ is an addend; backward takes du A instead.
         let (u, b) = (random(&[5, 3], 45), random(&[8, 3], 46));
@@ -308,11 +341,19 @@ fn linears_side_by_side_with_low_rank_terms_agree_with_f64_forward_and_backward(
             .linear(
                 &x,
                 &[
-                    LinearPart { weight: &parts[0], bias: Some(&bias), low_rank: None },
+                    LinearPart {
+                        weight: &parts[0],
+                        bias: Some(&bias),
+                        low_rank: None,
+                    },
                     LinearPart {
                         weight: &parts[1],
                         bias: None,
-                        low_rank: Some(LowRank { x: &u, w: &b_t, scale: 2.0 }),
+                        low_rank: Some(LowRank {
+                            x: &u,
+                            w: &b_t,
+                            scale: 2.0,
+                        }),
                     },
                 ],
             )
@@ -332,17 +373,33 @@ fn linears_side_by_side_with_low_rank_terms_agree_with_f64_forward_and_backward(
         let bias = flat(&bias);
         for (i, want) in want.iter_mut().enumerate() {
             let (row, col) = (i / 41, i % 41);
-            *want += if col < 33 { bias[col] } else { term[row * 8 + col - 33] };
+            *want += if col < 33 {
+                bias[col]
+            } else {
+                term[row * 8 + col - 33]
+            };
         }
         assert_close(&forward, &want);
 
-        let low_rank = Some(LowRank { x: &du, w: &a, scale: 1.0 });
+        let low_rank = Some(LowRank {
+            x: &du,
+            w: &a,
+            scale: 1.0,
+        });
         let got = kernels
             .linear_backward(
                 &dy,
                 &[
-                    LinearPart { weight: &parts[0], bias: None, low_rank },
-                    LinearPart { weight: &parts[1], bias: None, low_rank: None },
+                    LinearPart {
+                        weight: &parts[0],
+                        bias: None,
+                        low_rank,
+                    },
+                    LinearPart {
+                        weight: &parts[1],
+                        bias: None,
+                        low_rank: None,
+                    },
                 ],
             )
             .unwrap();
@@ -357,7 +414,12 @@ fn products_read_transposes_and_column_ranges_in_place() {
     let (a, b) = (random(&[9, 30], 50), random(&[9, 20], 51));
     let (left, right) = (a.narrow(1, 3, 17).unwrap(), b.narrow(1, 5, 4).unwrap());
     let got = kernels.product(&left.t().unwrap(), &right, 0.5).unwrap();
-    let want = left.t().unwrap().contiguous().unwrap().matmul(&right.contiguous().unwrap());
+    let want = left
+        .t()
+        .unwrap()
+        .contiguous()
+        .unwrap()
+        .matmul(&right.contiguous().unwrap());
     assert_close(&got, &flat(&(want.unwrap() * 0.5).unwrap()));
     assert!(kernels.product(&left, &right, 1.0).is_err());
 }
@@ -366,16 +428,27 @@ fn products_read_transposes_and_column_ranges_in_place() {
 fn dropout_keeps_the_mean_and_repeats_its_mask_only_for_its_key() {
     let kernels = Kernels::cpu(2).unwrap();
     let x = Tensor::ones((300, 200), candle_core::DType::F32, &Device::Cpu).unwrap();
-    let dropout = |key| Dropout { probability: 0.1, key };
+    let dropout = |key| Dropout {
+        probability: 0.1,
+        key,
+    };
     let first = flat(&kernels.dropout(&x, dropout(1)).unwrap());
     let zeros = first.iter().filter(|x| **x == 0.0).count();
     // 60000 draws: the standard deviation is 73.
     assert!(zeros.abs_diff(6000) < 400, "{zeros} of 60000 dropped");
-    assert!(first.iter().all(|x| *x == 0.0 || (x - 1.0 / 0.9).abs() < 1e-6));
+    assert!(
+        first
+            .iter()
+            .all(|x| *x == 0.0 || (x - 1.0 / 0.9).abs() < 1e-6)
+    );
     assert_eq!(first, flat(&kernels.dropout(&x, dropout(1)).unwrap()));
     for key in [2, 1 << 32] {
         let other = flat(&kernels.dropout(&x, dropout(key)).unwrap());
-        let both = first.iter().zip(&other).filter(|(a, b)| **a == 0.0 && **b == 0.0).count();
+        let both = first
+            .iter()
+            .zip(&other)
+            .filter(|(a, b)| **a == 0.0 && **b == 0.0)
+            .count();
         assert!(both.abs_diff(600) < 150, "{both} dropped by both keys");
     }
     let sum = kernels.add_dropout(&x, &x, dropout(1)).unwrap();
@@ -387,6 +460,9 @@ fn scattered_rows_leave_zeros_between() {
     let kernels = Kernels::cpu(1).unwrap();
     let x = tensor(&[1.0, 2.0, 3.0, 4.0], &[2, 2]);
     let got = kernels.scatter_rows(&x, &[2, 0], 3).unwrap();
-    assert_eq!(got.to_vec2::<f32>().unwrap(), [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]);
+    assert_eq!(
+        got.to_vec2::<f32>().unwrap(),
+        [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
+    );
     assert!(kernels.scatter_rows(&x, &[3, 0], 3).is_err());
 }

@@ -37,8 +37,16 @@ pub(super) fn named_factors<'a>(layout: &LoraLayout, flat: &'a [f32]) -> Tensors
         let [a, b] = tensor_names(entry);
         let b_end = entry.b_offset + rank * entry.out_features;
         [
-            (a, vec![rank, entry.in_features], &flat[entry.a_offset..entry.b_offset]),
-            (b, vec![entry.out_features, rank], &flat[entry.b_offset..b_end]),
+            (
+                a,
+                vec![rank, entry.in_features],
+                &flat[entry.a_offset..entry.b_offset],
+            ),
+            (
+                b,
+                vec![entry.out_features, rank],
+                &flat[entry.b_offset..b_end],
+            ),
         ]
     });
     factors.collect()

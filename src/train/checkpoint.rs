@@ -10,9 +10,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::TrainError;
-use super::adapter_out::{
-    ADAPTER_MODEL, AdapterFiles, named_factors, read_factors, write_adapter,
-};
+use super::adapter_out::{ADAPTER_MODEL, AdapterFiles, named_factors, read_factors, write_adapter};
 use super::files::{pretty_json, write_atomically, write_tensors};
 use super::lora::LoraLayout;
 use super::optimizer::LossScaler;
@@ -66,9 +64,9 @@ impl Progress {
 
     /// Floats go as their bits: decimal readers may be off by the last one.
     fn to_json(&self) -> Value {
-        let scale = self.loss_scale.map(|(scale, updates, last, left)| {
-            json!([scale.to_bits(), updates, last, left])
-        });
+        let scale = self
+            .loss_scale
+            .map(|(scale, updates, last, left)| json!([scale.to_bits(), updates, last, left]));
         json!({
             "format": 1,
             "num_updates": self.num_updates,
@@ -127,7 +125,10 @@ pub fn checkpoint_dir(output_dir: &Path, global_step: u64) -> PathBuf {
 
 /// Returns the update and place of every whole checkpoint, oldest first.
 pub fn list_checkpoints(output_dir: &Path) -> Vec<(u64, PathBuf)> {
-    let entries = std::fs::read_dir(output_dir).into_iter().flatten().flatten();
+    let entries = std::fs::read_dir(output_dir)
+        .into_iter()
+        .flatten()
+        .flatten();
     let mut checkpoints: Vec<(u64, PathBuf)> = entries
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
@@ -176,11 +177,15 @@ fn write_content(
     let mut moments = Vec::new();
     for (kind, values) in [("exp_avg", first), ("exp_avg_sq", second)] {
         let named = named_factors(layout, values).into_iter();
-        moments.extend(named.map(|(name, shape, values)| (format!("{kind}.{name}"), shape, values)));
+        moments
+            .extend(named.map(|(name, shape, values)| (format!("{kind}.{name}"), shape, values)));
     }
     write_tensors(&dir.join(OPTIMIZER), &moments)?;
     let json = |value: &Value| pretty_json(value, 2);
-    write_atomically(&dir.join(PROGRESS), json(&snapshot.progress.to_json()).as_bytes())?;
+    write_atomically(
+        &dir.join(PROGRESS),
+        json(&snapshot.progress.to_json()).as_bytes(),
+    )?;
     write_atomically(&dir.join(MANIFEST), json(&json!(manifest)).as_bytes())?;
     snapshot.state.write(dir, facts)
 }

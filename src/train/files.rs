@@ -57,7 +57,12 @@ pub(super) fn pretty_json(value: &serde_json::Value, indent: usize) -> String {
 /// [`TrainError::Io`] naming the file.
 pub(super) fn write_tensors(path: &Path, tensors: &Tensors<'_>) -> Result<(), TrainError> {
     let bytes: Vec<Vec<u8>> = (tensors.iter())
-        .map(|(_, _, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        .map(|(_, _, values)| {
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
+        })
         .collect();
     let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
@@ -77,7 +82,9 @@ pub(super) fn write_tensors(path: &Path, tensors: &Tensors<'_>) -> Result<(), Tr
 ///
 /// # Errors
 /// [`TrainError::Io`] or [`TrainError::Checkpoint`] naming the file.
-pub(super) fn read_tensors(path: &Path) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>, TrainError> {
+pub(super) fn read_tensors(
+    path: &Path,
+) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>, TrainError> {
     let content = std::fs::read(path).map_err(TrainError::io(path))?;
     let invalid = |what: String| TrainError::Checkpoint {
         path: path.to_owned(),
@@ -87,9 +94,17 @@ pub(super) fn read_tensors(path: &Path) -> Result<BTreeMap<String, (Vec<usize>, 
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
         if view.dtype() != Dtype::F32 {
-            return Err(invalid(format!("tensor \"{name}\" is {:?}, expected F32", view.dtype())));
+            return Err(invalid(format!(
+                "tensor \"{name}\" is {:?}, expected F32",
+                view.dtype()
+            )));
         }
-        let values = view.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
+        let values = view
+            .data()
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b));
         tensors.insert(name, (view.shape().to_vec(), values.collect()));
     }
     Ok(tensors)

@@ -124,7 +124,11 @@ impl LoraOptions {
             return Err(invalid("lora_dropout", "at least 0 and below 1", found));
         }
         if !self.alpha.is_finite() {
-            return Err(invalid("lora_alpha", "a finite number", self.alpha.to_string()));
+            return Err(invalid(
+                "lora_alpha",
+                "a finite number",
+                self.alpha.to_string(),
+            ));
         }
         Ok(())
     }
@@ -275,7 +279,10 @@ impl LoraLayout {
 }
 
 fn matches(target: &str, path: &str) -> bool {
-    path == target || path.strip_suffix(target).is_some_and(|rest| rest.ends_with('.'))
+    path == target
+        || path
+            .strip_suffix(target)
+            .is_some_and(|rest| rest.ends_with('.'))
 }
 
 fn is_target(target: &LoraTarget, path: &str) -> bool {
@@ -288,8 +295,8 @@ fn is_target(target: &LoraTarget, path: &str) -> bool {
 /// Refuses entries that match nothing: PEFT trains silently less then.
 fn check_targets(targets: &[String], num_layers: usize) -> Result<(), TrainError> {
     let exists = |target: &&String| {
-        let mut paths = (0..num_layers)
-            .flat_map(|layer| Linear::ALL.map(|linear| linear.path(layer)));
+        let mut paths =
+            (0..num_layers).flat_map(|layer| Linear::ALL.map(|linear| linear.path(layer)));
         paths.any(|path| matches(target, &path))
     };
     let missing: Vec<String> = targets.iter().filter(|t| !exists(t)).cloned().collect();

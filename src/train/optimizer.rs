@@ -62,7 +62,10 @@ impl AdamW {
         let rank = layout.options().rank;
         let groups = layout.entries().iter().flat_map(|entry| {
             let b = entry.b_offset..entry.b_offset + rank * entry.out_features;
-            [(entry.a_offset..entry.b_offset, 1.0), (b, options.loraplus_lr_ratio)]
+            [
+                (entry.a_offset..entry.b_offset, 1.0),
+                (b, options.loraplus_lr_ratio),
+            ]
         });
         let groups = groups.map(|(piece, factor)| (clip(piece), factor));
         Self {
@@ -101,7 +104,9 @@ impl AdamW {
             let decay = (1.0 - learning_rate * weight_decay) as f32;
             let step_size = (learning_rate / correction1) as f32;
             let part = piece.start - self.range.start..piece.end - self.range.start;
-            let values = params[part.clone()].iter_mut().zip(&gradients[part.clone()]);
+            let values = params[part.clone()]
+                .iter_mut()
+                .zip(&gradients[part.clone()]);
             let moments = self.exp_avg[part.clone()]
                 .iter_mut()
                 .zip(&mut self.exp_avg_sq[part]);
@@ -252,6 +257,9 @@ mod tests {
         });
         scaler.overflowed(1).unwrap();
         let error = scaler.overflowed(2).unwrap_err().to_string();
-        assert!(error.contains("minimum 1") && error.contains("step 2"), "{error}");
+        assert!(
+            error.contains("minimum 1") && error.contains("step 2"),
+            "{error}"
+        );
     }
 }

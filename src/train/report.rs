@@ -180,12 +180,19 @@ impl LogLine<'_> {
         let mut line = Map::new();
         line.insert("current_steps".to_owned(), json!(step));
         line.insert("total_steps".to_owned(), json!(self.total_steps));
-        for (name, metric) in [("loss", "loss"), ("eval_loss", "eval_loss"), ("lr", "learning_rate")] {
+        for (name, metric) in [
+            ("loss", "loss"),
+            ("eval_loss", "eval_loss"),
+            ("lr", "learning_rate"),
+        ] {
             if let Some(value) = self.entry.get(metric) {
                 line.insert(name.to_owned(), value.clone());
             }
         }
-        line.insert("epoch".to_owned(), self.entry.get("epoch").cloned().unwrap_or(Value::Null));
+        line.insert(
+            "epoch".to_owned(),
+            self.entry.get("epoch").cloned().unwrap_or(Value::Null),
+        );
         let percentage = 100.0 * step as f64 / self.total_steps.max(1) as f64;
         line.insert("percentage".to_owned(), json!(rounded(percentage, 2)));
         line.insert("elapsed_time".to_owned(), json!(clock(self.elapsed)));
@@ -213,9 +220,17 @@ pub(super) fn cut_log(dir: &Path, global_step: u64) -> Result<(), TrainError> {
     };
     let is_before = |line: &&str| {
         let line: Result<Value, _> = serde_json::from_str(line);
-        line.is_ok_and(|line| line["current_steps"].as_u64().is_some_and(|step| step <= global_step))
+        line.is_ok_and(|line| {
+            line["current_steps"]
+                .as_u64()
+                .is_some_and(|step| step <= global_step)
+        })
     };
-    let kept: String = text.lines().filter(is_before).flat_map(|line| [line, "\n"]).collect();
+    let kept: String = text
+        .lines()
+        .filter(is_before)
+        .flat_map(|line| [line, "\n"])
+        .collect();
     write_atomically(&path, kept.as_bytes())
 }
 
@@ -262,7 +277,10 @@ pub(super) fn write_results(
     all.extend(metrics.clone());
     let mut entries: Vec<_> = all.into_iter().collect();
     entries.sort_by(|a, b| a.0.cmp(&b.0));
-    write_atomically(&path, text(entries.into_iter().collect()).trim_end().as_bytes())
+    write_atomically(
+        &path,
+        text(entries.into_iter().collect()).trim_end().as_bytes(),
+    )
 }
 
 #[cfg(test)]
@@ -318,8 +336,14 @@ mod tests {
         cut_log(dir.path(), 20).unwrap();
         append(30);
         let text = std::fs::read_to_string(dir.path().join(TRAINER_LOG)).unwrap();
-        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let steps: Vec<u64> = lines.iter().map(|line| line["current_steps"].as_u64().unwrap()).collect();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let steps: Vec<u64> = lines
+            .iter()
+            .map(|line| line["current_steps"].as_u64().unwrap())
+            .collect();
         assert_eq!(steps, [10, 20, 30]);
         assert_eq!(lines[1]["elapsed_time"], "0:01:02");
         assert_eq!(lines[1]["remaining_time"], "0:01:02");
@@ -333,6 +357,9 @@ mod tests {
         write_results(dir.path(), "train", &metrics(json!({"train_loss": 1.5}))).unwrap();
         write_results(dir.path(), "eval", &metrics(json!({"eval_loss": 1.25}))).unwrap();
         let text = std::fs::read_to_string(dir.path().join("all_results.json")).unwrap();
-        assert_eq!(text, "{\n    \"eval_loss\": 1.25,\n    \"train_loss\": 1.5\n}");
+        assert_eq!(
+            text,
+            "{\n    \"eval_loss\": 1.25,\n    \"train_loss\": 1.5\n}"
+        );
     }
 }

@@ -75,7 +75,9 @@ impl Trainable {
     pub(super) fn reduce(&self, comm: &Comm, gradients: Vec<f32>, scale: f32) -> Result<Reduced> {
         let mut values = match self.stage {
             ZeroStage::Zero | ZeroStage::One => comm.all_reduce_values(gradients)?,
-            ZeroStage::Two | ZeroStage::Three => comm.reduce_scatter(gradients, self.range.clone())?,
+            ZeroStage::Two | ZeroStage::Three => {
+                comm.reduce_scatter(gradients, self.range.clone())?
+            }
         };
         if scale != 1.0 {
             values.iter_mut().for_each(|value| *value *= scale);
@@ -85,9 +87,8 @@ impl Trainable {
     }
 
     fn norm(&self, comm: &Comm, values: &[f32]) -> Result<f64> {
-        let squares = |values: &[f32]| -> f64 {
-            values.iter().map(|&g| f64::from(g) * f64::from(g)).sum()
-        };
+        let squares =
+            |values: &[f32]| -> f64 { values.iter().map(|&g| f64::from(g) * f64::from(g)).sum() };
         let sum: f64 = match self.stage {
             ZeroStage::Zero | ZeroStage::One => (0..comm.world_size())
                 .map(|rank| squares(&values[piece(values.len(), rank, comm.world_size())]))
@@ -98,7 +99,12 @@ impl Trainable {
     }
 
     /// Clips and applies the gradients; every rank then has all new parameters.
-    pub(super) fn update(&mut self, comm: &Comm, reduced: Reduced, learning_rate: f64) -> Result<()> {
+    pub(super) fn update(
+        &mut self,
+        comm: &Comm,
+        reduced: Reduced,
+        learning_rate: f64,
+    ) -> Result<()> {
         let Reduced { mut values, norm } = reduced;
         let coefficient = clip_coefficient(norm, self.options.max_grad_norm);
         if coefficient != 1.0 {
@@ -127,8 +133,12 @@ impl Trainable {
 
     /// Takes this rank's part of all moments.
     pub(super) fn set_moments(&mut self, first: &[f32], second: &[f32], num_updates: u64) {
-        self.adamw.exp_avg.copy_from_slice(&first[self.range.clone()]);
-        self.adamw.exp_avg_sq.copy_from_slice(&second[self.range.clone()]);
+        self.adamw
+            .exp_avg
+            .copy_from_slice(&first[self.range.clone()]);
+        self.adamw
+            .exp_avg_sq
+            .copy_from_slice(&second[self.range.clone()]);
         self.adamw.num_updates = num_updates;
     }
 }

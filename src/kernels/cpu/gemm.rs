@@ -48,11 +48,7 @@ impl<'a> Operand<'a> {
     /// # Panics
     ///
     /// When the elements end before the matrix does.
-    pub(super) fn new(
-        elements: Elements<'a>,
-        [rows, cols]: [usize; 2],
-        row_stride: usize,
-    ) -> Self {
+    pub(super) fn new(elements: Elements<'a>, [rows, cols]: [usize; 2], row_stride: usize) -> Self {
         let len = match elements {
             Elements::F32(data) => data.len(),
             Elements::Stored(dtype, data) => data.len() / dtype.size_bytes(),
@@ -161,7 +157,10 @@ pub(super) fn product(cpu: Cpu<'_>, product: &Product<'_>) -> Vec<f32> {
         base: out.at(0),
         stride: product.b.cols,
     };
-    assert!(product.mode == Mode::Overwrite, "a new vector holds nothing");
+    assert!(
+        product.mode == Mode::Overwrite,
+        "a new vector holds nothing"
+    );
     // SAFETY: the vector has room for the result and all of it is written.
     unsafe {
         gemm(cpu, product, target);
@@ -184,7 +183,8 @@ unsafe fn gemm_tiled<const MR: usize, const NV: usize>(
     let chunk = (PACKED_FLOATS / k.clamp(1, MAX_PACKED_K) / width).max(4) * width;
     let chunks = (0..n).step_by(chunk);
     let steps = (0..k.max(1)).step_by(MAX_PACKED_K);
-    for (first_col, first_step) in chunks.flat_map(|col| steps.clone().map(move |step| (col, step))) {
+    for (first_col, first_step) in chunks.flat_map(|col| steps.clone().map(move |step| (col, step)))
+    {
         let cols = first_col..n.min(first_col + chunk);
         let steps = first_step..k.min(first_step + MAX_PACKED_K);
         let packed = pack_columns(cpu, &product.b, cols.clone(), steps.clone(), width);
@@ -297,7 +297,8 @@ impl Pack<'_> {
             ..
         } = self.from;
         let at = |row: usize, step: usize| {
-            let index = (self.rows.start + row) * row_stride + (self.steps.start + step) * col_stride;
+            let index =
+                (self.rows.start + row) * row_stride + (self.steps.start + step) * col_stride;
             data.wrapping_add(index * E::SIZE)
         };
         let (num_rows, num_steps) = (self.rows.len(), self.steps.len());
@@ -364,7 +365,11 @@ impl<const MR: usize, const NV: usize> Task for Tiles<'_, MR, NV> {
             block.resize(BLOCK_ROWS.next_multiple_of(MR) * steps.len(), 0.0);
             let mut first_row = self.rows.start;
             while first_row < self.rows.end {
-                let rows = first_row..self.rows.end.min(first_row + BLOCK_ROWS.next_multiple_of(MR));
+                let rows = first_row
+                    ..self
+                        .rows
+                        .end
+                        .min(first_row + BLOCK_ROWS.next_multiple_of(MR));
                 for (index, row) in rows.clone().step_by(MR).enumerate() {
                     let pack = Pack {
                         from: self.product.a,
@@ -378,7 +383,8 @@ impl<const MR: usize, const NV: usize> Task for Tiles<'_, MR, NV> {
                 for panel in self.panels.clone() {
                     let col = self.cols.start + panel * width;
                     let num_cols = (self.cols.end - col).min(width);
-                    let packed = &self.packed[(panel * k + steps.start - self.steps.start) * width..];
+                    let packed =
+                        &self.packed[(panel * k + steps.start - self.steps.start) * width..];
                     for (index, row) in rows.clone().step_by(MR).enumerate() {
                         let tile = Tile {
                             a: block[index * MR * steps.len()..].as_ptr(),
@@ -529,20 +535,44 @@ mod tests {
         let pool = Pool::new(2).unwrap();
         for level in levels() {
             let cpu = Cpu { level, pool: &pool };
-            for [m, n, k] in [[1, 1, 1], [7, 50, 33], [200, 16, 1100], [97, 130, 8], [3, 7, 0]] {
+            for [m, n, k] in [
+                [1, 1, 1],
+                [7, 50, 33],
+                [200, 16, 1100],
+                [97, 130, 8],
+                [3, 7, 0],
+            ] {
                 let (a, b) = (values(m * k, 1), values(n * k, 2));
                 let (at, bt) = match k {
                     0 => (Vec::new(), Vec::new()),
                     _ => (transpose(&a, k), transpose(&b, k)),
                 };
                 let want = reference(&a, &b, [m, n, k]);
-                let forms_a = [Operand::dense(&a, [m, k]), Operand::dense(&at, [k, m]).transposed()];
-                let forms_b = [Operand::dense(&b, [n, k]).transposed(), Operand::dense(&bt, [k, n])];
+                let forms_a = [
+                    Operand::dense(&a, [m, k]),
+                    Operand::dense(&at, [k, m]).transposed(),
+                ];
+                let forms_b = [
+                    Operand::dense(&b, [n, k]).transposed(),
+                    Operand::dense(&bt, [k, n]),
+                ];
                 for a in forms_a {
                     for b in forms_b {
-                        let got = product(cpu, &Product { a, b, scale: 1.0, bias: None, mode: Mode::Overwrite });
+                        let got = product(
+                            cpu,
+                            &Product {
+                                a,
+                                b,
+                                scale: 1.0,
+                                bias: None,
+                                mode: Mode::Overwrite,
+                            },
+                        );
                         for (got, want) in got.iter().zip(&want) {
-                            assert!((f64::from(*got) - want).abs() < 1e-4, "{level:?} {m} {n} {k}: {got} {want}");
+                            assert!(
+                                (f64::from(*got) - want).abs() < 1e-4,
+                                "{level:?} {m} {n} {k}: {got} {want}"
+                            );
                         }
                     }
                 }

@@ -190,13 +190,20 @@ impl Rotation<'_> {
 
     fn norm_of(&self, head: usize) -> Option<&[f32]> {
         let (q_norm, k_norm) = self.qk_norm?;
-        Some(if head < self.num_heads { q_norm } else { k_norm })
+        Some(if head < self.num_heads {
+            q_norm
+        } else {
+            k_norm
+        })
     }
 
     fn tables(&self, row: usize) -> (&[f32], &[f32]) {
         let half = self.head_dim / 2;
         let start = self.positions[row] as usize * half;
-        (&self.cos[start..start + half], &self.sin[start..start + half])
+        (
+            &self.cos[start..start + half],
+            &self.sin[start..start + half],
+        )
     }
 
     /// Calls `f(row, head, values)` for each query and key head of `out`.

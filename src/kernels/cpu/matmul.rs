@@ -99,9 +99,11 @@ impl CpuMatrix {
     /// When the matrix holds tiles, which [`CpuMatrix::widened`] replaces at load.
     pub(super) fn operand(&self) -> Operand<'_> {
         match &self.data {
-            Data::Dense(dtype, data) => {
-                Operand::new(Elements::Stored(*dtype, data), [self.rows, self.cols], self.cols)
-            }
+            Data::Dense(dtype, data) => Operand::new(
+                Elements::Stored(*dtype, data),
+                [self.rows, self.cols],
+                self.cols,
+            ),
             Data::Tiles(..) => panic!("training multiplies dense weights only"),
         }
     }

@@ -59,7 +59,13 @@ impl Varlen<'_> {
     }
 
     /// Returns the rows of one head, `[rows, head_dim]`, that begins at column `col` of `data`.
-    fn head<'d>(&self, data: &'d [f32], width: usize, rows: &Range<usize>, col: usize) -> Operand<'d> {
+    fn head<'d>(
+        &self,
+        data: &'d [f32],
+        width: usize,
+        rows: &Range<usize>,
+        col: usize,
+    ) -> Operand<'d> {
         let data = &data[rows.start * width + col..];
         Operand::new(Elements::F32(data), [rows.len(), self.head_dim], width)
     }
@@ -83,7 +89,10 @@ enum RowStep<'a> {
     /// Probabilities again, from the log-sum-exp.
     Probabilities { lse: f32 },
     /// `p (d - delta)` in place of d.
-    Gradient { probabilities: &'a [f32], delta: f32 },
+    Gradient {
+        probabilities: &'a [f32],
+        delta: f32,
+    },
 }
 
 /// One row of scores, of which the first `num_seen` count.
@@ -172,7 +181,13 @@ struct ScoreTile<'a> {
 
 impl<'a> ScoreTile<'a> {
     /// Computes `scale q kᵀ` of a tile of queries with the keys up to its last.
-    fn new(cpu: Cpu<'a>, q: Operand<'_>, k: Operand<'_>, scale: f32, place: (Range<usize>, Range<usize>)) -> Self {
+    fn new(
+        cpu: Cpu<'a>,
+        q: Operand<'_>,
+        k: Operand<'_>,
+        scale: f32,
+        place: (Range<usize>, Range<usize>),
+    ) -> Self {
         let product = Product {
             a: q,
             b: k.transposed(),
@@ -209,7 +224,10 @@ impl<'a> ScoreTile<'a> {
 }
 
 /// Returns the outputs `[tokens, num_heads * head_dim]` and log-sum-exps `[tokens, num_heads]`.
-pub(in crate::kernels) fn varlen_attention(cpu: Cpu<'_>, args: &Varlen<'_>) -> (Vec<f32>, Vec<f32>) {
+pub(in crate::kernels) fn varlen_attention(
+    cpu: Cpu<'_>,
+    args: &Varlen<'_>,
+) -> (Vec<f32>, Vec<f32>) {
     let (num_tokens, head_dim, num_heads) = (args.num_tokens(), args.head_dim, args.num_heads);
     let out_width = num_heads * head_dim;
     let out = Output::new(num_tokens * out_width);
@@ -329,7 +347,12 @@ impl Group<'_> {
             }
         });
         self.add(d_scores.operand(), k, args.scale, (queries.start, out_col));
-        self.add(d_scores.operand().transposed(), q, args.scale, (keys.start, k_col));
+        self.add(
+            d_scores.operand().transposed(),
+            q,
+            args.scale,
+            (keys.start, k_col),
+        );
     }
 
     /// Adds `scale a b` to the gradient at a row and a column.

@@ -61,7 +61,11 @@ impl TrainBatch {
     }
 
     /// Checks the batch against itself and the model.
-    pub(super) fn check(&self, config: &ModelConfig, max_positions: usize) -> Result<(), TrainError> {
+    pub(super) fn check(
+        &self,
+        config: &ModelConfig,
+        max_positions: usize,
+    ) -> Result<(), TrainError> {
         let wrong = |what: String| Err(TrainError::Batch { what });
         let num_tokens = self.num_tokens();
         if self.labels.len() != num_tokens || self.position_ids.len() != num_tokens {
@@ -74,19 +78,28 @@ impl TrainBatch {
         let ends = (self.cu_seqlens.first(), self.cu_seqlens.last());
         if !is_rising || ends != (Some(&0), Some(&(num_tokens as u32))) {
             let offsets = &self.cu_seqlens;
-            return wrong(format!("cu_seqlens must rise from 0 to {num_tokens}, got {offsets:?}"));
+            return wrong(format!(
+                "cu_seqlens must rise from 0 to {num_tokens}, got {offsets:?}"
+            ));
         }
         let vocab_size = config.vocab_size;
         if let Some(id) = self.input_ids.iter().find(|&&id| id as usize >= vocab_size) {
-            return wrong(format!("token {id} is outside the vocabulary of {vocab_size}"));
+            return wrong(format!(
+                "token {id} is outside the vocabulary of {vocab_size}"
+            ));
         }
-        let is_label = |label: i32| label == IGNORED || (0..vocab_size as i64).contains(&i64::from(label));
+        let is_label =
+            |label: i32| label == IGNORED || (0..vocab_size as i64).contains(&i64::from(label));
         if let Some(label) = self.labels.iter().find(|&&label| !is_label(label)) {
             return wrong(format!(
                 "label {label} is neither {IGNORED} nor in the vocabulary of {vocab_size}"
             ));
         }
-        match self.position_ids.iter().find(|&&p| p as usize >= max_positions) {
+        match self
+            .position_ids
+            .iter()
+            .find(|&&p| p as usize >= max_positions)
+        {
             Some(position) => wrong(format!(
                 "position {position} is beyond the longest sequence, {max_positions} tokens"
             )),

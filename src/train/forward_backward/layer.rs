@@ -92,7 +92,8 @@ impl LayerContext<'_> {
     }
 
     fn input_norm(&self, input: &Tensor) -> Result<Tensor> {
-        self.kernels.rms_norm(input, &self.layer.input_norm, self.eps())
+        self.kernels
+            .rms_norm(input, &self.layer.input_norm, self.eps())
     }
 
     fn post_attention_norm(&self, stream: &Tensor) -> Result<Tensor> {
@@ -103,7 +104,9 @@ impl LayerContext<'_> {
     fn attention(&self, input: &Tensor) -> Result<AttentionSaved> {
         let (raw_qkv, us_qkv) = self.qkv.forward(self.kernels, &self.input_norm(input)?)?;
         let qkv = self.kernels.rope(&raw_qkv, &self.rope_args())?;
-        let (out, lse) = self.kernels.varlen_attention(&qkv, &self.attention_args())?;
+        let (out, lse) = self
+            .kernels
+            .varlen_attention(&qkv, &self.attention_args())?;
         let (projected, us_output) = self.output.forward(self.kernels, &out)?;
         Ok(AttentionSaved {
             raw_qkv: self.layer.qk_norm.is_some().then_some(raw_qkv),

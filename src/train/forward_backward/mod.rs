@@ -154,7 +154,12 @@ impl Pass<'_> {
         let eps = model.config.rms_norm_eps;
         let d_hidden = kernels.rms_norm_backward(&hidden, &model.norm, eps, &d_normed, None)?;
         let mut d_stream = kernels.scatter_rows(&d_hidden, &rows, batch.num_tokens())?;
-        let lowest = self.lora.layout.entries().first().map_or(0, |entry| entry.layer);
+        let lowest = self
+            .lora
+            .layout
+            .entries()
+            .first()
+            .map_or(0, |entry| entry.layer);
         while let Some((index, saved)) = saved.pop() {
             let wanted = match index == lowest {
                 true => InputGradient::Skipped,

@@ -115,7 +115,13 @@ impl Reference<'_> {
     }
 
     /// `rows` are the places of `x`'s rows in the packed batch, for the dropout mask.
-    fn linear(&self, x: &Tensor, layer: usize, linear: Linear, pass: &SequencePass) -> Result<Tensor> {
+    fn linear(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        linear: Linear,
+        pass: &SequencePass,
+    ) -> Result<Tensor> {
         let (path, layout) = (linear.path(layer), &self.tiny.layout);
         let mut y = x.matmul(&self.weight(&format!("{path}.weight"))?.t()?)?;
         let bias = format!("{path}.bias");
@@ -141,7 +147,13 @@ impl Reference<'_> {
         y + (delta * layout.options().scaling())?
     }
 
-    fn heads(&self, x: &Tensor, layer: usize, linear: Linear, pass: &SequencePass) -> Result<Tensor> {
+    fn heads(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        linear: Linear,
+        pass: &SequencePass,
+    ) -> Result<Tensor> {
         let config = &self.tiny.config;
         let y = self.linear(x, layer, linear, pass)?;
         let num_heads = y.dims()[1] / config.head_dim;
@@ -150,14 +162,21 @@ impl Reference<'_> {
             return y.transpose(0, 1);
         }
         if config.qk_norm {
-            let name = if linear == Linear::Q { "q_norm" } else { "k_norm" };
+            let name = if linear == Linear::Q {
+                "q_norm"
+            } else {
+                "k_norm"
+            };
             y = self.norm(&y, &format!("model.layers.{layer}.self_attn.{name}.weight"))?;
         }
         let y = y.transpose(0, 1)?;
         let half = config.head_dim / 2;
         let (low, high) = (y.narrow(2, 0, half)?, y.narrow(2, half, half)?);
         let rotary = &self.tiny.model.rotary;
-        let (cos, sin) = (rotary.cos().narrow(0, 0, pass.len)?, rotary.sin().narrow(0, 0, pass.len)?);
+        let (cos, sin) = (
+            rotary.cos().narrow(0, 0, pass.len)?,
+            rotary.sin().narrow(0, 0, pass.len)?,
+        );
         let first = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
         let second = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
         Tensor::cat(&[first, second], 2)
@@ -177,7 +196,13 @@ impl Reference<'_> {
             let (q, k) = (part(&q, head)?, part(&k, head / group)?);
             let scores = (q.matmul(&k.t()?)? / (config.head_dim as f64).sqrt())?;
             let mask: Vec<f32> = (0..pass.len * pass.len)
-                .map(|i| if i % pass.len > i / pass.len { -1e9 } else { 0.0 })
+                .map(|i| {
+                    if i % pass.len > i / pass.len {
+                        -1e9
+                    } else {
+                        0.0
+                    }
+                })
                 .collect();
             let mask = Tensor::from_vec(mask, (pass.len, pass.len), &Device::Cpu)?;
             let scores = (scores + mask)?.exp()?;
@@ -188,8 +213,15 @@ impl Reference<'_> {
     }
 
     fn loss(&self, batch: &TrainBatch, index: usize) -> Result<Tensor> {
-        let (start, end) = (batch.cu_seqlens[index] as usize, batch.cu_seqlens[index + 1] as usize);
-        let pass = SequencePass { start, len: end - start, num_tokens: batch.num_tokens() };
+        let (start, end) = (
+            batch.cu_seqlens[index] as usize,
+            batch.cu_seqlens[index + 1] as usize,
+        );
+        let pass = SequencePass {
+            start,
+            len: end - start,
+            num_tokens: batch.num_tokens(),
+        };
         let ids = Tensor::from_slice(&batch.input_ids[start..end], pass.len, &Device::Cpu)?;
         let embedding = self.weight("model.embed_tokens.weight")?;
         let mut stream = embedding.index_select(&ids, 0)?;
@@ -214,7 +246,9 @@ impl Reference<'_> {
         for token in 1..pass.len {
             let label = batch.labels[start + token];
             if label >= 0 {
-                let logit = logits.narrow(0, token - 1, 1)?.narrow(1, label as usize, 1)?;
+                let logit = logits
+                    .narrow(0, token - 1, 1)?
+                    .narrow(1, label as usize, 1)?;
                 let row = (log_sum.narrow(0, token - 1, 1)? - logit)?;
                 loss = (loss + row.sum_all()?)?;
             }
@@ -245,12 +279,23 @@ fn assert_same_gradients(tiny: &Tiny, got: &[f32], want: &[f32], tolerance: f64)
     for entry in tiny.layout.entries() {
         let end = entry.b_offset + 3 * entry.out_features;
         for range in [entry.a_offset..entry.b_offset, entry.b_offset..end] {
-            let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
+            let squares =
+                |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
             let pairs = got[range.clone()].iter().zip(&want[range.clone()]);
             let error = squares(&mut pairs.map(|(g, w)| f64::from(g - w))).sqrt();
             let norm = squares(&mut want[range].iter().map(|w| f64::from(*w))).sqrt();
-            assert!(norm > 0.0, "layer {} {:?} has no gradient", entry.layer, entry.linear);
-            assert!(error <= tolerance * norm, "layer {} {:?}: {error} of {norm}", entry.layer, entry.linear);
+            assert!(
+                norm > 0.0,
+                "layer {} {:?} has no gradient",
+                entry.layer,
+                entry.linear
+            );
+            assert!(
+                error <= tolerance * norm,
+                "layer {} {:?}: {error} of {norm}",
+                entry.layer,
+                entry.linear
+            );
         }
     }
 }
@@ -265,7 +310,10 @@ fn check_against_autograd(name: &str, target: LoraTarget, dropout: f32) {
     };
     let (want_loss, want) = reference.run(&batch).unwrap();
     let (loss, got) = tiny.run(&batch, options(), 1.0);
-    assert!((loss - want_loss).abs() < 1e-5 * want_loss, "{loss} for {want_loss}");
+    assert!(
+        (loss - want_loss).abs() < 1e-5 * want_loss,
+        "{loss} for {want_loss}"
+    );
     assert_same_gradients(&tiny, &got, &want, 2e-5);
 }
 
@@ -291,7 +339,11 @@ fn gradients_with_dropout_agree_with_autograd_under_the_same_masks() {
 
 #[test]
 fn adapters_on_some_linears_of_upper_layers_agree_with_autograd() {
-    let targets = ["model.layers.1.self_attn.v_proj", "2.mlp.down_proj", "2.self_attn.o_proj"];
+    let targets = [
+        "model.layers.1.self_attn.v_proj",
+        "2.mlp.down_proj",
+        "2.self_attn.o_proj",
+    ];
     let target = LoraTarget::Modules(targets.map(str::to_owned).to_vec());
     check_against_autograd("tiny-qwen2", target, 0.0);
 }
@@ -336,7 +388,10 @@ fn a_packed_batch_is_the_sum_of_its_sequences() {
             *sum += gradient;
         }
     }
-    assert!((loss - sum_loss).abs() < 1e-9 * loss, "{loss} and {sum_loss}");
+    assert!(
+        (loss - sum_loss).abs() < 1e-9 * loss,
+        "{loss} and {sum_loss}"
+    );
     assert_same_gradients(&tiny, &gradients, &sum, 1e-6);
 }
 
@@ -363,7 +418,10 @@ fn batches_that_do_not_fit_are_refused_with_their_numbers() {
         let error = evaluate(&tiny.kernels, &tiny.model, &lora, &batch).unwrap_err();
         assert!(error.to_string().contains(part), "{error}");
     };
-    refused(&|batch| batch.input_ids[2] = 512, "token 512 is outside the vocabulary of 512");
+    refused(
+        &|batch| batch.input_ids[2] = 512,
+        "token 512 is outside the vocabulary of 512",
+    );
     refused(&|batch| batch.labels[2] = -1, "label -1 is neither -100");
     refused(&|batch| batch.position_ids[2] = 64, "position 64 is beyond");
     refused(&|batch| batch.cu_seqlens[1] = 5, "rise from 0 to 6");

@@ -53,8 +53,17 @@ fn check(setup: &TrainSetup<'_>) -> Result<(), TrainError> {
         ("logging_steps", setup.output.logging_steps),
         ("save_steps", setup.output.save_steps.unwrap_or(1)),
         ("gradient_accumulation_steps", setup.length.accumulation),
-        ("micro_batches_per_epoch", setup.length.micro_batches_per_epoch),
-        ("eval_steps", setup.evaluation.as_ref().map_or(1, |evaluation| evaluation.every)),
+        (
+            "micro_batches_per_epoch",
+            setup.length.micro_batches_per_epoch,
+        ),
+        (
+            "eval_steps",
+            setup
+                .evaluation
+                .as_ref()
+                .map_or(1, |evaluation| evaluation.every),
+        ),
     ];
     match at_least_one.into_iter().find(|(_, value)| *value == 0) {
         Some((key, _)) => Err(TrainError::InvalidOption {
@@ -67,7 +76,9 @@ fn check(setup: &TrainSetup<'_>) -> Result<(), TrainError> {
 }
 
 /// Returns rank 0's summary, or the error that began it all: the others only saw a rank end.
-fn first_result(results: Vec<Result<TrainSummary, TrainError>>) -> Result<TrainSummary, TrainError> {
+fn first_result(
+    results: Vec<Result<TrainSummary, TrainError>>,
+) -> Result<TrainSummary, TrainError> {
     let mut summary = None;
     let mut error: Option<TrainError> = None;
     for result in results {

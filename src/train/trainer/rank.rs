@@ -89,9 +89,12 @@ impl<'a> Rank<'a> {
                 } = snapshot;
                 (params, Some(moments), progress, state)
             }
-            (None, Start::Adapter(dir)) => {
-                (read_adapter(dir, layout)?, None, Carried::default(), TrainerState::default())
-            }
+            (None, Start::Adapter(dir)) => (
+                read_adapter(dir, layout)?,
+                None,
+                Carried::default(),
+                TrainerState::default(),
+            ),
             (None, _) => (
                 layout.init(setup.seed),
                 None,
@@ -144,14 +147,18 @@ impl<'a> Rank<'a> {
         let start = Instant::now();
         let batches = self.next_batches()?;
         let count = |size: fn(&TrainBatch) -> usize| batches.iter().map(size).sum::<usize>() as f64;
-        let counts = [count(TrainBatch::num_targets), count(TrainBatch::num_tokens)];
+        let counts = [
+            count(TrainBatch::num_targets),
+            count(TrainBatch::num_tokens),
+        ];
         let counts = self.comm.all_reduce_f64(&counts).map_err(collective)?;
         let [num_targets, num_tokens] = [counts[0], counts[1]];
         // The gradient of the mean over all target tokens; an update without any changes nothing
         // but what its moments carry.
         let weight = 1.0 / num_targets.max(1.0);
         let loss_scale = self.scaler.as_ref().map_or(1.0, LossScaler::scale);
-        let (loss, gradients, bad_rows) = self.accumulate(&batches, (weight * loss_scale) as f32)?;
+        let (loss, gradients, bad_rows) =
+            self.accumulate(&batches, (weight * loss_scale) as f32)?;
         let reduced = self
             .trainable
             .reduce(&self.comm, gradients, (1.0 / loss_scale) as f32)
@@ -176,7 +183,8 @@ impl<'a> Rank<'a> {
         self.state.global_step = step;
         let length = &self.setup.length;
         let (per_epoch, update) = (length.updates_per_epoch(), step - 1);
-        let done = ((update % per_epoch + 1) * length.accumulation).min(length.micro_batches_per_epoch);
+        let done =
+            ((update % per_epoch + 1) * length.accumulation).min(length.micro_batches_per_epoch);
         let share = done as f64 / length.micro_batches_per_epoch as f64;
         self.state.epoch = tidy((update / per_epoch) as f64 + share);
         self.state.num_input_tokens_seen += num_tokens as u64;
@@ -250,7 +258,10 @@ impl<'a> Rank<'a> {
     ) -> Result<TrainError, TrainError> {
         // Where losses are finite, the gradients of any row may be at fault.
         let rows = match loss.is_finite() {
-            true => batches.iter().flat_map(|batch| batch.rows.clone()).collect(),
+            true => batches
+                .iter()
+                .flat_map(|batch| batch.rows.clone())
+                .collect(),
             false => bad_rows,
         };
         let rows = self.comm.all_gather_u64(&rows).map_err(collective)?;
@@ -388,7 +399,9 @@ fn fuse(batches: &[TrainBatch], max_tokens: usize) -> Vec<TrainBatch> {
     let mut passes: Vec<TrainBatch> = Vec::new();
     for batch in batches {
         match passes.last_mut() {
-            Some(last) if last.num_tokens() + batch.num_tokens() <= max_tokens => last.append(batch),
+            Some(last) if last.num_tokens() + batch.num_tokens() <= max_tokens => {
+                last.append(batch)
+            }
             _ => passes.push(batch.clone()),
         }
     }

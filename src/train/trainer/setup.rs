@@ -48,7 +48,9 @@ pub struct RunLength {
 impl RunLength {
     /// Returns the updates of an epoch.
     pub fn updates_per_epoch(&self) -> u64 {
-        self.micro_batches_per_epoch.div_ceil(self.accumulation.max(1)).max(1)
+        self.micro_batches_per_epoch
+            .div_ceil(self.accumulation.max(1))
+            .max(1)
     }
 }
 

@@ -58,7 +58,13 @@ fn pack(sequences: &Value, numbers: &Value) -> TrainBatch {
     let mut batch = TrainBatch::default();
     for number in numbers.as_array().unwrap() {
         let sequence = &sequences[number.as_u64().unwrap() as usize];
-        let ints = |key: &str| sequence[key].as_array().unwrap().iter().map(|x| x.as_i64().unwrap());
+        let ints = |key: &str| {
+            sequence[key]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|x| x.as_i64().unwrap())
+        };
         let input_ids: Vec<u32> = ints("input_ids").map(|id| id as u32).collect();
         batch.append(&TrainBatch {
             labels: ints("labels").map(|label| label as i32).collect(),
@@ -99,7 +105,10 @@ fn gradients_equal_pefts() {
         let weight = (options, (1.0 / num_targets) as f32);
         let loss = forward_backward(&kernels, &model, &lora, &batch, weight, &mut gradients);
         let (loss, want) = (loss.unwrap() / num_targets, case["loss"].as_f64().unwrap());
-        assert!((loss - want).abs() < 1e-6 * want, "{name}: loss {loss} for {want}");
+        assert!(
+            (loss - want).abs() < 1e-6 * want,
+            "{name}: loss {loss} for {want}"
+        );
         let want = read_tensors(&adapter.join("gradients.safetensors")).unwrap();
         for (tensor, shape, got) in named_factors(&layout, &gradients) {
             let (want_shape, want) = &want[&tensor];
@@ -107,7 +116,10 @@ fn gradients_equal_pefts() {
             let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
             for (got, want) in got.iter().zip(want) {
                 let error = (got - want).abs();
-                assert!(error <= 1e-4 * largest, "{name} {tensor}: {got} for {want}, largest {largest}");
+                assert!(
+                    error <= 1e-4 * largest,
+                    "{name} {tensor}: {got} for {want}, largest {largest}"
+                );
             }
             num_checked += 1;
         }
@@ -185,7 +197,10 @@ impl Run {
                 ..
             } = event
             {
-                updates.lock().unwrap().push([*loss, *grad_norm, *learning_rate]);
+                updates
+                    .lock()
+                    .unwrap()
+                    .push([*loss, *grad_norm, *learning_rate]);
             }
         };
         let setup = TrainSetup {
@@ -251,7 +266,9 @@ fn schedule_of(options: &Value, total_steps: u64) -> LrSchedule {
         Some("linear") => LrCurve::Linear,
         Some("constant") => LrCurve::Constant,
         _ => {
-            warmup_steps = options["deepspeed_scheduler"]["warmup_num_steps"].as_u64().unwrap();
+            warmup_steps = options["deepspeed_scheduler"]["warmup_num_steps"]
+                .as_u64()
+                .unwrap();
             LrCurve::WarmupLr(DeepSpeedWarmup {
                 min_lr: 0.0,
                 max_lr: learning_rate,
@@ -306,7 +323,10 @@ fn twenty_updates_follow_torch_and_peft() {
         for (index, ([loss, norm, rate], step)) in updates.iter().zip(steps).enumerate() {
             let close = |got: f64, want: &Value, tolerance: f64| {
                 let want = want.as_f64().unwrap();
-                assert!((got - want).abs() <= tolerance * want.abs(), "{name} {index}: {got} for {want}");
+                assert!(
+                    (got - want).abs() <= tolerance * want.abs(),
+                    "{name} {index}: {got} for {want}"
+                );
             };
             close(*loss, &step["loss"], 1e-5);
             close(*norm, &step["grad_norm"], 1e-4);
@@ -316,7 +336,10 @@ fn twenty_updates_follow_torch_and_peft() {
         let want = read_tensors(&folder.join(case["final"].as_str().unwrap())).unwrap();
         for (tensor, _, got) in named_factors(&layout, &summary.params) {
             for (got, want) in got.iter().zip(&want[&tensor].1) {
-                assert!((got - want).abs() <= 2e-5, "{name} {tensor}: {got} for {want}");
+                assert!(
+                    (got - want).abs() <= 2e-5,
+                    "{name} {tensor}: {got} for {want}"
+                );
             }
         }
     }
@@ -340,7 +363,10 @@ fn initial_values_are_pefts() {
         let want = case["lora_A"].as_array().unwrap();
         assert_eq!(layout.entries().len(), want.len());
         for (entry, want) in layout.entries().iter().zip(want) {
-            assert_eq!(entry.linear.path(entry.layer), want["module"].as_str().unwrap());
+            assert_eq!(
+                entry.linear.path(entry.layer),
+                want["module"].as_str().unwrap()
+            );
             let first: Vec<f32> = (want["first"].as_array().unwrap().iter())
                 .map(|value| value.as_f64().unwrap() as f32)
                 .collect();
@@ -402,7 +428,10 @@ fn small_micro_batches_computed_together_give_the_same_losses() {
         run.run(dir.path(), &batches).unwrap().1
     };
     for (apart, together) in losses(1).iter().zip(&losses(1000)) {
-        assert!((apart[0] - together[0]).abs() < 1e-5 * apart[0], "{apart:?} {together:?}");
+        assert!(
+            (apart[0] - together[0]).abs() < 1e-5 * apart[0],
+            "{apart:?} {together:?}"
+        );
     }
 }
 
@@ -438,14 +467,21 @@ fn a_resumed_run_gives_the_bits_of_an_uninterrupted_one() {
     let error = run().run(dir.path(), &failing).unwrap_err().to_string();
     assert!(error.contains("the disk is gone"), "{error}");
     let checkpoints = list_checkpoints(dir.path());
-    assert_eq!(checkpoints.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [4]);
+    assert_eq!(
+        checkpoints
+            .iter()
+            .map(|(step, _)| *step)
+            .collect::<Vec<_>>(),
+        [4]
+    );
     let mut resumed = run();
     resumed.start = Start::Checkpoint(checkpoints[0].1.clone());
     let (rest, rest_updates) = resumed.run(dir.path(), &batches).unwrap();
     assert_eq!(rest.params, whole.params);
     assert_eq!(rest_updates, updates[4..]);
     assert_eq!(stable_state(dir.path()), stable_state(whole_dir.path()));
-    let moments = |dir: &Path| std::fs::read(dir.join("checkpoint-10/optimizer.safetensors")).unwrap();
+    let moments =
+        |dir: &Path| std::fs::read(dir.join("checkpoint-10/optimizer.safetensors")).unwrap();
     assert_eq!(moments(dir.path()), moments(whole_dir.path()));
     assert_eq!(rest.train_loss, whole.train_loss);
     // One rank may go on where two stopped.
@@ -467,14 +503,21 @@ fn a_checkpoint_of_another_configuration_is_refused_with_all_differences() {
     run.manifest.insert("lora_rank".to_owned(), json!(4));
     run.manifest.insert("template".to_owned(), json!("qwen"));
     let error = run.run(dir.path(), &batches).unwrap_err().to_string();
-    for part in ["lora_rank was 2, is 4", "template was null, is \"qwen\"", "overwrite_output_dir"] {
+    for part in [
+        "lora_rank was 2, is 4",
+        "template was null, is \"qwen\"",
+        "overwrite_output_dir",
+    ] {
         assert!(error.contains(part), "{error}");
     }
     // The same manifest with other adapters: the file names the tensor.
     run.manifest = Run::new("tiny-llama", 2).manifest;
     run.lora.rank = 3;
     let error = run.run(dir.path(), &batches).unwrap_err().to_string();
-    assert!(error.contains("q_proj.lora_A.weight") && error.contains("[2, 64]"), "{error}");
+    assert!(
+        error.contains("q_proj.lora_A.weight") && error.contains("[2, 64]"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -522,7 +565,10 @@ fn a_loss_that_is_no_number_stops_with_step_and_rows_and_keeps_checkpoints() {
     super::super::write_adapter(&adapter, &layout, &params, &AdapterFiles::default()).unwrap();
     run.start = Start::Adapter(adapter);
     let error = run.run(dir.path(), &batches).unwrap_err().to_string();
-    assert!(error.contains("the loss is NaN at step 1, in rows [0, 1]"), "{error}");
+    assert!(
+        error.contains("the loss is NaN at step 1, in rows [0, 1]"),
+        "{error}"
+    );
     assert_eq!(list_checkpoints(dir.path()).len(), 2);
 }
 
@@ -553,7 +599,10 @@ fn an_output_that_is_a_file_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("file");
     std::fs::write(&place, "").unwrap();
-    let error = Run::new("tiny-llama", 1).run(&place, &batches).unwrap_err().to_string();
+    let error = Run::new("tiny-llama", 1)
+        .run(&place, &batches)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains(&place.display().to_string()), "{error}");
 }
 
@@ -563,5 +612,87 @@ fn a_zero_among_the_counts_is_refused_by_name() {
     run.length.accumulation = 0;
     let dir = tempfile::tempdir().unwrap();
     let error = run.run(dir.path(), &batches).unwrap_err().to_string();
-    assert!(error.contains("gradient_accumulation_steps must be at least 1"), "{error}");
+    assert!(
+        error.contains("gradient_accumulation_steps must be at least 1"),
+        "{error}"
+    );
+}
+
+#[test]
+#[ignore]
+fn speed() {
+    let dir = PathBuf::from("/tmp/smol-f32");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let config = ModelConfig::from_json(checkpoint.config()).unwrap();
+    let kernels = Kernels::cpu(2).unwrap();
+    let model = FrozenModel::load(&checkpoint, &config, &kernels, 2048).unwrap();
+    for dropout in [0.0, 0.1] {
+        let layout = LoraLayout::new(
+            &config,
+            LoraOptions {
+                rank: 8,
+                alpha: 16.0,
+                dropout,
+                use_rslora: false,
+                target: LoraTarget::All,
+            },
+        )
+        .unwrap();
+        let lora = LoraTensors::new(&layout, layout.init(1)).unwrap();
+        for (lens, recompute) in [
+            (vec![96; 4], Recompute::None),
+            (vec![96; 16], Recompute::None),
+            (vec![1024; 1], Recompute::None),
+            (vec![96; 16], Recompute::Mlp),
+            (vec![96; 16], Recompute::Full),
+        ] {
+            let batch = crate::train::forward_backward::tests::batch(&lens, 3);
+            let mut gradients = vec![0.0; layout.num_params()];
+            let options = StepOptions {
+                recompute,
+                neftune_noise_alpha: 0.0,
+                noise_key: 0,
+            };
+            let mut best = f64::MAX;
+            for _ in 0..4 {
+                let start = std::time::Instant::now();
+                forward_backward(
+                    &kernels,
+                    &model,
+                    &lora,
+                    &batch,
+                    (options, 1.0),
+                    &mut gradients,
+                )
+                .unwrap();
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            let tokens = batch.num_tokens();
+            let linear: f64 = (0..config.num_layers)
+                .flat_map(|_| crate::train::Linear::ALL)
+                .map(|l| {
+                    let [a, b] = l.shape(&config);
+                    (a * b) as f64
+                })
+                .sum();
+            let flops = 4.0 * linear * tokens as f64
+                + 4.0
+                    * (config.vocab_size * config.hidden_size) as f64
+                    * batch.num_targets() as f64;
+            eprintln!(
+                "dropout {dropout} {lens:?} {recompute:?}: {:.0} ms, {:.0} tokens/s, {:.1} GFLOP/s",
+                best * 1e3,
+                tokens as f64 / best,
+                flops / best * 1e-9
+            );
+        }
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    eprintln!(
+        "{}",
+        status
+            .lines()
+            .filter(|l| l.starts_with("VmHWM"))
+            .collect::<String>()
+    );
 }
