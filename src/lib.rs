@@ -7,6 +7,7 @@
 //!
 //! | verb | |
 //! |---|---|
+//! | [`mod@train`] | rows and a configuration in, a LoRA adapter out: LLaMA-Factory's keys and data |
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
@@ -59,4 +60,5 @@ pub mod layers;
 pub mod models;
 pub mod serve;
 pub mod text;
+pub mod train;
 pub mod weights;
