@@ -7,6 +7,7 @@
 //!
 //! | verb | |
 //! |---|---|
+//! | [`mod@train`] | rows and a configuration in, a LoRA adapter out: LLaMA-Factory's keys and data |
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
 //! | [`merge`] | base and LoRA adapters in, one model out: shards, GGUF, Modelfile |
 //! | [`mod@bench`] | the engine measured without HTTP |

@@ -16,6 +16,17 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "engine",
         &["weights", "kernels", "distributed", "layers", "models"],
     ),
+    (
+        "train",
+        &[
+            "text",
+            "weights",
+            "kernels",
+            "distributed",
+            "layers",
+            "models",
+        ],
+    ),
     ("serve", &["text", "weights", "engine"]),
     ("merge", &["text", "weights"]),
     ("bench", &["engine"]),
