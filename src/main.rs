@@ -6,13 +6,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use infold::{bench, chat, merge, serve};
+use infold::{bench, chat, merge, serve, train};
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Serve language models over an OpenAI-compatible API and merge LoRA adapters, without Python
+/// Train LoRA adapters, merge them and serve the model over an OpenAI-compatible API, without Python
 #[derive(Parser)]
 #[command(name = "infold", version, max_term_width = 100)]
 struct Cli {
@@ -25,6 +25,8 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     #[command(alias = "export")]
     Merge(Box<merge::MergeArgs>),
+    Train(train::TrainArgs),
+    CheckData(train::CheckDataArgs),
     Bench(Box<bench::BenchArgs>),
     Chat(chat::ChatArgs),
 }
@@ -45,6 +47,8 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Train(args) => train::run(args),
+        Command::CheckData(args) => train::check_data(args),
         Command::Bench(args) => bench::run(args),
         Command::Chat(args) => run_chat(args),
     };
@@ -75,7 +79,9 @@ fn prepare(mut arguments: Vec<OsString>) -> anyhow::Result<(Vec<OsString>, Vec<S
 fn start_log(command: &Command) {
     let (format, default_level) = match command {
         Command::Serve(args) => (args.listen.log_format, "info"),
-        Command::Merge(_) => (serve::LogFormat::Text, "info"),
+        Command::Merge(_) | Command::Train(_) | Command::CheckData(_) => {
+            (serve::LogFormat::Text, "info")
+        }
         Command::Bench(_) | Command::Chat(_) => (serve::LogFormat::Text, "warn"),
     };
     let filter =

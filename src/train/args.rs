@@ -33,7 +33,7 @@ impl TrainArgs {
 /// The keys that most runs set.
 const KEYS: &str = "\
 Keys (all of LLaMA-Factory's are known; these matter most):
-  model_name_or_path     Set the base model: a folder, a GGUF file, a hub id [required]
+  model_name_or_path     Set the base model: a folder or a hub id [required]
   output_dir             Set the folder of the adapter, its logs and checkpoints [required]
   dataset                Name data sets of dataset_info.json, or files, with commas [required]
   dataset_dir            Set the folder of dataset_info.json [default: data]

@@ -16,6 +16,7 @@ mod check_data;
 mod checkpoint;
 mod collate;
 mod config;
+mod console;
 mod dataset;
 mod deepspeed;
 mod encode;
@@ -31,6 +32,7 @@ mod plan;
 mod plot;
 mod prepare;
 mod report;
+mod run;
 mod sampler;
 mod sharded;
 mod steps;
@@ -62,6 +64,7 @@ pub use optimizer::{AdamW, AdamWOptions, LossScaleOptions, LossScaler, clip_coef
 pub use plan::{LearningRates, MemoryPlan, Plan, PlanInputs};
 pub use prepare::{Prepared, prepare};
 pub use report::{RunFacts, TrainerState, clock};
+pub use run::run;
 pub use sampler::{Order, Remainder, Sampler};
 pub use steps::{Duration, StepCounts};
 pub use trainer::{

@@ -14,4 +14,5 @@ mod merge;
 mod models_golden;
 mod openai_sdk;
 mod tiny_engine;
+mod train;
 mod weights;

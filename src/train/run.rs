@@ -1,0 +1,382 @@
+//! `infold train`: from the command line to an adapter.
+
+use std::collections::HashMap;
+use std::io::Write as _;
+use std::num::NonZero;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use serde_json::json;
+
+use super::console::Console;
+use super::{
+    AdapterFiles, BatchPlace, Evaluation, Layout, Manifest, OutputPlan, Packing, Prepared, Ranks,
+    Recompute, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup, collate,
+    describe_example, list_checkpoints, prepare, train,
+};
+use crate::models::ModelConfig;
+use crate::text::{SupervisedExample, TEMPLATE_RECORD_FILE, TemplateRecord, Tokenizer};
+use crate::weights::{
+    self, Adapter, Checkpoint, Format, HubOptions, MergeOptions, MergedCheckpoint, ModelSource,
+};
+
+/// Tokens that are computed in one pass, at least: enough for the products to be efficient.
+const TOKENS_PER_PASS: usize = 2048;
+
+/// Files of a tokenizer, which go beside the adapter as LLaMA-Factory puts them there.
+const TOKENIZER_FILES: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+];
+
+/// Trains, or says what training would do.
+///
+/// # Errors
+/// A wrong configuration, data or model, found before any weight is read; a disk that is full, a
+/// loss that is not finite. Checkpoints written until then stay.
+pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
+    let config = args.config(1)?;
+    for note in &config.notes {
+        tracing::info!("{note}");
+    }
+    check_built(&config)?;
+    let (model, dir) = open(&config)?;
+    let shape = ModelConfig::from_json(model.config())
+        .with_context(|| format!("read the configuration of {}", dir.display()))?;
+    let tokenizer = Tokenizer::from_dir(&dir)
+        .with_context(|| format!("read the tokenizer of {}", dir.display()))?;
+    let prepared = prepare(&config, &shape, model.size_bytes(), &tokenizer)?;
+    print_plan(&config, &prepared, &tokenizer)?;
+    if config.dry_run {
+        return Ok(());
+    }
+    let start = choose_start(&config)?;
+    let files = adapter_files(&config, &prepared, &dir)?;
+    let job = Job {
+        config: &config,
+        prepared: &prepared,
+        sampler: config.sampler(prepared.train.len(), config.batch.num_ranks),
+        layout: layout(&config, &tokenizer),
+        orders: Mutex::new(HashMap::new()),
+    };
+    let console = Console::new(&config, &prepared.plan);
+    let summary = job.train(&*model, &shape, files, start, &console)?;
+    console.finish(&summary, &config.output.output_dir)
+}
+
+/// Refuses what the configuration can ask for and the trainer does not do.
+fn check_built(config: &TrainConfig) -> anyhow::Result<()> {
+    let output = &config.output;
+    if !config.do_train {
+        bail!("do_train is false and there is nothing else to do: set do_train to true");
+    }
+    if output.eval_on_start || output.eval_delay > 0.0 {
+        bail!("eval_on_start and eval_delay are not built: leave them out");
+    }
+    let metric = output.metric_for_best_model.as_deref().unwrap_or("loss");
+    if !["loss", "eval_loss"].contains(&metric) || output.greater_is_better == Some(true) {
+        bail!("metric_for_best_model is {metric}: the best model is the one with the lowest loss");
+    }
+    if output.tensorboard {
+        bail!("report_to tensorboard is not built: set it to none, trainer_log.jsonl has the log");
+    }
+    Ok(())
+}
+
+/// Opens the base, with the adapters that are to be merged before training.
+fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path::PathBuf)> {
+    let name = &config.model.model_name_or_path;
+    let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
+    hub.revision.clone_from(&config.model.model_revision);
+    let dir = weights::resolve_model(name, &hub)
+        .with_context(|| format!("find model_name_or_path {name}"))?;
+    let base = Checkpoint::open(&dir).with_context(|| format!("open the model {name}"))?;
+    if base.format() == Format::Gguf {
+        bail!(
+            "{} is a GGUF file: training starts from a Hugging Face directory (safetensors), so \
+             that the adapter fits what it is merged into",
+            dir.display()
+        );
+    }
+    let merged = match config.model.adapter_name_or_path.split_last() {
+        Some((_, before)) if !config.model.create_new_adapter => before,
+        _ => &config.model.adapter_name_or_path[..],
+    };
+    if merged.is_empty() {
+        return Ok((Arc::new(base), dir));
+    }
+    let adapters = (merged.iter())
+        .map(|path| {
+            let adapter = Adapter::open(Path::new(path), None)
+                .with_context(|| format!("open the adapter {path}"))?;
+            Ok((adapter, 1.0))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    let merged = MergedCheckpoint::plan(Arc::new(base), adapters, MergeOptions::default())?;
+    Ok((Arc::new(merged), dir))
+}
+
+fn print_plan(
+    config: &TrainConfig,
+    prepared: &Prepared,
+    tokenizer: &Tokenizer,
+) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let mut print = || -> std::io::Result<()> {
+        if let Some(first) = prepared.train.first() {
+            writeln!(
+                out,
+                "training example:\n{}\n",
+                describe_example(tokenizer, first)
+            )?;
+        }
+        write!(out, "{}", prepared.plan)?;
+        if config.dry_run {
+            writeln!(out, "dry run: nothing was loaded, nothing was written")?;
+        }
+        out.flush()
+    };
+    print().context("print the plan")
+}
+
+/// Decides whether the run begins anew or goes on, and says so.
+fn choose_start(config: &TrainConfig) -> anyhow::Result<Start> {
+    let output = &config.output;
+    let checkpoints = list_checkpoints(&output.output_dir);
+    if let Some(dir) = &output.resume_from_checkpoint {
+        tracing::info!("resuming from {}", dir.display());
+        return Ok(Start::Checkpoint(dir.clone()));
+    }
+    if output.overwrite_output_dir {
+        // A later run would otherwise take one of them for its own.
+        for (_, dir) in checkpoints {
+            tracing::info!("removing {} (overwrite_output_dir)", dir.display());
+            std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
+        }
+    } else if let Some((step, dir)) = checkpoints.into_iter().next_back() {
+        tracing::info!(
+            "resuming at step {step} because {} is there; overwrite_output_dir starts anew",
+            dir.display()
+        );
+        return Ok(Start::Checkpoint(dir));
+    }
+    Ok(match config.model.adapter_name_or_path.last() {
+        Some(adapter) if !config.model.create_new_adapter => Start::Adapter(adapter.into()),
+        _ => Start::Fresh,
+    })
+}
+
+/// Collects what goes beside the adapter's weights: the tokenizer, and what the prompts were.
+fn adapter_files(
+    config: &TrainConfig,
+    prepared: &Prepared,
+    dir: &Path,
+) -> anyhow::Result<AdapterFiles> {
+    let mut companions = Vec::new();
+    for name in TOKENIZER_FILES {
+        let path = dir.join(name);
+        if path.is_file() {
+            let content =
+                std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+            companions.push(((*name).to_owned(), content));
+        }
+    }
+    let record = TemplateRecord::new(prepared.encoder.template());
+    let record = serde_json::to_string_pretty(&record).context("write the template's record")?;
+    companions.push((TEMPLATE_RECORD_FILE.to_owned(), record.into_bytes()));
+    Ok(AdapterFiles {
+        base_model_name_or_path: config.model.model_name_or_path.clone(),
+        companions,
+    })
+}
+
+fn layout(config: &TrainConfig, tokenizer: &Tokenizer) -> Layout {
+    match config.data.packing {
+        Packing::Packed => Layout::Packed,
+        Packing::Padded => {
+            let named = tokenizer.named_tokens().iter();
+            let padding = named.filter(|token| token.name == "pad_token").next_back();
+            let padding = padding.or(tokenizer.eos_token());
+            let id = padding.and_then(|token| tokenizer.token_id(&token.content));
+            Layout::Padded {
+                pad_token_id: id.unwrap_or(0),
+            }
+        }
+    }
+}
+
+/// Micro-batches of one rank in one epoch, as indices of examples.
+type EpochOrder = Arc<Vec<Vec<usize>>>;
+
+/// A prepared run.
+struct Job<'a> {
+    config: &'a TrainConfig,
+    prepared: &'a Prepared,
+    sampler: Sampler,
+    layout: Layout,
+    /// By epoch and rank: a sampler gives a whole epoch at a time.
+    orders: Mutex<HashMap<(u64, usize), EpochOrder>>,
+}
+
+impl Job<'_> {
+    fn train(
+        &self,
+        model: &dyn ModelSource,
+        shape: &ModelConfig,
+        files: AdapterFiles,
+        start: Start,
+        console: &Console,
+    ) -> anyhow::Result<super::TrainSummary> {
+        let (config, counts) = (self.config, self.prepared.plan.counts);
+        let batches = |place: BatchPlace| Ok(self.batch(place));
+        let eval_size = config.batch.per_device_eval_batch_size;
+        let eval = &self.prepared.eval;
+        let eval_batches = |place: BatchPlace| Ok(self.eval_batch(place, eval_size));
+        let (total, per_epoch) = (counts.total_updates, counts.updates_per_epoch);
+        let every = config.output.eval.interval(total, per_epoch);
+        let evaluation = every.filter(|_| !eval.is_empty()).map(|every| Evaluation {
+            batches: &eval_batches,
+            num_batches: eval.len().div_ceil(eval_size) as u64,
+            every,
+            early_stopping: config.output.early_stopping_steps,
+            load_best_model_at_end: config.output.load_best_model_at_end,
+        });
+        let length = |example: &SupervisedExample| example.input_ids.len();
+        let longest = (self.prepared.train.iter().chain(eval).map(length)).max();
+        let setup = TrainSetup {
+            source: model,
+            config: shape,
+            lora: config.lora_options(),
+            optimizer: config.adamw_options(),
+            schedule: config.lr_schedule(&counts),
+            loss_scale: self.loss_scale(),
+            recompute: config.recompute.unwrap_or(Recompute::None),
+            neftune_noise_alpha: config.optimizer.neftune_noise_alpha.unwrap_or(0.0),
+            seed: config.seed,
+            length: RunLength {
+                micro_batches_per_epoch: counts.micro_batches_per_epoch,
+                accumulation: config.batch.gradient_accumulation_steps as u64,
+                total_updates: total,
+                num_train_epochs: counts.num_epochs as f64,
+            },
+            // Rows are filled up to a multiple of eight where they are padded.
+            max_positions: longest.unwrap_or(1).next_multiple_of(8),
+            max_tokens_per_pass: TOKENS_PER_PASS.max(config.data.cutoff_len),
+            batches: &batches,
+            evaluation,
+            output: self.output_plan(total, per_epoch),
+            ranks: self.ranks(),
+            files,
+            manifest: self.manifest(),
+            start,
+        };
+        Ok(train(&setup, &|event| console.show(event))?)
+    }
+
+    fn batch(&self, place: BatchPlace) -> TrainBatch {
+        let key = (place.epoch, place.rank);
+        let order = {
+            let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+            // Epochs that are over are not needed again.
+            orders.retain(|(epoch, _), _| epoch + 1 >= place.epoch);
+            let order = orders.entry(key);
+            Arc::clone(order.or_insert_with(|| Arc::new(self.sampler.epoch(key.0, key.1))))
+        };
+        let indices = order.get(place.index as usize);
+        let indices = indices.map_or(&[][..], Vec::as_slice);
+        collate(&self.prepared.train, indices, self.layout)
+    }
+
+    fn eval_batch(&self, place: BatchPlace, size: usize) -> TrainBatch {
+        let first = place.index as usize * size;
+        let last = (first + size).min(self.prepared.eval.len());
+        let indices: Vec<usize> = (first..last).collect();
+        collate(&self.prepared.eval, &indices, self.layout)
+    }
+
+    fn loss_scale(&self) -> Option<super::LossScaleOptions> {
+        let deepspeed = self.config.deepspeed.as_ref();
+        let is_fp16 = self.config.precision == super::Precision::Fp16;
+        deepspeed
+            .filter(|_| is_fp16)
+            .map(|config| config.loss_scale)
+    }
+
+    fn output_plan(&self, total: u64, per_epoch: u64) -> OutputPlan {
+        let output = &self.config.output;
+        OutputPlan {
+            output_dir: output.output_dir.clone(),
+            logging_steps: output
+                .logging
+                .interval(total, per_epoch)
+                .unwrap_or(u64::MAX),
+            logging_first_step: output.logging_first_step,
+            save_steps: output.save.interval(total, per_epoch),
+            save_total_limit: output.save_total_limit,
+            plot_loss: output.plot_loss,
+            train_batch_size: self.config.batch.per_device_train_batch_size as u64,
+            num_examples: self.prepared.train.len() as u64,
+        }
+    }
+
+    fn ranks(&self) -> Ranks {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let num_ranks = self.config.batch.num_ranks;
+        Ranks {
+            num_ranks,
+            threads_per_rank: (cores / num_ranks).max(1),
+            zero_stage: self.config.zero_stage(),
+        }
+    }
+
+    /// What makes a run the same run: a checkpoint goes on only where all of it is equal.
+    fn manifest(&self) -> Manifest {
+        let TrainConfig {
+            model,
+            data,
+            lora,
+            batch,
+            optimizer,
+            schedule,
+            ..
+        } = self.config;
+        let template = self.prepared.encoder.template();
+        let value = json!({
+            "model_name_or_path": model.model_name_or_path,
+            "adapter_name_or_path": model.adapter_name_or_path,
+            "num_examples": self.prepared.train.len(),
+            "template": template.name(),
+            "default_system": template.default_system(),
+            "cutoff_len": data.cutoff_len,
+            "train_on_prompt": data.train_on_prompt,
+            "mask_history": data.mask_history,
+            "disable_shuffling": data.disable_shuffling,
+            "data_seed": data.data_seed,
+            "lora_rank": lora.lora_rank,
+            "lora_alpha": lora.lora_alpha,
+            "lora_dropout": lora.lora_dropout,
+            "lora_target": lora.lora_target,
+            "use_rslora": lora.use_rslora,
+            "loraplus_lr_ratio": lora.loraplus_lr_ratio,
+            "per_device_train_batch_size": batch.per_device_train_batch_size,
+            "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+            "learning_rate": schedule.learning_rate,
+            "lr_scheduler_type": schedule.lr_scheduler_type.name(),
+            "adam": [optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_epsilon],
+            "weight_decay": optimizer.weight_decay,
+            "max_grad_norm": optimizer.max_grad_norm,
+            "neftune_noise_alpha": optimizer.neftune_noise_alpha,
+            "seed": self.config.seed,
+        });
+        let entries = value.as_object().into_iter().flatten();
+        entries
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
+    }
+}
