@@ -200,8 +200,8 @@ fn layout(config: &TrainConfig, tokenizer: &Tokenizer) -> Layout {
     match config.data.packing {
         Packing::Packed => Layout::Packed,
         Packing::Padded => {
-            let named = tokenizer.named_tokens().iter();
-            let padding = named.filter(|token| token.name == "pad_token").next_back();
+            let mut named = tokenizer.named_tokens().iter();
+            let padding = named.rfind(|token| token.name == "pad_token");
             let padding = padding.or(tokenizer.eos_token());
             let id = padding.and_then(|token| tokenizer.token_id(&token.content));
             Layout::Padded {

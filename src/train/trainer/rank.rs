@@ -215,6 +215,7 @@ impl<'a> Rank<'a> {
         let step_key = mix(self.setup.seed, self.state.global_step + 1);
         let rank_key = mix(step_key, self.comm.rank() as u64 + 1);
         let passes = fuse(batches, self.setup.max_tokens_per_pass);
+        let beyond = self.passes_beyond(passes.len() as u64)?;
         for (index, pass) in (1..).zip(&passes) {
             let options = StepOptions {
                 recompute: self.setup.recompute,
@@ -234,22 +235,27 @@ impl<'a> Rank<'a> {
             }
             loss += pass_loss;
         }
-        self.follow(passes.len() as u64, Some(lora.lowest_layer()))?;
+        self.follow(beyond, Some(lora.lowest_layer()))?;
         Ok((loss, gradients, bad_rows))
     }
 
-    /// Takes part in the passes that other ranks make beyond this rank's `num_passes`, where the
-    /// base is divided.
-    fn follow(&self, num_passes: u64, lowest: Option<usize>) -> Result<(), TrainError> {
+    /// Returns how many passes some other rank makes beyond this rank's `num_passes`, where the
+    /// base is divided. Asked before the first: a rank in its last pass needs the others' pieces.
+    fn passes_beyond(&self, num_passes: u64) -> Result<u64, TrainError> {
         if self.setup.ranks.zero_stage != ZeroStage::Three {
-            return Ok(());
+            return Ok(0);
         }
         let passes = self
             .comm
             .all_gather_u64(&[num_passes])
             .map_err(collective)?;
         let most = passes.into_iter().flatten().max().unwrap_or(num_passes);
-        for _ in num_passes..most {
+        Ok(most - num_passes)
+    }
+
+    /// Takes part in passes that other ranks make.
+    fn follow(&self, num_passes: u64, lowest: Option<usize>) -> Result<(), TrainError> {
+        for _ in 0..num_passes {
             self.model.follow(lowest).map_err(collective)?;
         }
         Ok(())
@@ -371,9 +377,11 @@ impl<'a> Rank<'a> {
             return Ok(0.0);
         };
         let lora = LoraTensors::new(self.layout, self.trainable.params.clone())?;
-        let (mut loss, mut num_targets, mut num_passes) = (0.0, 0, 0);
+        let (mut loss, mut num_targets) = (0.0, 0);
         let world_size = self.comm.world_size();
-        for index in (self.comm.rank() as u64..evaluation.num_batches).step_by(world_size) {
+        let own = (self.comm.rank() as u64..evaluation.num_batches).step_by(world_size);
+        let beyond = self.passes_beyond(own.clone().count() as u64)?;
+        for index in own {
             let place = BatchPlace {
                 epoch: 0,
                 index,
@@ -382,9 +390,8 @@ impl<'a> Rank<'a> {
             let batch = (evaluation.batches)(place).map_err(TrainError::Data)?;
             loss += evaluate(&self.kernels, &self.model, &lora, &batch)?;
             num_targets += batch.num_targets();
-            num_passes += 1;
         }
-        self.follow(num_passes, None)?;
+        self.follow(beyond, None)?;
         let sums = [loss, num_targets as f64];
         let sums = self.comm.all_reduce_f64(&sums).map_err(collective)?;
         Ok(sums[0] / sums[1].max(1.0))
