@@ -2,7 +2,7 @@
 # Everything that CI checks, one line a step: format, clippy, tests, documentation, dependencies,
 # and the Python clients against a real server.
 #
-#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl (default: all)
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf (default: all)
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
 # and says so; with CI=true it fails instead.
@@ -39,7 +39,7 @@ summary() {
     test) awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
         END { printf "test result: ok. %d passed; %d failed; %d ignored", passed, failed, ignored }' "$log" ;;
     clients) grep -E '^[0-9]+ passed' "$log" || tail -n 1 "$log" ;;
-    gotmpl) tail -n 1 "$log" ;;
+    gotmpl | gguf) tail -n 1 "$log" ;;
     deny) grep -E '^(advisories|note):? ' "$log" | tail -n 1 ;;
   esac
 }
@@ -66,6 +66,9 @@ deny() {
 
 # Go itself renders the TEMPLATEs of our Modelfiles.
 gotmpl() { scripts/check_modelfile.sh; }
+
+# llama.cpp and others read the GGUF files of `infold merge`.
+gguf() { scripts/check_gguf_consumers.sh; }
 
 clients() {
   local environment=target/clients
@@ -96,8 +99,9 @@ for name in "${@:-all}"; do
       step deny deny
       step clients clients
       step gotmpl gotmpl
+      step gguf gguf
       ;;
-    fmt | clippy | doc | deny | clients | gotmpl) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl | gguf) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2
