@@ -157,11 +157,17 @@ fn attention(kernels: &Kernels, num_sequences: u32, start: u32, end: u32) -> Res
     let device = kernels.device();
     let num_blocks = end.div_ceil(16);
     let num_all_blocks = (num_blocks * num_sequences) as usize;
-    let mut kv = kernels.new_kv_blocks(num_all_blocks, 16, 3, 64, DType::F32)?;
+    let mut layers = kernels.new_kv_cache(1, [num_all_blocks, 16, 3, 64], DType::F32)?;
+    let kv = &mut layers[0];
     let table = Tensor::rand(-1f32, 1f32, (end as usize, 32), device)?;
     for sequence in 0..num_sequences {
         let qkv = Tensor::rand(-1f32, 1f32, (end as usize, 15 * 64), device)?;
         let first = sequence * num_blocks * 16;
+        let batch = AttentionBatch {
+            positions: (0..end).collect(),
+            slot_mapping: (first..first + end).collect(),
+            ..AttentionBatch::default()
+        };
         let args = RopeAndCache {
             num_heads: 9,
             num_kv_heads: 3,
@@ -171,10 +177,9 @@ fn attention(kernels: &Kernels, num_sequences: u32, start: u32, end: u32) -> Res
             eps: 1e-6,
             cos: &table,
             sin: &table,
-            positions: &(0..end).collect::<Vec<_>>(),
-            slot_mapping: &(first..first + end).collect::<Vec<_>>(),
+            batch: &batch,
         };
-        kernels.rope_and_cache(&qkv, &args, &mut kv)?;
+        kernels.rope_and_cache(&qkv, &args, kv)?;
     }
     let num_tokens = end - start;
     let batch = AttentionBatch {
@@ -183,11 +188,11 @@ fn attention(kernels: &Kernels, num_sequences: u32, start: u32, end: u32) -> Res
         block_tables: (0..num_sequences * num_blocks).collect(),
         cu_blocks: (0..=num_sequences).map(|i| i * num_blocks).collect(),
         positions: (0..num_sequences).flat_map(|_| start..end).collect(),
-        slot_mapping: Vec::new(),
+        ..AttentionBatch::default()
     };
     let num_queries = (num_sequences * num_tokens) as usize;
     let q = Tensor::rand(-1f32, 1f32, (num_queries, 9 * 64), device)?;
-    time(|| kernels.paged_attention(&q, &kv, &batch, 9, 0.125))
+    time(|| kernels.paged_attention(&q, kv, &batch, 9, 0.125))
 }
 
 fn elementwise(kernels: &Kernels, num_rows: usize) -> Result<String> {

@@ -4,6 +4,7 @@
 //! and reports medians: time to the first token, time per output token, tokens per second.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -13,6 +14,7 @@ use rand::{Rng, SeedableRng};
 use serde::Serialize;
 
 use crate::engine::{EngineArgs, EngineHandle, GenerateRequest, SamplingParams, TokenEvent};
+use crate::weights::ModelSource;
 
 /// Measure the engine offline: first token, time per token, throughput
 #[derive(Debug, Clone, Args)]
@@ -42,6 +44,18 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     output_len: usize,
 
+    /// Measure these cases instead, e.g. 256x512/256: sequences, prompt tokens, drawn tokens
+    #[arg(long = "case", value_name = "CASE", num_args = 1.., value_delimiter = ',', value_parser = parse_size)]
+    cases: Vec<Size>,
+
+    /// Draw with this temperature; 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+
+    /// Make random weights in the shape of config.json instead of reading any [default: off]
+    #[arg(long)]
+    dummy_weights: bool,
+
     /// Repeat each case this often and take medians
     #[arg(long, default_value_t = 3)]
     repetitions: usize,
@@ -53,6 +67,30 @@ pub struct BenchArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "a doc comment here would become help text")]
     pub engine: EngineArgs,
+}
+
+/// How much one case asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Size {
+    batch_size: usize,
+    input_len: usize,
+    output_len: usize,
+}
+
+/// Reads `256x512/256`.
+fn parse_size(text: &str) -> Result<Size, String> {
+    let numbers = text.split_once('x').and_then(|(batch_size, lens)| {
+        let (input_len, output_len) = lens.split_once('/')?;
+        let size = Size {
+            batch_size: batch_size.parse().ok()?,
+            input_len: input_len.parse().ok()?,
+            output_len: output_len.parse().ok()?,
+        };
+        (size.batch_size > 0 && size.input_len > 0 && size.output_len > 0).then_some(size)
+    });
+    numbers.ok_or_else(|| {
+        format!("expected SEQUENCESxPROMPT/DRAWN such as 256x512/256, all positive, got `{text}`")
+    })
 }
 
 /// One measured case; times are medians over the repetitions.
@@ -71,6 +109,20 @@ struct Case {
     output_tok_s: f64,
 }
 
+impl BenchArgs {
+    fn sizes(&self) -> Vec<Size> {
+        if !self.cases.is_empty() {
+            return self.cases.clone();
+        }
+        let size = |&batch_size| Size {
+            batch_size,
+            input_len: self.input_len.max(1),
+            output_len: self.output_len.max(1),
+        };
+        self.batch_size.iter().map(size).collect()
+    }
+}
+
 /// Runs the cases and prints them.
 ///
 /// # Errors
@@ -82,27 +134,20 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         .or(args.model_flag.as_deref())
         .unwrap_or_default();
     let start = Instant::now();
-    let checkpoint = args.engine.open(model)?;
+    let checkpoint: Arc<dyn ModelSource> = match args.dummy_weights {
+        false => args.engine.open(model)?,
+        true => args.engine.open_dummy(model)?,
+    };
     let handle = args.engine.start(checkpoint)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let max_model_len = handle.info().max_model_len;
-    if args.input_len == 0
-        || args.output_len < 2
-        || args.input_len + args.output_len > max_model_len
-    {
-        bail!(
-            "--input-len {} and --output-len {} must be at least 1 and 2 and fit in the model's {max_model_len} tokens",
-            args.input_len,
-            args.output_len
-        );
-    }
     let mut random = StdRng::seed_from_u64(args.engine.seed);
     let mut cases = Vec::new();
-    for &batch_size in &args.batch_size {
-        cases.push(
-            measure(args, batch_size, &handle, &mut random)
-                .with_context(|| format!("batch of {batch_size}"))?,
-        );
+    for size in args.sizes() {
+        if size.input_len + size.output_len > max_model_len {
+            bail!("{size:?} does not fit in the model's {max_model_len} tokens");
+        }
+        cases.push(measure(args, size, &handle, &mut random).with_context(|| format!("{size:?}"))?);
     }
     handle.stop();
     print(args, model, load_seconds, &cases)
@@ -110,15 +155,24 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
 
 fn measure(
     args: &BenchArgs,
-    batch_size: usize,
+    size: Size,
     handle: &EngineHandle,
     random: &mut StdRng,
 ) -> anyhow::Result<Case> {
+    let Size {
+        batch_size,
+        input_len,
+        output_len,
+    } = size;
+    let one = Size {
+        output_len: 1,
+        ..size
+    };
     let (mut first, mut total) = (Vec::new(), Vec::new());
     // One run more than asked for: the first warms caches and is not counted.
     for repetition in 0..=args.repetitions {
-        let first_seconds = generate(handle, batch_size, args.input_len, 1, random)?;
-        let total_seconds = generate(handle, batch_size, args.input_len, args.output_len, random)?;
+        let first_seconds = generate(args, one, handle, random)?;
+        let total_seconds = generate(args, size, handle, random)?;
         if repetition > 0 {
             first.push(first_seconds);
             total.push(total_seconds);
@@ -127,23 +181,27 @@ fn measure(
     let (first, total) = (median(first), median(total));
     Ok(Case {
         batch_size,
-        input_len: args.input_len,
-        output_len: args.output_len,
+        input_len,
+        output_len,
         first_token_ms: first * 1e3,
-        token_ms: (total - first) * 1e3 / (args.output_len - 1) as f64,
-        prompt_tok_s: (batch_size * args.input_len) as f64 / first,
-        output_tok_s: (batch_size * args.output_len) as f64 / total,
+        token_ms: (total - first) * 1e3 / (output_len.max(2) - 1) as f64,
+        prompt_tok_s: (batch_size * input_len) as f64 / first,
+        output_tok_s: (batch_size * output_len) as f64 / total,
     })
 }
 
 /// Runs one batch to its end and returns the seconds it took.
 fn generate(
+    args: &BenchArgs,
+    size: Size,
     handle: &EngineHandle,
-    batch_size: usize,
-    input_len: usize,
-    output_len: usize,
     random: &mut StdRng,
 ) -> anyhow::Result<f64> {
+    let Size {
+        batch_size,
+        input_len,
+        output_len,
+    } = size;
     let vocab_size = handle.info().vocab_size as u32;
     let prompts: Vec<Vec<u32>> = (0..batch_size)
         .map(|_| {
@@ -159,7 +217,7 @@ fn generate(
             request_id: format!("bench-{index}"),
             prompt_token_ids,
             sampling_params: SamplingParams {
-                temperature: 0.0,
+                temperature: args.temperature,
                 ignore_eos: true,
                 max_tokens: output_len,
                 ..SamplingParams::default()

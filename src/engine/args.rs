@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use crate::weights::{Checkpoint, HubOptions, ModelSource, resolve_model};
+use crate::models::ModelConfig;
+use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, resolve_model};
 
 use super::{
-    Engine, EngineError, EngineHandle, EngineOptions, KvCacheDtype, MaxModelLen, SchedulingPolicy,
+    DeviceChoice, Engine, EngineError, EngineHandle, EngineOptions, Graphs, KvCacheDtype,
+    MaxModelLen, SchedulingPolicy,
 };
 
 /// What the engine is built with.
@@ -22,6 +24,18 @@ pub struct EngineArgs {
     /// Keep downloaded models here [default: the hub cache]
     #[arg(long, value_name = "DIRECTORY")]
     pub download_dir: Option<PathBuf>,
+
+    /// Run here: auto (a GPU where there is one), cpu, cuda, or cuda:N
+    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    pub device: DeviceChoice,
+
+    /// Let the program take this part of each GPU's memory
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.92)]
+    pub gpu_memory_utilization: f64,
+
+    /// Launch every kernel on its own instead of replaying recorded steps on a GPU
+    #[arg(long)]
+    pub enforce_eager: bool,
 
     /// Compute with this type; auto is bfloat16 for bfloat16 checkpoints, else float16
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
@@ -56,13 +70,13 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = parse_positive)]
     pub block_size: usize,
 
-    /// Run at most this many sequences at once
-    #[arg(long, value_name = "SEQUENCES", default_value_t = 256, value_parser = parse_positive)]
-    pub max_num_seqs: usize,
+    /// Run at most this many sequences at once [default: 256, on a GPU 512]
+    #[arg(long, value_name = "SEQUENCES", value_parser = parse_positive)]
+    pub max_num_seqs: Option<usize>,
 
-    /// Compute at most this many tokens in a step
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = parse_positive)]
-    pub max_num_batched_tokens: usize,
+    /// Compute at most this many tokens in a step [default: 2048, on a GPU 8192]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_positive)]
+    pub max_num_batched_tokens: Option<usize>,
 
     /// Let at most this many sequences wait; more are answered with 429
     #[arg(long, value_name = "SEQUENCES", default_value_t = 1024, value_parser = parse_positive)]
@@ -99,12 +113,23 @@ impl EngineArgs {
         Ok(Arc::new(Checkpoint::open(&path)?))
     }
 
+    /// Opens a model of random weights in the shape that `model`'s `config.json` gives.
+    ///
+    /// # Errors
+    /// [`EngineError::Weights`] or [`EngineError::Model`] naming the file or key.
+    pub fn open_dummy(&self, model: &str) -> Result<Arc<dyn ModelSource>, EngineError> {
+        let path = PathBuf::from(model);
+        let config = DummyCheckpoint::read_config(&path)?;
+        let tensors = ModelConfig::from_json(&config)?.tensors();
+        Ok(Arc::new(DummyCheckpoint::new(&path, config, tensors)))
+    }
+
     /// Starts an engine on an open checkpoint.
     ///
     /// # Errors
     /// See [`Engine::start`].
     pub fn start(&self, checkpoint: Arc<dyn ModelSource>) -> Result<EngineHandle, EngineError> {
-        if self.dtype == Dtype::Float16 {
+        if self.dtype == Dtype::Float16 && self.device.resolve() == DeviceChoice::Cpu {
             tracing::info!(
                 "activations are float32 on a CPU, so --dtype half can not overflow here"
             );
@@ -123,13 +148,28 @@ impl EngineArgs {
     }
 
     fn options(&self) -> EngineOptions {
+        let device = self.device.resolve();
+        let (num_seqs, num_tokens) = match device {
+            DeviceChoice::Cpu => (256, 2048),
+            _ => (512, 8192),
+        };
+        let max_num_seqs = self.max_num_seqs.unwrap_or(num_seqs);
         EngineOptions {
+            device,
+            dtype: self.dtype,
+            gpu_memory_utilization: self.gpu_memory_utilization,
+            graphs: match self.enforce_eager {
+                true => Graphs::Off,
+                false => Graphs::Decode,
+            },
             tensor_parallel_size: self.tensor_parallel_size,
             num_threads: self.threads,
             max_model_len: self.max_model_len.unwrap_or(MaxModelLen::FromModel),
-            max_num_seqs: self.max_num_seqs,
+            max_num_seqs,
             // As vLLM: a budget below the number of sequences could not give each its token.
-            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_num_batched_tokens: self
+                .max_num_batched_tokens
+                .unwrap_or(num_tokens.max(max_num_seqs)),
             block_size: self.block_size,
             kv_cache_memory_bytes: self.kv_cache_memory_bytes.map(|bytes| bytes as u64),
             kv_cache_dtype: self.kv_cache_dtype,
@@ -155,6 +195,20 @@ pub enum Dtype {
     /// IEEE single precision.
     #[value(alias = "float")]
     Float32,
+}
+
+/// Reads `auto`, `cpu`, `cuda` or `cuda:1`.
+fn parse_device(text: &str) -> Result<DeviceChoice, String> {
+    match text {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        _ => text
+            .strip_prefix("cuda:")
+            .and_then(|ordinal| ordinal.parse().ok())
+            .map(DeviceChoice::Cuda)
+            .ok_or_else(|| format!("expected auto, cpu, cuda or cuda:N, got `{text}`")),
+    }
 }
 
 fn parse_positive(text: &str) -> Result<usize, String> {

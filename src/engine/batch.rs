@@ -1,6 +1,6 @@
 //! A scheduled batch laid out as the integers that the model reads: plain vectors, no tensor.
 
-use crate::kernels::AttentionBatch;
+use crate::kernels::{AttentionBatch, Draw};
 
 use super::scheduler::{ScheduledBatch, Scheduler};
 use super::sequence::{Sequence, SequenceId};
@@ -17,6 +17,8 @@ pub(super) struct StepInput {
     pub(super) logits_rows: Vec<u32>,
     /// What each of these logits is for.
     pub(super) logits_uses: Vec<LogitsUse>,
+    /// How the device draws from each of them; none where the engine reads the logits itself.
+    pub(super) draws: Vec<Option<Draw>>,
 }
 
 /// What a row of logits is for.
@@ -52,9 +54,11 @@ impl StepInput {
                 cu_blocks: vec![0],
                 positions: Vec::with_capacity(batch.num_tokens),
                 slot_mapping: Vec::with_capacity(batch.num_tokens),
+                staged: None,
             },
             logits_rows: Vec::new(),
             logits_uses: Vec::new(),
+            draws: Vec::new(),
         };
         for scheduled in &batch.sequences {
             input.push(
@@ -63,7 +67,53 @@ impl StepInput {
                 block_size,
             );
         }
+        input.draws = vec![None; input.logits_rows.len()];
         input
+    }
+
+    /// Returns a step of `num_tokens` tokens in `num_sequences` sequences, all of whose logits
+    /// are computed, which touches no block but the first and writes nothing to the cache that
+    /// is kept.
+    pub(super) fn largest(num_tokens: usize, num_sequences: usize, block_size: usize) -> Self {
+        let len = num_tokens.div_ceil(num_sequences);
+        let mut input = Self {
+            block_copies: Vec::new(),
+            input_ids: vec![0; num_tokens],
+            attention: AttentionBatch {
+                cu_seqlens_q: vec![0],
+                cu_blocks: vec![0],
+                ..AttentionBatch::default()
+            },
+            logits_rows: Vec::new(),
+            logits_uses: Vec::new(),
+            draws: Vec::new(),
+        };
+        let attention = &mut input.attention;
+        for start in (0..num_tokens).step_by(len).take(num_sequences) {
+            let end = (start + len).min(num_tokens);
+            attention.cu_seqlens_q.push(end as u32);
+            attention.context_lens.push((end - start) as u32);
+            let num_blocks = (end - start).div_ceil(block_size);
+            attention
+                .block_tables
+                .resize(attention.block_tables.len() + num_blocks, 0);
+            attention
+                .cu_blocks
+                .push(attention.block_tables.len() as u32);
+            for position in 0..end - start {
+                attention.positions.push((position % block_size) as u32);
+                attention.slot_mapping.push((position % block_size) as u32);
+            }
+            input.logits_rows.push(end as u32 - 1);
+            input.draws.push(Some(Draw::greedy()));
+        }
+        input
+    }
+
+    /// Returns the number of sequences when each has one token and wants its logits.
+    pub(super) fn num_decodes(&self) -> Option<usize> {
+        let num = self.attention.context_lens.len();
+        (self.input_ids.len() == num && self.logits_rows.len() == num).then_some(num)
     }
 
     fn push(&mut self, sequence: &Sequence, num_tokens: usize, block_size: usize) {

@@ -1,8 +1,10 @@
 //! How an engine runs, and the memory plan that follows from it.
 
+use crate::kernels::Kernels;
 use crate::models::ModelConfig;
 
 use super::EngineError;
+use super::args::Dtype;
 use super::scheduler::SchedulingPolicy;
 
 /// Longest sequence to serve.
@@ -29,9 +31,66 @@ pub enum KvCacheDtype {
     F16,
 }
 
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// On a GPU where there is one, else on the CPU.
+    Auto,
+    /// On the CPU.
+    Cpu,
+    /// On this GPU and, with more ranks, on those after it.
+    Cuda(usize),
+}
+
+impl DeviceChoice {
+    /// Returns what `Auto` means on this machine; others stay.
+    pub(super) fn resolve(self) -> Self {
+        match self {
+            Self::Auto if Kernels::num_gpus() > 0 => Self::Cuda(0),
+            Self::Auto => Self::Cpu,
+            other => other,
+        }
+    }
+}
+
+/// Which steps of a GPU are recorded as graphs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Graphs {
+    /// None: every kernel is launched on its own (`--enforce-eager`).
+    Off,
+    /// Steps of one token a sequence, up to 512 sequences.
+    Decode,
+}
+
+/// Sequences of the largest recorded step.
+const MAX_GRAPH_SEQUENCES: usize = 512;
+
+impl Graphs {
+    /// Returns how many sequences a step of `num_sequences` is padded to, if it is recorded:
+    /// 1, 2, 4, then multiples of 8, from 256 on of 16.
+    pub(super) fn bucket(self, num_sequences: usize) -> Option<usize> {
+        match (self, num_sequences) {
+            (Self::Off, _) | (_, 0) => None,
+            (_, 1 | 2) => Some(num_sequences),
+            (_, 3 | 4) => Some(4),
+            (_, ..=256) => Some(num_sequences.next_multiple_of(8)),
+            (_, ..=MAX_GRAPH_SEQUENCES) => Some(num_sequences.next_multiple_of(16)),
+            _ => None,
+        }
+    }
+}
+
 /// Options of [`super::Engine::start`]; defaults are vLLM's where it has them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineOptions {
+    /// CPU or GPU.
+    pub device: DeviceChoice,
+    /// Type that a GPU computes in; on the CPU activations are f32 throughout.
+    pub dtype: Dtype,
+    /// Part of each GPU's memory that the program may take, `(0, 1]`.
+    pub gpu_memory_utilization: f64,
+    /// What is recorded on a GPU.
+    pub graphs: Graphs,
     /// Ranks that share each layer.
     pub tensor_parallel_size: usize,
     /// CPU threads in all; the cores this process may use when absent.
@@ -63,6 +122,10 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         Self {
+            device: DeviceChoice::Cpu,
+            dtype: Dtype::Auto,
+            gpu_memory_utilization: 0.92,
+            graphs: Graphs::Decode,
             tensor_parallel_size: 1,
             num_threads: None,
             max_model_len: MaxModelLen::FromModel,
@@ -108,6 +171,11 @@ impl EngineOptions {
                 self.max_num_batched_tokens,
             );
         }
+        if !(self.gpu_memory_utilization > 0.0 && self.gpu_memory_utilization <= 1.0) {
+            return Err(EngineError::InvalidUtilization {
+                found: self.gpu_memory_utilization,
+            });
+        }
         if self.num_threads == Some(0) {
             return invalid("threads", "at least 1".to_owned(), 0);
         }
@@ -124,16 +192,23 @@ pub(super) struct KvPlan {
     pub(super) size_bytes: u64,
 }
 
-/// Most bytes taken for the KV cache when nobody says how many: what vLLM takes on a CPU.
+/// Most bytes taken for the KV cache on a CPU when nobody says how many: what vLLM takes there.
 const DEFAULT_KV_CACHE_BYTES: u64 = 4 << 30;
 
-/// Plans the KV cache: `bytes_per_value` is 4 or 2, `available_bytes` what the machine has free
-/// beside the weights.
+/// Returns the bytes that the KV cache takes on the CPU beside weights of `weight_bytes`.
+pub(super) fn cpu_kv_budget(weight_bytes: u64) -> u64 {
+    // Mapped weights count as available memory until they are read, so take them off.
+    let available = available_memory().saturating_sub(weight_bytes);
+    DEFAULT_KV_CACHE_BYTES.min(available / 2)
+}
+
+/// Plans the KV cache: `bytes_per_value` is 4 or 2, `default_budget` the bytes that it takes when
+/// nobody says how many.
 pub(super) fn plan_kv_cache(
     options: &EngineOptions,
     model: &ModelConfig,
     bytes_per_value: usize,
-    available_bytes: u64,
+    default_budget: u64,
 ) -> Result<KvPlan, EngineError> {
     // With more ranks than KV heads each rank still keeps one.
     let num_kv_heads = model.num_kv_heads.max(options.tensor_parallel_size);
@@ -146,9 +221,7 @@ pub(super) fn plan_kv_cache(
     let blocks_for = |tokens: usize| tokens.div_ceil(options.block_size) as u64;
     // More than every sequence at its longest would never be used.
     let most = blocks_for(wanted_len) * options.max_num_seqs as u64;
-    let budget = options
-        .kv_cache_memory_bytes
-        .unwrap_or_else(|| DEFAULT_KV_CACHE_BYTES.min(available_bytes / 2));
+    let budget = options.kv_cache_memory_bytes.unwrap_or(default_budget);
     let num_blocks = (budget / block_bytes)
         .min(most)
         .min(u64::from(u32::MAX) / options.block_size as u64);
@@ -174,7 +247,7 @@ pub(super) fn plan_kv_cache(
 
 /// Returns the bytes that this process may still take: free memory of the machine, or what its
 /// control group leaves.
-pub(super) fn available_memory() -> u64 {
+fn available_memory() -> u64 {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let machine = read("/proc/meminfo")
         .lines()
@@ -233,13 +306,21 @@ mod tests {
     }
 
     #[test]
+    fn steps_are_padded_to_few_sizes() {
+        let bucket = |num| Graphs::Decode.bucket(num);
+        let buckets = [1, 2, 3, 5, 9, 256, 257, 512].map(bucket);
+        assert_eq!(buckets, [1, 2, 4, 8, 16, 256, 272, 512].map(Some));
+        assert_eq!([bucket(0), bucket(513), Graphs::Off.bucket(1)], [None; 3]);
+    }
+
+    #[test]
     fn no_more_blocks_than_all_sequences_can_fill() {
         let options = EngineOptions {
             max_num_seqs: 2,
             max_num_batched_tokens: 64,
             ..EngineOptions::default()
         };
-        let plan = plan_kv_cache(&options, &model(), 4, 64 << 30).unwrap();
+        let plan = plan_kv_cache(&options, &model(), 4, 4 << 30).unwrap();
         assert_eq!(plan.num_blocks, 2 * 1024 / 16);
     }
 }

@@ -9,7 +9,8 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::batch::{LogitsUse, StepInput};
 use super::handle::{Command, Shared, Submission};
-use super::model_runner::Ranks;
+use super::model_runner::RowOutput;
+use super::ranks::Ranks;
 use super::request::{TokenEvent, TokenLogprobs};
 use super::sampler::{SampleError, Sampled, SequenceSampler, token_logprobs};
 use super::scheduler::{ScheduledBatch, Scheduler, Update};
@@ -19,6 +20,8 @@ use super::sequence::SequenceId;
 struct ActiveSequence {
     events: UnboundedSender<TokenEvent>,
     sampler: SequenceSampler,
+    /// Where the device keeps what the sequence's penalties have seen.
+    penalty_slot: Option<usize>,
     /// Number of tokens drawn so far: the index into the sampler's random stream.
     num_sampled: usize,
     /// How many alternatives each prompt token is reported with, when asked for.
@@ -54,6 +57,8 @@ pub(super) struct EngineCore {
     active: HashMap<SequenceId, ActiveSequence>,
     next_id: SequenceId,
     seed: u64,
+    /// Penalty slots of the device that no sequence has.
+    free_penalty_slots: Vec<usize>,
 }
 
 impl EngineCore {
@@ -65,7 +70,12 @@ impl EngineCore {
         shared: Arc<Shared>,
         seed: u64,
     ) -> Self {
+        let num_slots = match ranks.draws_on_device() {
+            true => shared.info.max_num_seqs,
+            false => 0,
+        };
         Self {
+            free_penalty_slots: (0..num_slots).rev().collect(),
             scheduler,
             ranks,
             commands,
@@ -133,6 +143,7 @@ impl EngineCore {
         let active = ActiveSequence {
             events,
             sampler,
+            penalty_slot: None,
             num_sampled: 0,
             num_prompt_logprobs: params.prompt_logprobs,
             // The first prompt token has nothing before it, so its entry stays.
@@ -173,12 +184,13 @@ impl EngineCore {
             );
         }
         self.note_starts(&batch);
-        let input = StepInput::new(&batch, &self.scheduler, self.shared.info.block_size);
+        let mut input = StepInput::new(&batch, &self.scheduler, self.shared.info.block_size);
+        self.prepare_draws(&mut input)?;
         let uses = input.logits_uses.clone();
         let (active, vocab_size) = (&mut self.active, self.shared.info.vocab_size);
         let mut outcome = StepOutcome::default();
-        self.ranks.run(input, |rows, logits| {
-            read_logits(active, &uses[rows], logits, vocab_size, &mut outcome);
+        self.ranks.run(input, |row, output| {
+            read_row(active, uses[row], output, vocab_size, &mut outcome);
         })?;
         for (id, message) in outcome.failed.drain(..) {
             if let Some(sequence) = self.end(id) {
@@ -194,6 +206,33 @@ impl EngineCore {
             self.send_update(&update, outcome.logprobs.remove(&update.id));
         }
         self.shared.stats.count_step(num_tokens);
+        Ok(())
+    }
+
+    /// Lets the device draw what it can, with a penalty slot for each sequence that needs one.
+    fn prepare_draws(&mut self, input: &mut StepInput) -> candle_core::Result<()> {
+        if !self.ranks.draws_on_device() {
+            return Ok(());
+        }
+        for (draw, logits_use) in input.draws.iter_mut().zip(&input.logits_uses) {
+            let LogitsUse::Sample(id) = *logits_use else {
+                continue;
+            };
+            let Some(active) = self.active.get_mut(&id) else {
+                continue;
+            };
+            if active.sampler.has_penalty() && active.penalty_slot.is_none() {
+                // Without a free one the engine draws this token itself.
+                active.penalty_slot = self.free_penalty_slots.pop();
+                if let Some(slot) = active.penalty_slot {
+                    let (prompt, drawn) = active.sampler.seen_tokens();
+                    self.ranks.mark_tokens(slot, &prompt, &drawn)?;
+                }
+            }
+            *draw = active
+                .sampler
+                .device_draw(active.num_sampled, active.penalty_slot);
+        }
         Ok(())
     }
 
@@ -257,6 +296,7 @@ impl EngineCore {
     /// Forgets a sequence's channel and takes it out of the waiting count if it is still there.
     fn end(&mut self, id: SequenceId) -> Option<ActiveSequence> {
         let active = self.active.remove(&id)?;
+        self.free_penalty_slots.extend(active.penalty_slot);
         if active.started_at.is_none() {
             self.shared
                 .stats
@@ -287,49 +327,51 @@ impl EngineCore {
     }
 }
 
-/// Draws from and reports on rows of logits: `logits` is `[uses, vocab_size]` flat.
-fn read_logits(
+/// Draws from one row and reports on it, or takes what the device drew.
+fn read_row(
     active: &mut HashMap<SequenceId, ActiveSequence>,
-    uses: &[LogitsUse],
-    logits: &[f32],
+    logits_use: LogitsUse,
+    output: RowOutput<'_>,
     vocab_size: usize,
     outcome: &mut StepOutcome,
 ) {
-    for (row, logits_use) in logits.chunks_exact(vocab_size).zip(uses) {
-        match *logits_use {
-            LogitsUse::PromptLogprob {
-                id,
-                position,
-                token_id,
-            } => {
-                let Some(active) = active.get_mut(&id) else {
-                    continue;
-                };
-                let num_top = active.num_prompt_logprobs.unwrap_or(0);
-                match token_logprobs(row, token_id, num_top) {
-                    Ok(logprobs) => active.prompt_logprobs[position] = Some(logprobs),
-                    Err(error) => outcome.fail(id, &error),
-                }
-            }
-            LogitsUse::Sample(id) => {
-                let Some(active) = active.get_mut(&id) else {
-                    continue;
-                };
-                // The sampler changes its row; the tensor's values are only lent.
-                outcome.row.clear();
-                outcome.row.extend_from_slice(row);
-                match active.sampler.sample(&mut outcome.row, active.num_sampled) {
-                    Ok(Sampled { token_id, logprobs }) => {
-                        active.num_sampled += 1;
-                        outcome.sampled.push((id, token_id));
-                        outcome
-                            .logprobs
-                            .extend(logprobs.map(|logprobs| (id, logprobs)));
-                    }
-                    Err(error) => outcome.fail(id, &error),
-                }
-            }
+    let (LogitsUse::PromptLogprob { id, .. } | LogitsUse::Sample(id)) = logits_use;
+    let Some(active) = active.get_mut(&id) else {
+        return;
+    };
+    let sampled = match (logits_use, output) {
+        (LogitsUse::Sample(_), RowOutput::Drawn(drawn)) => active.sampler.note_drawn(drawn),
+        (LogitsUse::Sample(_), RowOutput::Logits(logits)) => {
+            // The sampler changes its row; the values are only lent.
+            outcome.row.clear();
+            outcome.row.extend_from_slice(&logits[..vocab_size]);
+            active.sampler.sample(&mut outcome.row, active.num_sampled)
         }
+        (
+            LogitsUse::PromptLogprob {
+                position, token_id, ..
+            },
+            RowOutput::Logits(logits),
+        ) => {
+            let num_top = active.num_prompt_logprobs.unwrap_or(0);
+            match token_logprobs(&logits[..vocab_size], token_id, num_top) {
+                Ok(logprobs) => active.prompt_logprobs[position] = Some(logprobs),
+                Err(error) => outcome.fail(id, &error),
+            }
+            return;
+        }
+        // Only rows to sample from are given a draw.
+        (LogitsUse::PromptLogprob { .. }, RowOutput::Drawn(_)) => return,
+    };
+    match sampled {
+        Ok(Sampled { token_id, logprobs }) => {
+            active.num_sampled += 1;
+            outcome.sampled.push((id, token_id));
+            outcome
+                .logprobs
+                .extend(logprobs.map(|logprobs| (id, logprobs)));
+        }
+        Err(error) => outcome.fail(id, &error),
     }
 }
 

@@ -10,6 +10,7 @@ mod config;
 mod core;
 mod handle;
 mod model_runner;
+mod ranks;
 mod request;
 mod sampler;
 mod scheduler;
@@ -28,7 +29,7 @@ use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
 
 pub use args::{Dtype, EngineArgs, parse_size};
-pub use config::{EngineOptions, KvCacheDtype, MaxModelLen};
+pub use config::{DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
 pub use scheduler::SchedulingPolicy;
@@ -39,9 +40,10 @@ pub(crate) use handle::mock_engine;
 
 use self::core::EngineCore;
 use block_manager::PrefixCaching;
-use config::{KvPlan, available_memory, plan_kv_cache};
+use config::{KvPlan, cpu_kv_budget, plan_kv_cache};
 use handle::{Command, Shared};
-use model_runner::{Ranks, RunnerConfig};
+use model_runner::{Placement, RunnerConfig};
+use ranks::Ranks;
 use scheduler::{Scheduler, SchedulerConfig};
 use stats::SharedStats;
 
@@ -56,6 +58,26 @@ pub enum EngineError {
         /// What it may be.
         wanted: String,
         /// What it is.
+        found: usize,
+    },
+    /// `--gpu-memory-utilization` is no part of a whole.
+    #[error("--gpu-memory-utilization must be above 0 and at most 1, found {found}")]
+    InvalidUtilization {
+        /// What it is.
+        found: f64,
+    },
+    /// A GPU can not compute in the wanted type.
+    #[error(
+        "a GPU computes in float16 or bfloat16, not in {found}; use --dtype auto, half or bfloat16, or --device cpu"
+    )]
+    UnsupportedDtype {
+        /// The wanted type.
+        found: &'static str,
+    },
+    /// Several GPUs were asked for.
+    #[error("--tensor-parallel-size {found} over GPUs is not built yet; use 1, or --device cpu")]
+    SeveralGpus {
+        /// How many.
         found: usize,
     },
     /// The KV cache can not hold one sequence of the wanted length.
@@ -139,18 +161,18 @@ impl Engine {
         options.check()?;
         let model = ModelConfig::from_json(checkpoint.config())?;
         model.check_tensor_parallel(options.tensor_parallel_size)?;
-        let kv_dtype = kv_dtype(&*checkpoint, options.kv_cache_dtype);
-        // Mapped weights count as available memory until they are read, so take them off.
-        let available = available_memory().saturating_sub(checkpoint.size_bytes());
-        let plan = plan_kv_cache(options, &model, kv_dtype.size_in_bytes(), available)?;
-        log_plan(&*checkpoint, &model, &plan, kv_dtype, options);
+        let placement = placement(&*checkpoint, options)?;
+        let kv_dtype = match placement {
+            Placement::Cpu { .. } => kv_dtype(&*checkpoint, options.kv_cache_dtype),
+            Placement::Gpu { dtype, .. } => dtype,
+        };
 
         let (ready, started) = mpsc::channel();
         let (commands, receiver) = mpsc::channel();
         let thread = EngineThread {
             checkpoint,
             model,
-            plan,
+            placement,
             kv_dtype,
             options: options.clone(),
         };
@@ -169,7 +191,7 @@ impl Engine {
 struct EngineThread {
     checkpoint: Arc<dyn ModelSource>,
     model: ModelConfig,
-    plan: KvPlan,
+    placement: Placement,
     kv_dtype: DType,
     options: EngineOptions,
 }
@@ -181,8 +203,8 @@ impl EngineThread {
         ready: &mpsc::Sender<Result<Arc<Shared>, EngineError>>,
     ) {
         let start = Instant::now();
-        let ranks = match self.load() {
-            Ok(ranks) => ranks,
+        let (ranks, plan) = match self.load() {
+            Ok(loaded) => loaded,
             Err(error) => {
                 let _ = ready.send(Err(error));
                 return;
@@ -190,11 +212,11 @@ impl EngineThread {
         };
         tracing::info!(seconds = start.elapsed().as_secs_f32(), "weights loaded");
         let shared = Arc::new(Shared {
-            info: self.info(),
+            info: self.info(&plan),
             stats: SharedStats::default(),
             death: OnceLock::new(),
         });
-        let scheduler = Scheduler::new(self.scheduler_config());
+        let scheduler = Scheduler::new(self.scheduler_config(&plan));
         let mut core = EngineCore::new(
             scheduler,
             ranks,
@@ -214,24 +236,59 @@ impl EngineThread {
         let _ = shared.death.set(reason);
     }
 
-    fn load(&self) -> Result<Ranks, EngineError> {
+    /// Loads the ranks and gives each its KV cache. On the CPU its size is known before, so that
+    /// one too small is found before anything is read.
+    fn load(&self) -> Result<(Ranks, KvPlan), EngineError> {
         let size = self.options.tensor_parallel_size;
-        let num_threads = self.options.num_threads.unwrap_or_else(default_num_threads);
+        let plan = |budget| {
+            plan_kv_cache(
+                &self.options,
+                &self.model,
+                self.kv_dtype.size_in_bytes(),
+                budget,
+            )
+        };
+        let cpu_plan = match self.placement {
+            Placement::Cpu { .. } => Some(plan(cpu_kv_budget(self.checkpoint.size_bytes()))?),
+            Placement::Gpu { .. } => None,
+        };
+        let wanted_len = match self.options.max_model_len {
+            MaxModelLen::Tokens(tokens) => tokens,
+            MaxModelLen::FromModel | MaxModelLen::Auto => self.model.max_position_embeddings,
+        };
         let config = RunnerConfig {
             checkpoint: Arc::clone(&self.checkpoint),
             model: self.model.clone(),
-            max_model_len: self.plan.max_model_len,
-            num_threads: (num_threads / size).max(1),
-            num_blocks: self.plan.num_blocks,
+            max_model_len: cpu_plan.map_or(wanted_len, |plan| plan.max_model_len),
+            placement: self.placement,
             block_size: self.options.block_size,
             kv_dtype: self.kv_dtype,
+            max_num_tokens: self.options.max_num_batched_tokens,
+            max_num_seqs: self.options.max_num_seqs,
+            graphs: self.options.graphs,
         };
-        Ranks::load(&config, size)
+        let mut ranks = Ranks::load(&config, size)?;
+        let plan = match cpu_plan {
+            Some(plan) => plan,
+            None => {
+                let budget = ranks.kv_cache_budget(self.options.gpu_memory_utilization);
+                plan(budget.unwrap_or_default())?
+            }
+        };
+        log_plan(
+            &*self.checkpoint,
+            &self.model,
+            &plan,
+            self.kv_dtype,
+            &self.options,
+        );
+        ranks.allocate_kv_cache(plan.num_blocks)?;
+        Ok((ranks, plan))
     }
 
-    fn info(&self) -> EngineInfo {
+    fn info(&self, plan: &KvPlan) -> EngineInfo {
         EngineInfo {
-            max_model_len: self.plan.max_model_len,
+            max_model_len: plan.max_model_len,
             vocab_size: self.model.vocab_size,
             max_num_seqs: self.options.max_num_seqs,
             max_num_batched_tokens: self.options.max_num_batched_tokens,
@@ -240,12 +297,12 @@ impl EngineThread {
         }
     }
 
-    fn scheduler_config(&self) -> SchedulerConfig {
+    fn scheduler_config(&self, plan: &KvPlan) -> SchedulerConfig {
         SchedulerConfig {
             max_num_seqs: self.options.max_num_seqs,
             max_num_batched_tokens: self.options.max_num_batched_tokens,
-            max_model_len: self.plan.max_model_len,
-            num_blocks: self.plan.num_blocks,
+            max_model_len: plan.max_model_len,
+            num_blocks: plan.num_blocks,
             block_size: self.options.block_size,
             policy: self.options.scheduling_policy,
             prefix_caching: if self.options.prefix_caching {
@@ -256,6 +313,33 @@ impl EngineThread {
             long_prefill_token_threshold: self.options.long_prefill_token_threshold,
         }
     }
+}
+
+/// Returns where the ranks run.
+fn placement(
+    checkpoint: &dyn ModelSource,
+    options: &EngineOptions,
+) -> Result<Placement, EngineError> {
+    let size = options.tensor_parallel_size;
+    let DeviceChoice::Cuda(first) = options.device.resolve() else {
+        let num_threads = options.num_threads.unwrap_or_else(default_num_threads);
+        return Ok(Placement::Cpu {
+            num_threads: (num_threads / size).max(1),
+        });
+    };
+    if size > 1 {
+        return Err(EngineError::SeveralGpus { found: size });
+    }
+    let dtype = match options.dtype {
+        Dtype::Float16 => DType::F16,
+        Dtype::Bfloat16 => DType::BF16,
+        Dtype::Float32 => return Err(EngineError::UnsupportedDtype { found: "float32" }),
+        Dtype::Auto => match model_runner::weight_dtype(checkpoint) {
+            Some(GgmlDType::BF16) => DType::BF16,
+            _ => DType::F16,
+        },
+    };
+    Ok(Placement::Gpu { first, dtype })
 }
 
 /// Returns the number of cores this process may use.

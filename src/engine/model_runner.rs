@@ -1,105 +1,291 @@
 //! One rank: owns its kernels, its part of the model and its KV cache, and runs batches.
+//!
+//! On a GPU a step whose sequences all have one token is padded to a bucket and replayed as a
+//! recorded graph; the first step of a bucket runs as it is and is recorded afterwards.
 
-use std::ops::Range;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::thread::JoinHandle;
 
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
 use crate::distributed::Comm;
-use crate::kernels::{Kernels, KvBlocks};
+use crate::kernels::{AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks};
 use crate::layers::{ForwardContext, Loader};
 use crate::models::{Decoder, ModelConfig};
 use crate::weights::ModelSource;
 
 use super::EngineError;
 use super::batch::StepInput;
+use super::config::Graphs;
 
 /// Rows of logits computed at a time: bounds their memory at 64 · vocab_size · 4 bytes.
 const LOGITS_CHUNK: usize = 64;
+/// Bytes of the GPU's weights beside what the checkpoint counts: room that matrices leave.
+const WEIGHTS_SLACK: usize = 64 << 20;
+
+/// Where ranks compute.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Placement {
+    /// With this many threads each.
+    Cpu { num_threads: usize },
+    /// Rank r on GPU `first + r`, in `dtype`.
+    Gpu { first: usize, dtype: DType },
+}
 
 /// What every rank needs to start.
 #[derive(Clone)]
 pub(super) struct RunnerConfig {
     pub(super) checkpoint: Arc<dyn ModelSource>,
     pub(super) model: ModelConfig,
+    /// The longest sequence that may be asked for.
     pub(super) max_model_len: usize,
-    pub(super) num_threads: usize,
-    pub(super) num_blocks: usize,
+    pub(super) placement: Placement,
     pub(super) block_size: usize,
     pub(super) kv_dtype: DType,
+    pub(super) max_num_tokens: usize,
+    pub(super) max_num_seqs: usize,
+    pub(super) graphs: Graphs,
+}
+
+/// What a row of logits came to.
+pub(super) enum RowOutput<'a> {
+    /// The logits, f32 `[vocab_size]`.
+    Logits(&'a [f32]),
+    /// A token that the device drew.
+    Drawn(Drawn),
+}
+
+/// A step of one bucket, recorded.
+struct RecordedStep {
+    graph: Graph,
+    logits: Tensor,
 }
 
 /// One rank's model and cache. Stays on the thread that made it.
 pub(super) struct ModelRunner {
+    config: RunnerConfig,
     kernels: Kernels,
     comm: Comm,
     decoder: Decoder,
     kv_cache: Vec<KvBlocks>,
+    recorded: HashMap<usize, RecordedStep>,
 }
 
 impl ModelRunner {
-    /// Loads this rank's part and allocates its KV cache.
+    /// Loads this rank's part; the KV cache comes with [`Self::allocate_kv_cache`].
     pub(super) fn load(
         config: &RunnerConfig,
         comm: Comm,
     ) -> std::result::Result<Self, EngineError> {
-        let kernels = Kernels::cpu(config.num_threads)?;
-        let loader = Loader::new(
-            &*config.checkpoint,
-            &kernels,
-            comm.rank(),
-            comm.world_size(),
-        );
+        let world_size = comm.world_size();
+        let kernels = match config.placement {
+            Placement::Cpu { num_threads } => Kernels::cpu(num_threads)?,
+            Placement::Gpu { first, dtype } => Kernels::cuda(&DeviceOptions {
+                ordinal: first + comm.rank(),
+                dtype,
+                max_num_tokens: config.max_num_tokens,
+                max_num_sequences: config.max_num_seqs,
+                max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
+                num_kv_heads: (config.model.num_kv_heads / world_size).max(1),
+                vocab_size: config.model.vocab_size,
+            })?,
+        };
+        let num_parameters = config.checkpoint.num_parameters() as usize;
+        kernels.reserve_weights(2 * num_parameters / world_size + WEIGHTS_SLACK)?;
+        let loader = Loader::new(&*config.checkpoint, &kernels, comm.rank(), world_size);
         let decoder = Decoder::load(&loader, &config.model, config.max_model_len)?;
-        let kv_cache = (0..config.model.num_layers)
-            .map(|_| {
-                kernels.new_kv_blocks(
-                    config.num_blocks,
-                    config.block_size,
-                    decoder.num_kv_heads(),
-                    config.model.head_dim,
-                    config.kv_dtype,
-                )
-            })
-            .collect::<Result<_>>()?;
+        kernels.synchronize()?;
         Ok(Self {
+            config: config.clone(),
             kernels,
             comm,
             decoder,
-            kv_cache,
+            kv_cache: Vec::new(),
+            recorded: HashMap::new(),
         })
     }
 
-    /// Runs one step and hands the logits over in chunks of rows: `on_logits(rows, values)` with
-    /// `values` f32 `[rows, vocab_size]` flat, `rows` indexing `input.logits_rows`.
+    /// Runs the largest step once on a cache of one block and returns free and total bytes of
+    /// the GPU after it; none on the CPU.
+    pub(super) fn measure_memory(&mut self) -> Result<Option<(u64, u64)>> {
+        if !self.kernels.is_on_gpu() {
+            return Ok(None);
+        }
+        self.allocate_kv_cache(1)?;
+        let (tokens, sequences) = (self.config.max_num_tokens, self.config.max_num_seqs);
+        let input = StepInput::largest(tokens, sequences, self.config.block_size);
+        self.run(&input, |_, _| {})?;
+        self.kv_cache.clear();
+        self.recorded.clear();
+        self.kernels.settle_activations()?;
+        self.kernels.gpu_memory()
+    }
+
+    /// Allocates the KV cache.
+    pub(super) fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<()> {
+        let sizes = [
+            num_blocks,
+            self.config.block_size,
+            self.decoder.num_kv_heads(),
+            self.config.model.head_dim,
+        ];
+        let num_layers = self.config.model.num_layers;
+        // Recorded steps write to the cache that goes.
+        self.recorded.clear();
+        self.kv_cache = self
+            .kernels
+            .new_kv_cache(num_layers, sizes, self.config.kv_dtype)?;
+        Ok(())
+    }
+
+    /// Runs one step and hands over what became of each row of `input.logits_rows`, in order.
     pub(super) fn run(
         &mut self,
         input: &StepInput,
-        mut on_logits: impl FnMut(Range<usize>, &[f32]),
+        mut on_row: impl FnMut(usize, RowOutput<'_>),
     ) -> Result<()> {
+        self.kernels
+            .copy_blocks(&mut self.kv_cache, &input.block_copies)?;
+        match self.kernels.is_on_gpu() {
+            true => self.run_on_gpu(input, on_row),
+            false => {
+                let hidden = self.forward(input, &input.attention)?;
+                let rows = &input.logits_rows;
+                for (chunk, rows) in rows.chunks(LOGITS_CHUNK).enumerate() {
+                    let selected = self.kernels.gather_rows(&hidden, rows)?;
+                    let logits = self.logits(&selected, &input.attention)?;
+                    with_values(&logits, |values| {
+                        let width = values.len() / rows.len();
+                        for (i, values) in values.chunks_exact(width).enumerate() {
+                            on_row(chunk * LOGITS_CHUNK + i, RowOutput::Logits(values));
+                        }
+                    })?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn run_on_gpu(
+        &mut self,
+        input: &StepInput,
+        mut on_row: impl FnMut(usize, RowOutput<'_>),
+    ) -> Result<()> {
+        let num_rows = input.logits_rows.len();
+        let bucket = input
+            .num_decodes()
+            .and_then(|num| self.config.graphs.bucket(num))
+            .map(|bucket| bucket.min(self.config.max_num_seqs));
+        let mut batch = input.attention.clone();
+        self.kernels
+            .stage(&input.input_ids, &mut batch, &input.logits_rows, bucket)?;
+        if let Some(bucket) = bucket {
+            let logits = self.run_bucket(bucket, input, &batch)?;
+            return self.read_rows(&logits, 0..num_rows, input, &mut on_row);
+        }
+        let hidden = self.forward(input, &batch)?;
+        if num_rows == 0 {
+            // The next step is staged where this one lies.
+            return self.kernels.synchronize();
+        }
+        for start in (0..num_rows).step_by(self.config.max_num_seqs) {
+            let rows = start..(start + self.config.max_num_seqs).min(num_rows);
+            let selected = self
+                .kernels
+                .gather_logits_rows(&hidden, &batch, rows.clone())?;
+            let logits = self.logits(&selected, &batch)?;
+            self.read_rows(&logits, rows, input, &mut on_row)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a step of one bucket: as recorded, or the first time as it is.
+    fn run_bucket(
+        &mut self,
+        bucket: usize,
+        input: &StepInput,
+        batch: &AttentionBatch,
+    ) -> Result<Tensor> {
+        if let Some(step) = self.recorded.get(&bucket) {
+            self.kernels.replay(&step.graph)?;
+            return Ok(step.logits.clone());
+        }
+        let step = |runner: &mut Self| {
+            let hidden = runner.forward(input, batch)?;
+            runner.logits(&hidden, batch)
+        };
+        // Makes the allocator's pool large enough and lets cuBLAS choose; then the same again
+        // is only recorded.
+        let logits = step(self)?;
+        self.kernels.synchronize()?;
+        let kernels = self.kernels.clone();
+        let (graph, recorded) = kernels.record(|| step(self))?;
+        self.recorded.insert(
+            bucket,
+            RecordedStep {
+                graph,
+                logits: recorded,
+            },
+        );
+        Ok(logits)
+    }
+
+    fn forward(&mut self, input: &StepInput, batch: &AttentionBatch) -> Result<Tensor> {
         let context = ForwardContext {
             kernels: &self.kernels,
             comm: &self.comm,
-            batch: &input.attention,
+            batch,
         };
-        for kv_blocks in &mut self.kv_cache {
-            self.kernels.copy_blocks(kv_blocks, &input.block_copies)?;
+        self.decoder
+            .forward(&input.input_ids, &context, &mut self.kv_cache)
+    }
+
+    fn logits(&self, hidden: &Tensor, batch: &AttentionBatch) -> Result<Tensor> {
+        let context = ForwardContext {
+            kernels: &self.kernels,
+            comm: &self.comm,
+            batch,
+        };
+        self.decoder.logits(hidden, &context)
+    }
+
+    /// Draws from the rows that ask for it and copies the others to the host.
+    fn read_rows(
+        &self,
+        logits: &Tensor,
+        rows: std::ops::Range<usize>,
+        input: &StepInput,
+        on_row: &mut impl FnMut(usize, RowOutput<'_>),
+    ) -> Result<()> {
+        if self.comm.rank() != 0 {
+            return self.kernels.synchronize();
         }
-        let hidden = self
-            .decoder
-            .forward(&input.input_ids, &context, &mut self.kv_cache)?;
-        for start in (0..input.logits_rows.len()).step_by(LOGITS_CHUNK) {
-            let rows = start..(start + LOGITS_CHUNK).min(input.logits_rows.len());
-            let selected = self
-                .kernels
-                .gather_rows(&hidden, &input.logits_rows[rows.clone()])?;
-            let logits = self.decoder.logits(&selected, &context)?;
-            with_values(&logits, |values| on_logits(rows, values))?;
+        let draws = &input.draws[rows.clone()];
+        let drawn = match draws.iter().any(Option::is_some) {
+            true => self.kernels.sample(logits, draws)?,
+            false => vec![None; draws.len()],
+        };
+        for (i, drawn) in drawn.into_iter().enumerate() {
+            match drawn {
+                Some(drawn) => on_row(rows.start + i, RowOutput::Drawn(drawn)),
+                None => {
+                    let values = self.kernels.read_rows(&logits.narrow(0, i, 1)?, 1)?;
+                    on_row(rows.start + i, RowOutput::Logits(&values));
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Returns whether tokens are drawn by [`crate::kernels::Draw`].
+    pub(super) fn draws_on_device(&self) -> bool {
+        self.kernels.is_on_gpu()
+    }
+
+    /// Fills a penalty slot of the device.
+    pub(super) fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()> {
+        self.kernels.mark_tokens(slot, prompt, drawn)
     }
 }
 
@@ -111,95 +297,6 @@ fn with_values(tensor: &Tensor, read: impl FnOnce(&[f32])) -> Result<()> {
         _ => candle_core::bail!("logits must be a contiguous f32 tensor on the CPU"),
     }
     Ok(())
-}
-
-/// All ranks of an engine: rank 0 on the calling thread, the others on threads of their own.
-pub(super) struct Ranks {
-    first: ModelRunner,
-    others: Vec<(mpsc::Sender<Arc<StepInput>>, JoinHandle<()>)>,
-}
-
-impl Ranks {
-    /// Loads every rank's part, all at once.
-    pub(super) fn load(
-        config: &RunnerConfig,
-        tensor_parallel_size: usize,
-    ) -> std::result::Result<Self, EngineError> {
-        let mut comms = Comm::local_group(tensor_parallel_size).into_iter();
-        let first_comm = comms.next().ok_or(EngineError::InvalidOption {
-            option: "tensor-parallel-size",
-            wanted: "at least 1".to_owned(),
-            found: 0,
-        })?;
-        let mut others = Vec::new();
-        let (loaded, outcomes) = mpsc::channel();
-        for comm in comms {
-            let (steps, inputs) = mpsc::channel::<Arc<StepInput>>();
-            let (config, loaded) = (config.clone(), loaded.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("rank-{}", comm.rank()))
-                .spawn(move || run_rank(&config, comm, &loaded, &inputs))
-                .map_err(|source| EngineError::Thread { source })?;
-            others.push((steps, thread));
-        }
-        let first = ModelRunner::load(config, first_comm)?;
-        for _ in &others {
-            // Every rank sends exactly once, or ends and leaves the channel short.
-            outcomes
-                .recv()
-                .unwrap_or_else(|_| Err(EngineError::died("a rank ended while loading")))?;
-        }
-        Ok(Self { first, others })
-    }
-
-    /// Runs one step on every rank; logits arrive on the calling thread.
-    pub(super) fn run(
-        &mut self,
-        input: StepInput,
-        on_logits: impl FnMut(Range<usize>, &[f32]),
-    ) -> Result<()> {
-        let input = Arc::new(input);
-        for (steps, _) in &self.others {
-            // A rank that ended makes the first collective fail with its number.
-            let _ = steps.send(Arc::clone(&input));
-        }
-        self.first.run(&input, on_logits)
-    }
-}
-
-impl Drop for Ranks {
-    fn drop(&mut self) {
-        for (steps, thread) in self.others.drain(..) {
-            drop(steps);
-            // A rank that panicked has already been reported through its collective.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn run_rank(
-    config: &RunnerConfig,
-    comm: Comm,
-    loaded: &mpsc::Sender<std::result::Result<(), EngineError>>,
-    inputs: &mpsc::Receiver<Arc<StepInput>>,
-) {
-    let rank = comm.rank();
-    let mut runner = match ModelRunner::load(config, comm) {
-        Ok(runner) => {
-            let _ = loaded.send(Ok(()));
-            runner
-        }
-        Err(error) => {
-            let _ = loaded.send(Err(error));
-            return;
-        }
-    };
-    while let Ok(input) = inputs.recv() {
-        if let Err(error) = runner.run(&input, |_, _| {}) {
-            tracing::error!(rank, %error, "a step failed");
-            return;
-        }
-    }
 }
 
 /// Returns the dtype whose name decides the KV cache's: that of the first attention weight.

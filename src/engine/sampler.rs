@@ -20,9 +20,14 @@
 //! 4. The token is the first in ascending id whose running sum of weights, its own included,
 //!    exceeds `u · total`.
 //!
+//! On a GPU the kernels draw by the same rules ([`SequenceSampler::device_draw`]); this file stays
+//! the reference and draws what they cannot.
+//!
 //! Knows no tensor and no sequence; the run loop owns one [`SequenceSampler`] a sequence.
 
 use std::collections::HashMap;
+
+use crate::kernels::{Draw, DrawOutcome, Drawn, MAX_TOP_LOGPROBS};
 
 use super::request::{SamplingParams, TokenLogprobs};
 
@@ -140,7 +145,88 @@ impl SequenceSampler {
         Ok(Sampled { token_id, logprobs })
     }
 
-    fn has_penalty(&self) -> bool {
+    /// Returns how the device draws output token number `output_index`, with the penalty slot that
+    /// it keeps for this sequence; none where it cannot, so that [`Self::sample`] must.
+    pub(super) fn device_draw(
+        &self,
+        output_index: usize,
+        penalty_slot: Option<usize>,
+    ) -> Option<Draw> {
+        let params = &self.params;
+        let too_many_logprobs = params.logprobs.is_some_and(|num| num > MAX_TOP_LOGPROBS);
+        if too_many_logprobs || (self.has_penalty() && penalty_slot.is_none()) {
+            return None;
+        }
+        let holds_back = output_index < params.min_tokens;
+        let held_back: &[u32] = if holds_back {
+            &self.ending_token_ids
+        } else {
+            &[]
+        };
+        let mut biases: Vec<(u32, f32)> = held_back
+            .iter()
+            .map(|&token_id| (token_id, select::DROPPED))
+            .collect();
+        biases.extend(
+            params
+                .logit_bias
+                .iter()
+                .filter(|(id, _)| !held_back.contains(id)),
+        );
+        biases.sort_unstable_by_key(|&(token_id, _)| token_id);
+        biases.dedup_by_key(|&mut (token_id, _)| token_id);
+        Some(Draw {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            typical_p: params.typical_p,
+            repetition_penalty: params.repetition_penalty,
+            frequency_penalty: params.frequency_penalty,
+            presence_penalty: params.presence_penalty,
+            seed: self.seed,
+            output_index: output_index as u64,
+            penalty_slot,
+            num_logprobs: params.logprobs,
+            biases,
+        })
+    }
+
+    /// Notes and checks what the device drew.
+    ///
+    /// # Errors
+    /// As [`Self::sample`].
+    pub(super) fn note_drawn(&mut self, drawn: Drawn) -> Result<Sampled, SampleError> {
+        let Drawn { token_id, .. } = drawn;
+        match drawn.outcome {
+            DrawOutcome::Drawn => {}
+            DrawOutcome::NotFinite => {
+                let logit = drawn.logprob;
+                return Err(SampleError::NotFinite { token_id, logit });
+            }
+            DrawOutcome::NothingLeft => return Err(SampleError::NothingLeft),
+        }
+        if self.has_penalty() {
+            *self.num_drawn.entry(token_id).or_default() += 1;
+        }
+        let logprobs = self.params.logprobs.map(|_| TokenLogprobs {
+            token_id,
+            logprob: drawn.logprob,
+            rank: drawn.rank,
+            top: drawn.top,
+        });
+        Ok(Sampled { token_id, logprobs })
+    }
+
+    /// Returns what penalties have seen: tokens of the prompt, and drawn ones as often as drawn.
+    pub(super) fn seen_tokens(&self) -> (Vec<u32>, Vec<u32>) {
+        let prompt = self.num_drawn.keys().copied().collect();
+        let repeated = |(&token_id, &num)| std::iter::repeat_n(token_id, num as usize);
+        (prompt, self.num_drawn.iter().flat_map(repeated).collect())
+    }
+
+    /// Returns whether a token's past changes its logit.
+    pub(super) fn has_penalty(&self) -> bool {
         let params = &self.params;
         params.repetition_penalty != 1.0
             || params.frequency_penalty != 0.0

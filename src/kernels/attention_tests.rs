@@ -127,8 +127,9 @@ impl World {
         } = self.case;
         let num_blocks = self.tables.iter().map(Vec::len).sum();
         kernels
-            .new_kv_blocks(num_blocks, block_size, num_kv_heads, head_dim, dtype)
+            .new_kv_cache(1, [num_blocks, block_size, num_kv_heads, head_dim], dtype)
             .unwrap()
+            .remove(0)
     }
 
     /// Runs one step of some pieces and returns each piece's output rows.
@@ -176,8 +177,7 @@ impl World {
             eps: 1e-6,
             cos: &cos,
             sin: &sin,
-            positions: &batch.positions,
-            slot_mapping: &batch.slot_mapping,
+            batch: &batch,
         };
         let qkv = tensor(&qkv, &[batch.positions.len(), self.case.width()]);
         let q = kernels.rope_and_cache(&qkv, &args, kv).unwrap();
@@ -308,10 +308,18 @@ fn a_query_has_the_same_bits_however_its_prompt_is_cut() {
 #[test]
 fn bad_slots_positions_and_blocks_are_refused() {
     let kernels = Kernels::cpu(1).unwrap();
-    let mut kv = kernels.new_kv_blocks(2, 16, 1, 4, DType::F32).unwrap();
+    let mut kv = kernels
+        .new_kv_cache(1, [2, 16, 1, 4], DType::F32)
+        .unwrap()
+        .remove(0);
     let table = tensor(&[0.5; 20], &[10, 2]);
     let qkv = tensor(&[0.5; 24], &[2, 12]);
     let rope = |kv: &mut KvBlocks, positions: &[u32], slot_mapping: &[u32]| {
+        let batch = AttentionBatch {
+            positions: positions.to_vec(),
+            slot_mapping: slot_mapping.to_vec(),
+            ..AttentionBatch::default()
+        };
         let args = RopeAndCache {
             num_heads: 1,
             num_kv_heads: 1,
@@ -321,8 +329,7 @@ fn bad_slots_positions_and_blocks_are_refused() {
             eps: 1e-6,
             cos: &table,
             sin: &table,
-            positions,
-            slot_mapping,
+            batch: &batch,
         };
         kernels.rope_and_cache(&qkv, &args, kv)
     };
@@ -343,6 +350,7 @@ fn bad_slots_positions_and_blocks_are_refused() {
         cu_blocks: vec![0, 1],
         positions: vec![0, 1],
         slot_mapping: vec![0, 1],
+        staged: None,
     };
     let attend = |batch: &AttentionBatch| kernels.paged_attention(&q, &kv, batch, 1, 1.0);
     assert!(attend(&batch).is_ok());
@@ -361,5 +369,5 @@ fn bad_slots_positions_and_blocks_are_refused() {
         ..batch
     };
     assert!(attend(&short_table).is_err());
-    assert!(kernels.new_kv_blocks(2, 8, 1, 4, DType::F32).is_err());
+    assert!(kernels.new_kv_cache(1, [2, 8, 1, 4], DType::F32).is_err());
 }

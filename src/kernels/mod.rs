@@ -1,18 +1,26 @@
-//! One safe function an operation, on the CPU now, on CUDA later.
+//! One safe function an operation, on the CPU or on a GPU.
 //!
-//! [`Kernels`] is one rank's handle: its threads and its instruction set. Every method checks
-//! dtypes, contiguity, shapes and indices before any unsafe code runs. Activations are `f32`
-//! candle tensors `[tokens, width]`; weights are [`Matrix`], in the checkpoint's precision or in
-//! GGML blocks; keys and values live in [`KvBlocks`], one for each layer. It knows nothing of
-//! layers or ranks; `layers` and `engine` call it.
+//! [`Kernels`] is one rank's handle: its threads and its instruction set, or its GPU (feature
+//! `cuda`). Every method checks dtypes, contiguity, shapes and indices before any unsafe code
+//! runs. Activations are candle tensors `[tokens, width]`, `f32` on the CPU, `f16` or `bf16` on a
+//! GPU; weights are [`Matrix`], on the CPU in the checkpoint's precision or in GGML blocks; keys
+//! and values live in [`KvBlocks`], one for each layer. It knows nothing of layers or ranks;
+//! `layers` and `engine` call it.
 //!
-//! A row's result has the same bits alone and in any batch, for every method: sums run in an
-//! order that depends on the row's own shape and positions only.
+//! On the CPU a row's result has the same bits alone and in any batch, for every method: sums run
+//! in an order that depends on the row's own shape and positions only. On a GPU the number of
+//! rows decides which kernel multiplies, so that bits may differ between batch sizes.
 
 #[cfg(test)]
 mod attention_tests;
 mod check;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_disabled.rs"]
+mod cuda;
+mod device;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -24,46 +32,100 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use check::F32View;
 use cpu::{AttentionInputs, Cpu, CpuKv, CpuMatrix, CpuRuntime, KvType, RopeInputs};
+use cuda::{Gpu, GpuKv, GpuMatrix};
 use std::sync::Arc;
 
 pub use cpu::SimdLevel;
+pub use device::{DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, Staged};
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 
 /// One rank's kernels and its threads. Cheap to clone.
 #[derive(Clone)]
 pub struct Kernels {
     runtime: Arc<CpuRuntime>,
+    /// Where everything but training runs, if there is one.
+    gpu: Option<Arc<Gpu>>,
     device: Device,
 }
 
-/// Weights `[rows, cols]` in the form that the kernels read: dense ones as they lie in the file,
-/// blocks repacked, without loss.
-pub struct Matrix(CpuMatrix);
+/// Weights `[rows, cols]` in the form that the kernels read: on the CPU dense ones as they lie in
+/// the file and blocks repacked, without loss; on a GPU of the computing type.
+pub struct Matrix(MatrixData);
+
+enum MatrixData {
+    Cpu(CpuMatrix),
+    Gpu(GpuMatrix),
+}
 
 impl Matrix {
     /// Returns the number of rows, a linear layer's outputs.
     pub fn rows(&self) -> usize {
-        self.0.rows
+        match &self.0 {
+            MatrixData::Cpu(matrix) => matrix.rows,
+            MatrixData::Gpu(matrix) => matrix.rows,
+        }
     }
 
     /// Returns the number of columns, a linear layer's inputs.
     pub fn cols(&self) -> usize {
-        self.0.cols
+        match &self.0 {
+            MatrixData::Cpu(matrix) => matrix.cols,
+            MatrixData::Gpu(matrix) => matrix.cols,
+        }
+    }
+
+    fn cpu(&self) -> Result<&CpuMatrix> {
+        match &self.0 {
+            MatrixData::Cpu(matrix) => Ok(matrix),
+            MatrixData::Gpu(_) => bail!("a matrix of the GPU in a kernel of the CPU"),
+        }
+    }
+
+    fn gpu(&self) -> Result<&GpuMatrix> {
+        match &self.0 {
+            MatrixData::Gpu(matrix) => Ok(matrix),
+            MatrixData::Cpu(_) => bail!("a matrix of the CPU in a kernel of the GPU"),
+        }
+    }
+
+    fn into_gpu(self) -> Result<GpuMatrix> {
+        match self.0 {
+            MatrixData::Gpu(matrix) => Ok(matrix),
+            MatrixData::Cpu(_) => bail!("a matrix of the CPU in a kernel of the GPU"),
+        }
     }
 }
 
 /// Keys and values of one layer, in blocks of tokens.
-pub struct KvBlocks(CpuKv);
+pub struct KvBlocks(KvData);
+
+enum KvData {
+    Cpu(CpuKv),
+    Gpu(GpuKv),
+}
 
 impl KvBlocks {
     /// Returns the number of blocks.
     pub fn num_blocks(&self) -> usize {
-        self.0.num_blocks
+        match &self.0 {
+            KvData::Cpu(kv) => kv.num_blocks,
+            KvData::Gpu(kv) => kv.num_blocks,
+        }
     }
 
     /// Returns the tokens of a block.
     pub fn block_size(&self) -> usize {
-        self.0.block_size
+        match &self.0 {
+            KvData::Cpu(kv) => kv.block_size,
+            KvData::Gpu(kv) => kv.block_size,
+        }
+    }
+
+    fn gpu(&self) -> Result<&GpuKv> {
+        match &self.0 {
+            KvData::Gpu(kv) => Ok(kv),
+            KvData::Cpu(_) => bail!("a KV cache of the CPU in a kernel of the GPU"),
+        }
     }
 }
 
@@ -85,10 +147,8 @@ pub struct RopeAndCache<'a> {
     pub cos: &'a Tensor,
     /// Sines `[max_positions, head_dim / 2]`.
     pub sin: &'a Tensor,
-    /// Position of each token.
-    pub positions: &'a [u32],
-    /// Cache slot of each token, `block * block_size + offset`; all distinct.
-    pub slot_mapping: &'a [u32],
+    /// Each token's position, and its cache slot `block * block_size + offset`, all distinct.
+    pub batch: &'a AttentionBatch,
 }
 
 /// One batch of prefill chunks and decodes, mixed: n sequences, m tokens.
@@ -106,6 +166,8 @@ pub struct AttentionBatch {
     pub positions: Vec<u32>,
     /// Cache slot of each token; m.
     pub slot_mapping: Vec<u32>,
+    /// The same on the GPU, once [`Kernels::stage`] has put it there.
+    pub staged: Option<Staged>,
 }
 
 impl Kernels {
@@ -127,6 +189,7 @@ impl Kernels {
     pub fn cpu_with(num_threads: usize, level: SimdLevel) -> Result<Self> {
         Ok(Self {
             runtime: Arc::new(CpuRuntime::new(num_threads, level)?),
+            gpu: None,
             device: Device::Cpu,
         })
     }
@@ -164,18 +227,26 @@ impl Kernels {
         cols: usize,
         data: Bytes,
     ) -> Result<Matrix> {
-        CpuMatrix::load(self.get(), dtype, [rows, cols], data).map(Matrix)
+        Ok(Matrix(match &self.gpu {
+            Some(gpu) => MatrixData::Gpu(gpu.load_matrix(self.get(), dtype, [rows, cols], data)?),
+            None => MatrixData::Cpu(CpuMatrix::load(self.get(), dtype, [rows, cols], data)?),
+        }))
     }
 
-    /// Loads a vector of `len` elements of any type that [`Kernels::load_matrix`] takes, as `f32`.
+    /// Loads a vector of `len` elements of any type that [`Kernels::load_matrix`] takes, as `f32`,
+    /// on a GPU in the computing type.
     ///
     /// # Errors
     ///
     /// As [`Kernels::load_matrix`].
     pub fn load_vector(&self, dtype: GgmlDType, len: usize, data: &[u8]) -> Result<Tensor> {
-        let row = self.load_matrix(dtype, 1, len, Bytes::copy_from_slice(data))?;
-        let values = cpu::embedding(self.get(), &[0], &row.0, 0);
-        Tensor::from_vec(values, len, &self.device)
+        let data = Bytes::copy_from_slice(data);
+        let row = CpuMatrix::load(self.get(), dtype, [1, len], data)?;
+        let values = cpu::embedding(self.get(), &[0], &row, 0);
+        let values = Tensor::from_vec(values, len, &Device::Cpu)?;
+        self.gpu
+            .as_ref()
+            .map_or(Ok(values.clone()), |gpu| gpu.vector(&values))
     }
 
     /// Returns `x Wᵀ + bias`, `[m, Σ rows]`, for `x: [m, cols]`, the row-wise concatenation W of
@@ -196,13 +267,22 @@ impl Kernels {
                 other.cols()
             );
         }
+        if let Some(gpu) = &self.gpu {
+            let [weight] = parts else {
+                bail!("matrices must be joined before a GPU multiplies by them");
+            };
+            return gpu.matmul(x, weight.gpu()?, bias);
+        }
         let num_rows = check::rows_of("x", x, cols)?;
         let width = parts.iter().map(|part| part.rows()).sum();
         let x = F32View::new("x", x)?;
         let bias = bias
             .map(|bias| F32View::shaped("bias", bias, &[width]))
             .transpose()?;
-        let matrices: Vec<&CpuMatrix> = parts.iter().map(|part| &part.0).collect();
+        let matrices = parts
+            .iter()
+            .map(|part| part.cpu())
+            .collect::<Result<Vec<_>>>()?;
         let bias = bias.as_ref().map(F32View::get);
         let out = cpu::matmul(self.get(), x.get(), &matrices, bias);
         self.tensor(out, [num_rows, width])
@@ -215,7 +295,7 @@ impl Kernels {
     ///
     /// When the tensor cannot be made.
     pub fn embedding(&self, ids: &[u32], table: &Matrix, vocab_start: usize) -> Result<Tensor> {
-        let out = cpu::embedding(self.get(), ids, &table.0, vocab_start);
+        let out = cpu::embedding(self.get(), ids, table.cpu()?, vocab_start);
         self.tensor(out, [ids.len(), table.cols()])
     }
 
@@ -226,6 +306,9 @@ impl Kernels {
     ///
     /// When shapes or dtypes disagree.
     pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        if let Some(gpu) = &self.gpu {
+            return gpu.rms_norm(x, weight, eps);
+        }
         let width = weight.elem_count();
         let num_rows = check::rows_of("x", x, width)?;
         let (x, weight) = (F32View::new("x", x)?, norm_weight(weight, width)?);
@@ -245,6 +328,9 @@ impl Kernels {
         weight: &Tensor,
         eps: f32,
     ) -> Result<(Tensor, Tensor)> {
+        if let Some(gpu) = &self.gpu {
+            return gpu.add_rms_norm(x, residual, weight, eps);
+        }
         let width = weight.elem_count();
         let num_rows = check::rows_of("x", x, width)?;
         let residual = F32View::shaped("residual", residual, x.dims())?;
@@ -263,6 +349,9 @@ impl Kernels {
         let (num_rows, width) = gate_up.dims2()?;
         if !width.is_multiple_of(2) || width == 0 {
             bail!("gate_up must have an even width, got {width}");
+        }
+        if let Some(gpu) = &self.gpu {
+            return gpu.silu_and_mul(gate_up);
         }
         let gate_up = F32View::new("gate_up", gate_up)?;
         let out = cpu::silu_and_mul(self.get(), gate_up.get(), width / 2);
@@ -292,48 +381,44 @@ impl Kernels {
         self.tensor(out, [rows.len(), width])
     }
 
-    /// Reserves the keys and values of one layer, zeroed, in `f32` or `f16`. The operating
-    /// system provides the memory when it is first written.
+    /// Reserves the keys and values of `num_layers` layers, zeroed: on the CPU in `f32` or `f16`,
+    /// and the operating system provides the memory when it is first written; on a GPU in the
+    /// computing type.
+    ///
+    /// `sizes` are `[num_blocks, block_size, num_kv_heads, head_dim]`.
     ///
     /// # Errors
     ///
-    /// When `block_size` is not a multiple of 16, a size is 0 or `dtype` is another.
-    pub fn new_kv_blocks(
+    /// When the block size is not a multiple of 16 (on a GPU a power of two), a size is 0, `dtype`
+    /// is another, or a GPU has no kernel for the head size or too little memory.
+    pub fn new_kv_cache(
         &self,
-        num_blocks: usize,
-        block_size: usize,
-        num_kv_heads: usize,
-        head_dim: usize,
+        num_layers: usize,
+        sizes: [usize; 4],
         dtype: DType,
-    ) -> Result<KvBlocks> {
+    ) -> Result<Vec<KvBlocks>> {
+        let block_size = sizes[1];
         if !block_size.is_multiple_of(16) {
             bail!("block_size must be a multiple of 16, got {block_size}");
         }
-        let sizes = [num_blocks, block_size, num_kv_heads, head_dim];
         if sizes.contains(&0) {
             bail!("a KV cache of [blocks, block_size, kv_heads, head_dim] = {sizes:?}");
+        }
+        if let Some(gpu) = &self.gpu {
+            let layers = gpu.new_kv_cache(num_layers, sizes)?;
+            return Ok(layers
+                .into_iter()
+                .map(|kv| KvBlocks(KvData::Gpu(kv)))
+                .collect());
         }
         let dtype = match dtype {
             DType::F32 => KvType::F32,
             DType::F16 => KvType::F16,
             other => bail!("the KV cache on the CPU is f32 or f16, got {other:?}"),
         };
-        Ok(KvBlocks(CpuKv::new(sizes, dtype)))
-    }
-
-    /// Copies keys and values of whole blocks, one `(source, target)` after the other.
-    ///
-    /// # Errors
-    /// A block outside the cache.
-    pub fn copy_blocks(&self, kv: &mut KvBlocks, copies: &[(u32, u32)]) -> Result<()> {
-        for &(source, target) in copies {
-            let num_blocks = kv.0.num_blocks;
-            if source.max(target) as usize >= num_blocks {
-                bail!("copy of block {source} to {target} in a cache of {num_blocks} blocks");
-            }
-            kv.0.copy_block(source as usize, target as usize);
-        }
-        Ok(())
+        Ok((0..num_layers)
+            .map(|_| KvBlocks(KvData::Cpu(CpuKv::new(sizes, dtype))))
+            .collect())
     }
 
     /// Takes `qkv: [m, (num_heads + 2 num_kv_heads) head_dim]`, norms queries and keys where a
@@ -355,20 +440,29 @@ impl Kernels {
             num_kv_heads,
             head_dim,
             eps,
+            batch,
             ..
         } = args;
-        let kv = &mut kv.0;
+        let kv = match &mut kv.0 {
+            KvData::Cpu(kv) => kv,
+            KvData::Gpu(kv) => {
+                let Some(gpu) = &self.gpu else {
+                    bail!("a KV cache of the GPU in a kernel of the CPU");
+                };
+                return gpu.rope_and_cache(qkv, args, batch.staged()?, kv);
+            }
+        };
         if (num_kv_heads, head_dim) != (kv.num_kv_heads, kv.head_dim) || head_dim % 2 == 1 {
             let (heads, dim) = (kv.num_kv_heads, kv.head_dim);
             bail!("{num_kv_heads} kv heads of {head_dim} for a cache of {heads} of {dim}");
         }
         let num_tokens = check::rows_of("qkv", qkv, (num_heads + 2 * num_kv_heads) * head_dim)?;
-        check::has_len("positions", args.positions.len(), num_tokens)?;
-        check::has_len("slot_mapping", args.slot_mapping.len(), num_tokens)?;
+        check::has_len("positions", batch.positions.len(), num_tokens)?;
+        check::has_len("slot_mapping", batch.slot_mapping.len(), num_tokens)?;
         let (max_positions, half) = args.cos.dims2()?;
-        check::all_below("position", args.positions, max_positions)?;
-        check::all_below("slot", args.slot_mapping, kv.num_slots())?;
-        check::all_distinct("slot", args.slot_mapping)?;
+        check::all_below("position", &batch.positions, max_positions)?;
+        check::all_below("slot", &batch.slot_mapping, kv.num_slots())?;
+        check::all_distinct("slot", &batch.slot_mapping)?;
         if half != head_dim / 2 {
             bail!("cos must have {} columns, got {half}", head_dim / 2);
         }
@@ -391,8 +485,8 @@ impl Kernels {
             eps,
             cos: cos.get(),
             sin: sin.get(),
-            positions: args.positions,
-            slot_mapping: args.slot_mapping,
+            positions: &batch.positions,
+            slot_mapping: &batch.slot_mapping,
         };
         let out = cpu::rope_and_cache(self.get(), &inputs, kv);
         self.tensor(out, [num_tokens, num_heads * head_dim])
@@ -414,7 +508,13 @@ impl Kernels {
         num_heads: usize,
         scale: f32,
     ) -> Result<Tensor> {
-        let kv = &kv.0;
+        let kv = match (&kv.0, &self.gpu) {
+            (KvData::Cpu(kv), _) => kv,
+            (KvData::Gpu(kv), Some(gpu)) => {
+                return gpu.paged_attention(q, kv, batch.staged()?, num_heads, scale);
+            }
+            (KvData::Gpu(_), None) => bail!("a KV cache of the GPU in a kernel of the CPU"),
+        };
         if num_heads == 0 || !num_heads.is_multiple_of(kv.num_kv_heads) {
             bail!(
                 "{num_heads} heads cannot share {} kv heads",

@@ -6,7 +6,7 @@
 
 use super::check::{self, F32Matrix, F32View};
 use super::cpu::{self, CrossEntropy, NormGradient, Rotation, Varlen, VarlenSaved};
-use super::{Kernels, Matrix, norm_weight};
+use super::{Kernels, Matrix, MatrixData, norm_weight};
 use candle_core::{Result, Tensor, bail};
 
 /// One linear of several that read the same input, with a term of low rank.
@@ -95,7 +95,10 @@ impl Kernels {
     /// Returns dense weights as they are and block formats as `f32`, for the products below.
     #[must_use]
     pub fn widen(&self, matrix: Matrix) -> Matrix {
-        Matrix(matrix.0.widened())
+        Matrix(match matrix.0 {
+            MatrixData::Cpu(matrix) => MatrixData::Cpu(matrix.widened()),
+            gpu @ MatrixData::Gpu(_) => gpu,
+        })
     }
 
     /// Returns `x Wᵀ + bias + low-rank term` of each part, side by side: `[m, Σ out]`.
@@ -115,7 +118,7 @@ impl Kernels {
                 .map(|bias| F32View::shaped("bias", bias, &[rows]))
                 .transpose()?;
             let bias = bias.as_ref().map(F32View::get);
-            out.write_linear(self.get(), &inputs, &part.weight.0, bias, col);
+            out.write_linear(self.get(), &inputs, part.weight.cpu()?, bias, col);
             if let Some(term) = &part.low_rank {
                 let (x, w) = low_rank(term, [num_rows, rows])?;
                 out.add(self.get(), &x, &w, term.scale, col);
@@ -143,7 +146,7 @@ impl Kernels {
             let rows = check_weight(part.weight, cols)?;
             let part_dy = dy.narrow(1, col, rows)?;
             let part_dy = F32Matrix::new("dy", &part_dy)?;
-            out.add_weight(self.get(), &part_dy, &part.weight.0);
+            out.add_weight(self.get(), &part_dy, part.weight.cpu()?);
             if let Some(term) = &part.low_rank {
                 let (x, w) = low_rank(term, [num_rows, cols])?;
                 out.add(self.get(), &x, &w, term.scale, 0);
@@ -348,7 +351,7 @@ impl Kernels {
         let hidden = F32View::new("hidden", hidden)?;
         let args = CrossEntropy {
             hidden: hidden.get(),
-            head: &head.0,
+            head: head.cpu()?,
             targets,
         };
         let (losses, gradient) = cpu::cross_entropy(self.get(), &args, scale);
@@ -401,7 +404,7 @@ fn check_weight(weight: &Matrix, cols: usize) -> Result<usize> {
     if weight.cols() != cols {
         bail!("a weight of {} columns for inputs of {cols}", weight.cols());
     }
-    if !weight.0.is_dense() {
+    if !weight.cpu()?.is_dense() {
         bail!("training multiplies dense weights; widen block formats first");
     }
     Ok(weight.rows())

@@ -133,8 +133,7 @@ impl Attention {
             eps: norms.map_or(0.0, |(_, _, eps)| *eps),
             cos: self.rotary.cos(),
             sin: self.rotary.sin(),
-            positions: &context.batch.positions,
-            slot_mapping: &context.batch.slot_mapping,
+            batch: context.batch,
         };
         let q = context.kernels.rope_and_cache(&qkv, &args, kv_blocks)?;
         let scale = 1.0 / (self.head_dim as f32).sqrt();

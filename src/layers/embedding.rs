@@ -42,9 +42,10 @@ impl VocabParallelEmbedding {
     /// # Errors
     /// When a rank has ended.
     pub fn forward(&self, ids: &[u32], context: &ForwardContext<'_>) -> Result<Tensor> {
-        let rows = context
-            .kernels
-            .embedding(ids, &self.table, self.vocab_start)?;
+        let rows =
+            context
+                .kernels
+                .embed_batch(ids, context.batch, &self.table, self.vocab_start)?;
         context.comm.all_reduce(&rows)
     }
 }
@@ -87,7 +88,7 @@ impl LmHead {
         context: &ForwardContext<'_>,
     ) -> Result<Tensor> {
         let weight = self.weight.as_ref().unwrap_or(&embedding.table);
-        let logits = context.kernels.matmul(x, &[weight], None)?;
+        let logits = context.kernels.logits(x, weight)?;
         context.comm.all_gather_columns(&logits)
     }
 }

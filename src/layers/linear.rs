@@ -46,27 +46,34 @@ impl ColumnParallel {
                 biases.push(layer.vector("bias", slice.out_features, slice.rows.clone())?);
             }
         }
+        let refused = |source| LayerError::Kernel {
+            tensor: loader.name().to_owned(),
+            source,
+        };
         let bias = match bias {
             Bias::Absent => None,
-            Bias::Present => {
-                Some(
-                    Tensor::cat(&biases, 0).map_err(|source| LayerError::Kernel {
-                        tensor: loader.at("bias").name().to_owned(),
-                        source,
-                    })?,
-                )
-            }
+            Bias::Present => Some(loader.kernels().join_vectors(&biases).map_err(refused)?),
         };
+        let parts = loader.kernels().join(parts).map_err(refused)?;
         Ok(Self { parts, bias })
     }
 
-    /// Returns `x · Wᵀ + b`: f32 `[tokens, in_features]` to `[tokens, Σ rows]`.
+    /// Returns `x · Wᵀ + b`: `[tokens, in_features]` to `[tokens, Σ rows]`.
     ///
     /// # Errors
     /// When `x` has another shape.
     pub fn forward(&self, x: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
         let parts: Vec<&Matrix> = self.parts.iter().collect();
         context.kernels.matmul(x, &parts, self.bias.as_ref())
+    }
+
+    /// Returns silu(first half) · second half of what [`Self::forward`] would return.
+    ///
+    /// # Errors
+    /// When `x` has another shape.
+    pub fn forward_silu(&self, x: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
+        let parts: Vec<&Matrix> = self.parts.iter().collect();
+        context.kernels.matmul_silu(x, &parts, self.bias.as_ref())
     }
 }
 

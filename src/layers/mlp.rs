@@ -45,8 +45,7 @@ impl Mlp {
     /// # Errors
     /// When a kernel or collective fails.
     pub fn forward(&self, x: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
-        let gate_up = self.gate_up.forward(x, context)?;
-        let activated = context.kernels.silu_and_mul(&gate_up)?;
+        let activated = self.gate_up.forward_silu(x, context)?;
         self.down.forward(&activated, context)
     }
 }

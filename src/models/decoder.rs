@@ -84,9 +84,11 @@ impl Decoder {
         context: &ForwardContext<'_>,
         kv_cache: &mut [KvBlocks],
     ) -> Result<Tensor> {
+        context.kernels.next_layer();
         let mut residual = self.embedding.forward(input_ids, context)?;
         let mut delta: Option<Tensor> = None;
         for (layer, kv_blocks) in self.layers.iter().zip(kv_cache) {
+            context.kernels.next_layer();
             (delta, residual) = layer.forward(delta, residual, context, kv_blocks)?;
         }
         let (hidden, _) = layer_input(&self.norm, delta, residual, context)?;

@@ -8,6 +8,7 @@ mod decoder;
 mod llama;
 mod qwen2;
 mod qwen3;
+mod tensors;
 
 pub use config::{Architecture, ModelConfig};
 pub use decoder::Decoder;

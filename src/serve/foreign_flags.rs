@@ -76,18 +76,12 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
         Ignored("ranks are threads of this process"),
     ),
     ("--uvicorn-log-level", One, Ignored("set RUST_LOG instead")),
-    (
-        "--gpu-memory-utilization",
-        One,
-        Ignored("set --kv-cache-memory-bytes instead"),
-    ),
     ("--cpu-offload-gb", One, Ignored(CPU)),
     (
         "--max-parallel-loading-workers",
         One,
         Ignored("weights are memory-mapped"),
     ),
-    ("--enforce-eager", Nothing, Ignored(ALWAYS)),
     ("--no-enforce-eager", Nothing, Ignored(CPU)),
     ("--cuda-graph-sizes", Many, Ignored(CPU)),
     ("--max-seq-len-to-capture", One, Ignored(REMOVED)),
@@ -249,11 +243,6 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
     ("--runner", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
     ("--task", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
     ("--convert", One, OnlyAs(&["auto", "none"], TEXT_ONLY)),
-    (
-        "--device",
-        One,
-        OnlyAs(&["auto", "cpu"], "this build runs on the CPU"),
-    ),
     (
         "--quantization",
         One,

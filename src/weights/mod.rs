@@ -10,6 +10,7 @@ mod convert;
 mod directory;
 mod disk;
 mod download;
+mod dummy;
 mod error;
 mod gguf;
 mod gguf_file;
@@ -32,6 +33,7 @@ pub use adapter::{
 };
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
 pub use disk::{exchange, free_bytes};
+pub use dummy::DummyCheckpoint;
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
 pub use gguf_names::{HeadCounts, RowOrder, gguf_name};

@@ -7,6 +7,8 @@
 
 mod architecture;
 mod chat_templates;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod engine_invariance;
 mod gguf_export;
 mod hub;

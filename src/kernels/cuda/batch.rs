@@ -1,0 +1,168 @@
+//! A step's integers on the GPU: one upload from pinned memory into one buffer.
+//!
+//! The places depend on the padded numbers of tokens and sequences alone, so that a graph
+//! recorded for a bucket finds its inputs where it found them when it was recorded.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{Result, bail};
+
+use super::super::{AttentionBatch, check};
+use super::driver::{Address, Buffer, Driver, Pinned};
+
+/// Tokens that `attention_decode`'s split takes at least.
+const MIN_SPLIT_TOKENS: usize = 64;
+
+/// The largest step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) num_tokens: usize,
+    pub(super) num_sequences: usize,
+    /// Blocks of the longest sequence.
+    pub(super) num_sequence_blocks: usize,
+    /// Of this rank.
+    pub(super) num_kv_heads: usize,
+}
+
+/// Where a staged step lies, and its sizes, padding included.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::kernels) struct Staged {
+    pub(super) num_tokens: usize,
+    pub(super) num_sequences: usize,
+    pub(super) num_logits_rows: usize,
+    /// Sequences with one token.
+    pub(super) num_decodes: usize,
+    /// Query tokens of all others.
+    pub(super) num_prefill_tokens: usize,
+    /// Sequences of more than one token.
+    pub(super) num_prefills: usize,
+    pub(super) num_splits: usize,
+    pub(super) ids: Address,
+    pub(super) positions: Address,
+    pub(super) slots: Address,
+    pub(super) cu_seqlens_q: Address,
+    pub(super) context_lens: Address,
+    pub(super) cu_blocks: Address,
+    pub(super) split_tokens: Address,
+    pub(super) logits_rows: Address,
+    pub(super) block_tables: Address,
+}
+
+/// The buffers that steps are staged in.
+pub(super) struct Stage {
+    device: Buffer,
+    host: Mutex<Pinned<i32>>,
+    limits: Limits,
+}
+
+/// What a step consists of.
+pub(in crate::kernels) struct StepArrays<'a> {
+    pub(in crate::kernels) input_ids: &'a [u32],
+    pub(in crate::kernels) attention: &'a AttentionBatch,
+    pub(in crate::kernels) logits_rows: &'a [u32],
+    /// Pads to this many sequences of one token.
+    pub(in crate::kernels) bucket: Option<usize>,
+}
+
+impl Stage {
+    pub(super) fn new(driver: &Driver, limits: Limits) -> Result<Self> {
+        let len = 4 * limits.num_tokens
+            + 3 * limits.num_sequences
+            + 16
+            + limits.num_sequences * limits.num_sequence_blocks;
+        Ok(Self {
+            device: driver.allocate(4 * len)?,
+            host: Mutex::new(Pinned::new(driver, len)?),
+            limits,
+        })
+    }
+
+    /// Uploads a step. The one before must have run: its pinned memory is written again.
+    ///
+    /// # Errors
+    /// When the step is larger than the limits.
+    pub(super) fn stage(
+        &self,
+        driver: &Driver,
+        step: &StepArrays<'_>,
+        blocks_in_flight: usize,
+    ) -> Result<Staged> {
+        let batch = step.attention;
+        let num_tokens = step.bucket.unwrap_or(step.input_ids.len());
+        let num_sequences = step.bucket.unwrap_or(batch.context_lens.len());
+        let num_logits_rows = step.bucket.unwrap_or(step.logits_rows.len());
+        if num_tokens > self.limits.num_tokens || num_sequences > self.limits.num_sequences {
+            bail!(
+                "a step of {num_tokens} tokens of {num_sequences} sequences; the limits are {:?}",
+                self.limits
+            );
+        }
+        let mut host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writer = Writer {
+            values: host.get_mut(),
+            len: 0,
+            base: self.device.address(),
+        };
+        let lens = batch
+            .cu_seqlens_q
+            .windows(2)
+            .map(|pair| (pair[1] - pair[0]) as usize);
+        let num_decodes = lens.clone().filter(|&len| len == 1).count();
+        let longest = batch.context_lens.iter().copied().max().unwrap_or(1) as usize;
+        let num_splits =
+            (blocks_in_flight / (num_sequences * self.limits.num_kv_heads).max(1)).clamp(1, 64);
+        let split_tokens = longest
+            .div_ceil(num_splits)
+            .next_multiple_of(MIN_SPLIT_TOKENS);
+        let last = |values: &[u32]| values.last().copied().unwrap_or(0) as i32;
+        let staged = Staged {
+            num_tokens,
+            num_sequences,
+            num_logits_rows,
+            num_decodes,
+            num_prefill_tokens: lens.clone().filter(|&len| len > 1).sum(),
+            num_prefills: lens.filter(|&len| len > 1).count(),
+            num_splits,
+            ids: writer.put(step.input_ids, num_tokens, 0)?,
+            positions: writer.put(&batch.positions, num_tokens, 0)?,
+            slots: writer.put(&batch.slot_mapping, num_tokens, -1)?,
+            cu_seqlens_q: writer.put(
+                &batch.cu_seqlens_q,
+                num_sequences + 1,
+                last(&batch.cu_seqlens_q),
+            )?,
+            context_lens: writer.put(&batch.context_lens, num_sequences, 0)?,
+            cu_blocks: writer.put(&batch.cu_blocks, num_sequences + 1, last(&batch.cu_blocks))?,
+            split_tokens: writer.put(&[split_tokens as u32], 1, 0)?,
+            logits_rows: writer.put(step.logits_rows, num_logits_rows, -1)?,
+            block_tables: writer.put(&batch.block_tables, batch.block_tables.len(), 0)?,
+        };
+        let len = writer.len;
+        // SAFETY: `Writer` keeps inside the buffers, which are of one length.
+        unsafe { driver.upload(self.device.address(), &host.get()[..len])? };
+        Ok(staged)
+    }
+}
+
+struct Writer<'a> {
+    values: &'a mut [i32],
+    len: usize,
+    base: Address,
+}
+
+impl Writer<'_> {
+    /// Appends `values`, padded to `len`, and returns their address.
+    fn put(&mut self, values: &[u32], len: usize, padding: i32) -> Result<Address> {
+        let Some(target) = self.values.get_mut(self.len..self.len + len) else {
+            bail!("a step's integers are more than {}", self.values.len());
+        };
+        check::has_len("a padded list", values.len().min(len), values.len())?;
+        for (target, &value) in target.iter_mut().zip(values) {
+            *target = value as i32;
+        }
+        target[values.len()..].fill(padding);
+        let address = self.base + (4 * self.len) as Address;
+        self.len += len;
+        Ok(address)
+    }
+}

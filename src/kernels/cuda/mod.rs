@@ -1,0 +1,428 @@
+//! The kernels on a GPU: our own CUDA kernels (the `.cu` files of this folder, see its README)
+//! and cuBLASLt. Activations are `f16` or `bf16` tensors on candle's device, logits `f32`.
+//!
+//! `driver` is the GPU (streams, launches, memory, graphs), `weights` loads matrices,
+//! `activations` is where results go, `batch`
+//! stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels, `sampler`
+//! draws tokens. `unsafe` code stays in this folder.
+
+mod activations;
+mod batch;
+mod driver;
+mod gemm;
+mod paged;
+mod sampler;
+mod weights;
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
+
+use super::check;
+use super::cpu::Cpu;
+use super::{DeviceOptions, RopeAndCache};
+use activations::{Activations, Lifetime};
+use batch::{Limits, Stage};
+use driver::{Address, Arg, Driver, Geometry};
+use gemm::{Gemm, Product};
+use paged::Scratch;
+use sampler::Sampler;
+use weights::{Arena, Loading, READABLE_ROWS, type_name};
+
+pub(super) use batch::{Staged, StepArrays};
+pub(super) use driver::Graph;
+pub(super) use driver::num_gpus;
+pub(super) use paged::GpuKv;
+pub(super) use weights::GpuMatrix;
+
+/// A GPU, its weights' memory and what its kernels need between calls.
+pub(super) struct Gpu {
+    driver: Driver,
+    /// `F16` or `BF16`.
+    dtype: DType,
+    /// The type's part of entry points' names.
+    type_name: &'static str,
+    arena: Arena,
+    activations: Activations,
+    stage: Stage,
+    gemm: Gemm,
+    scratch: Scratch,
+    sampler: Sampler,
+}
+
+impl Gpu {
+    /// Opens a GPU and allocates what a step of the largest size needs besides activations.
+    ///
+    /// # Errors
+    /// When there is no such GPU, it is too old, or its memory is too small.
+    pub(super) fn new(options: &DeviceOptions) -> Result<Self> {
+        let dtype = options.dtype;
+        let type_name = type_name(dtype)?;
+        let driver = Driver::new(options.ordinal)?;
+        let limits = Limits {
+            num_tokens: options.max_num_tokens,
+            num_sequences: options.max_num_sequences,
+            num_sequence_blocks: options.max_sequence_blocks,
+            num_kv_heads: options.num_kv_heads,
+        };
+        Ok(Self {
+            arena: Arena::default(),
+            activations: Activations::new(dtype),
+            stage: Stage::new(&driver, limits)?,
+            gemm: Gemm::new(&driver, dtype)?,
+            scratch: Scratch::new(&driver, type_name)?,
+            sampler: Sampler::new(&driver, options.max_num_sequences, options.vocab_size)?,
+            dtype,
+            type_name,
+            driver,
+        })
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.driver.device()
+    }
+
+    /// Returns free and total bytes.
+    pub(super) fn memory(&self) -> Result<(u64, u64)> {
+        self.driver.synchronize_all()?;
+        self.driver.memory()
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize_all()
+    }
+
+    pub(super) fn reserve_weights(&self, num_bytes: usize) -> Result<()> {
+        self.arena.reserve(&self.driver, num_bytes)
+    }
+
+    pub(super) fn load_matrix(
+        &self,
+        cpu: Cpu<'_>,
+        dtype: GgmlDType,
+        shape: [usize; 2],
+        data: Bytes,
+    ) -> Result<GpuMatrix> {
+        let (driver, arena) = (&self.driver, &self.arena);
+        Loading {
+            driver,
+            arena,
+            dtype: self.dtype,
+            cpu,
+        }
+        .matrix(dtype, shape, data)
+    }
+
+    pub(super) fn join(&self, parts: Vec<GpuMatrix>) -> Result<GpuMatrix> {
+        weights::join(&self.driver, &self.arena, parts)
+    }
+
+    /// Makes a vector of the computing type.
+    pub(super) fn vector(&self, values: &Tensor) -> Result<Tensor> {
+        values.to_dtype(self.dtype)?.to_device(self.device())
+    }
+
+    /// Lays vectors of the computing type one after another.
+    pub(super) fn join_vectors(&self, parts: &[Tensor]) -> Result<Tensor> {
+        let len = parts.iter().map(Tensor::elem_count).sum();
+        let (tensor, mut target) = self.new_lasting([1, len], self.dtype)?;
+        for part in parts {
+            let num_bytes = 2 * part.elem_count();
+            let source = self.address("a vector", part, self.dtype)?;
+            self.driver.copy(target, source, num_bytes)?;
+            target += num_bytes as Address;
+        }
+        // The parts go when the caller drops them: not before they were read.
+        self.driver.synchronize()?;
+        tensor.reshape(len)
+    }
+
+    /// Copies rows of logits to the host.
+    pub(super) fn read_rows(&self, tensor: &Tensor, num_rows: usize) -> Result<Vec<f32>> {
+        let width = tensor.dims2()?.1;
+        let mut values = vec![0f32; num_rows * width];
+        for (row, values) in values.chunks_exact_mut(width).enumerate() {
+            let source = self.address("a row", &tensor.narrow(0, row, 1)?, DType::F32)?;
+            // SAFETY: a row of the tensor; the wait below comes before the values are read.
+            unsafe { self.driver.download(values, source)? };
+        }
+        self.driver.synchronize()?;
+        Ok(values)
+    }
+
+    pub(super) fn stage(&self, step: &StepArrays<'_>) -> Result<Staged> {
+        self.stage
+            .stage(&self.driver, step, self.scratch.decode_blocks(&self.driver))
+    }
+
+    pub(super) fn next_layer(&self) {
+        self.activations.next_layer();
+    }
+
+    /// Fixes the memory of activations at what the steps so far took.
+    pub(super) fn settle_activations(&self) -> Result<()> {
+        self.synchronize()?;
+        self.activations.settle(self.device())
+    }
+
+    pub(super) fn record<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
+        self.driver.record(work)
+    }
+
+    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
+        self.driver.replay(graph)
+    }
+
+    /// Returns `x Wᵀ + bias`, of the computing type.
+    pub(super) fn matmul(
+        &self,
+        x: &Tensor,
+        weight: &GpuMatrix,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.matmul_for(x, weight, bias, Lifetime::Layer)
+    }
+
+    fn matmul_for(
+        &self,
+        x: &Tensor,
+        weight: &GpuMatrix,
+        bias: Option<&Tensor>,
+        life: Lifetime,
+    ) -> Result<Tensor> {
+        let (num_rows, n) = (check::rows_of("x", x, weight.cols)?, weight.rows);
+        let (tensor, out) = self.new_activation([num_rows, n], life)?;
+        let product = Product {
+            out,
+            x: self.address("x", x, self.dtype)?,
+            weight: weight.address,
+            bias: bias
+                .map(|bias| self.address("bias", bias, self.dtype))
+                .transpose()?,
+            num_rows,
+            n,
+            k: weight.cols,
+            out_dtype: self.dtype,
+        };
+        self.gemm.multiply(&self.driver, &product)?;
+        Ok(tensor)
+    }
+
+    /// Returns `silu(gate) · up` of the two halves of `x Wᵀ`.
+    pub(super) fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor> {
+        let num_rows = check::rows_of("x", x, weight.cols)?;
+        if num_rows > gemm::MAX_SMALL_ROWS {
+            return self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?);
+        }
+        let n = weight.rows / 2;
+        let (tensor, out) = self.new_tensor([num_rows, n])?;
+        let product = Product {
+            out,
+            x: self.address("x", x, self.dtype)?,
+            weight: weight.address,
+            bias: None,
+            num_rows,
+            n,
+            k: weight.cols,
+            out_dtype: self.dtype,
+        };
+        if self.gemm.multiply_silu(&self.driver, &product)? {
+            return Ok(tensor);
+        }
+        self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?)
+    }
+
+    /// Returns logits `f32 [rows, vocabulary]` in the sampler's buffer, which the next call
+    /// overwrites.
+    pub(super) fn logits(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor> {
+        let num_rows = check::rows_of("x", x, weight.cols)?;
+        // Rows of logits begin on 16 bytes; what lies after the matrix gives columns that nobody
+        // reads.
+        let n = weight.rows.next_multiple_of(READABLE_ROWS);
+        let (tensor, out) = self.sampler.logits_buffer(self, num_rows, n)?;
+        let product = Product {
+            out,
+            x: self.address("x", x, self.dtype)?,
+            weight: weight.address,
+            bias: None,
+            num_rows,
+            n,
+            k: weight.cols,
+            out_dtype: DType::F32,
+        };
+        self.gemm.multiply(&self.driver, &product)?;
+        tensor.narrow(1, 0, weight.rows)
+    }
+
+    /// Looks up the staged step's ids.
+    pub(super) fn embedding(
+        &self,
+        staged: &Staged,
+        table: &GpuMatrix,
+        vocab_start: usize,
+    ) -> Result<Tensor> {
+        let width = table.cols;
+        let (tensor, out) = self.new_tensor([staged.num_tokens, width])?;
+        let args = [
+            Arg::Pointer(out),
+            Arg::Pointer(table.address),
+            Arg::Pointer(staged.ids),
+            Arg::U32(vocab_start as u32),
+            Arg::I32(table.rows as i32),
+            Arg::I32(width as i32),
+        ];
+        self.by_columns("embedding", width, staged.num_tokens, &args)?;
+        Ok(tensor)
+    }
+
+    pub(super) fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        let width = weight.elem_count();
+        let num_rows = check::rows_of("x", x, width)?;
+        let (tensor, out) = self.new_tensor([num_rows, width])?;
+        let args = [
+            Arg::Pointer(out),
+            Arg::Pointer(self.address("x", x, self.dtype)?),
+            Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
+            Arg::F32(eps),
+            Arg::I32(width as i32),
+        ];
+        let name = format!("rms_norm_{}", self.type_name);
+        self.driver
+            .launch(&name, norm_geometry(num_rows, width), &args)?;
+        Ok(tensor)
+    }
+
+    pub(super) fn add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        let width = weight.elem_count();
+        let num_rows = check::rows_of("x", x, width)?;
+        check::rows_of("residual", residual, width)?;
+        let (tensor, out) = self.new_tensor([num_rows, width])?;
+        let (sum_tensor, sum) = self.new_tensor([num_rows, width])?;
+        let args = [
+            Arg::Pointer(out),
+            Arg::Pointer(sum),
+            Arg::Pointer(self.address("x", x, self.dtype)?),
+            Arg::Pointer(self.address("residual", residual, self.dtype)?),
+            Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
+            Arg::F32(eps),
+            Arg::I32(width as i32),
+        ];
+        let name = format!("add_rms_norm_{}", self.type_name);
+        self.driver
+            .launch(&name, norm_geometry(num_rows, width), &args)?;
+        Ok((tensor, sum_tensor))
+    }
+
+    pub(super) fn silu_and_mul(&self, gate_up: &Tensor) -> Result<Tensor> {
+        let (num_rows, width) = gate_up.dims2()?;
+        let width = width / 2;
+        let (tensor, out) = self.new_tensor([num_rows, width])?;
+        let args = [
+            Arg::Pointer(out),
+            Arg::Pointer(self.address("gate_up", gate_up, self.dtype)?),
+            Arg::I32(width as i32),
+        ];
+        self.by_columns("silu_and_mul", width, num_rows, &args)?;
+        Ok(tensor)
+    }
+
+    /// Returns `rows` of the staged step's rows of `x` that logits are wanted of; the next
+    /// product with [`Lifetime::Call`] overwrites them.
+    pub(super) fn gather_logits_rows(
+        &self,
+        x: &Tensor,
+        staged: &Staged,
+        rows: Range<usize>,
+    ) -> Result<Tensor> {
+        let (num_rows, width) = x.dims2()?;
+        if rows.end > staged.num_logits_rows {
+            bail!("rows {rows:?} of {} staged ones", staged.num_logits_rows);
+        }
+        let (tensor, out) = self.new_activation([rows.len(), width], Lifetime::Call)?;
+        let args = [
+            Arg::Pointer(out),
+            Arg::Pointer(self.address("x", x, self.dtype)?),
+            Arg::Pointer(staged.logits_rows + (4 * rows.start) as Address),
+            Arg::I32(num_rows as i32),
+            Arg::I32(width as i32),
+        ];
+        self.by_columns("gather_rows", width, rows.len(), &args)?;
+        Ok(tensor)
+    }
+
+    /// Rotates, caches and returns the queries of the staged step.
+    pub(super) fn rope_and_cache(
+        &self,
+        qkv: &Tensor,
+        args: &RopeAndCache<'_>,
+        staged: &Staged,
+        kv: &GpuKv,
+    ) -> Result<Tensor> {
+        self.rope(qkv, args, staged, kv)
+    }
+
+    /// Launches a kernel whose threads take 8 columns of a row each.
+    fn by_columns(&self, name: &str, width: usize, num_rows: usize, args: &[Arg]) -> Result<()> {
+        let block = (width / 8).next_multiple_of(32).min(256);
+        let grid = [width.div_ceil(8 * block), num_rows, 1];
+        let name = format!("{name}_{}", self.type_name);
+        self.driver.launch(&name, Geometry::new(grid, block), args)
+    }
+
+    /// Makes a tensor of the computing type whose elements a kernel is about to write.
+    fn new_tensor(&self, dims: [usize; 2]) -> Result<(Tensor, Address)> {
+        self.new_activation(dims, Lifetime::Layer)
+    }
+
+    fn new_activation(&self, dims: [usize; 2], life: Lifetime) -> Result<(Tensor, Address)> {
+        let tensor = self.activations.take(self.device(), &dims, life)?;
+        let address = self.address("an output", &tensor, self.dtype)?;
+        Ok((tensor, address))
+    }
+
+    /// Makes a tensor that stays, likewise undefined.
+    fn new_lasting(&self, dims: [usize; 2], dtype: DType) -> Result<(Tensor, Address)> {
+        // SAFETY: each caller has every element written before it is read.
+        let tensor = unsafe { Tensor::empty(&dims, dtype, self.device())? };
+        let address = self.address("an output", &tensor, dtype)?;
+        Ok((tensor, address))
+    }
+
+    /// Returns where a tensor's elements begin.
+    fn address(&self, name: &str, tensor: &Tensor, dtype: DType) -> Result<Address> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            bail!("{name} must be on the GPU");
+        };
+        if tensor.dtype() != dtype || !layout.is_contiguous() {
+            bail!(
+                "{name} must be contiguous {dtype:?}, got {:?} {layout:?}",
+                tensor.dtype()
+            );
+        }
+        let stream = storage.device.cuda_stream();
+        let base = match dtype {
+            DType::F16 => storage.as_cuda_slice::<f16>()?.device_ptr(&stream).0,
+            DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&stream).0,
+            DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&stream).0,
+            other => bail!("{name}: no kernel takes {other:?}"),
+        };
+        Ok(base + (layout.start_offset() * dtype.size_in_bytes()) as Address)
+    }
+}
+
+/// One block a row, which holds the row in registers.
+fn norm_geometry(num_rows: usize, width: usize) -> Geometry {
+    let block = width.div_ceil(8).next_multiple_of(32).min(1024);
+    Geometry::new([num_rows, 1, 1], block)
+}

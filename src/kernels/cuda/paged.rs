@@ -1,0 +1,329 @@
+//! The paged KV cache on a GPU and the kernels that write and read it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Result, Tensor, bail};
+
+use super::super::{RopeAndCache, check};
+use super::batch::Staged;
+use super::driver::{Address, Arg, Buffer, Driver, Geometry, Pinned};
+use super::{DType, Gpu};
+
+/// Blocks of `attention_decode` on a multiprocessor at a time (measured: docs/gpu_log.md).
+const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+/// Rows (token, head) of a tile of `attention_prefill`.
+const PREFILL_TILE_ROWS: usize = 128;
+/// Pairs of blocks copied by one launch.
+const MAX_COPIES: usize = 1024;
+
+/// Keys and values of one layer: `[num_blocks][num_kv_heads][block_size][head_dim]` each.
+pub(in crate::kernels) struct GpuKv {
+    pub(in crate::kernels) num_blocks: usize,
+    pub(in crate::kernels) block_size: usize,
+    pub(in crate::kernels) num_kv_heads: usize,
+    pub(in crate::kernels) head_dim: usize,
+    keys: Address,
+    values: Address,
+    _memory: Arc<Buffer>,
+}
+
+impl GpuKv {
+    fn block_bytes(&self) -> usize {
+        2 * self.num_kv_heads * self.block_size * self.head_dim
+    }
+
+    fn block_shift(&self) -> i32 {
+        self.block_size.trailing_zeros() as i32
+    }
+}
+
+/// What the attention kernels need between launches.
+pub(super) struct Scratch {
+    /// Partial results of splits.
+    partial: Buffer,
+    /// Zero between launches.
+    counters: Buffer,
+    /// Pairs of blocks to copy, and where they come from.
+    copies: Buffer,
+    pairs: Mutex<Pinned<i32>>,
+}
+
+impl Scratch {
+    pub(super) fn new(driver: &Driver, type_name: &str) -> Result<Self> {
+        for dim in [64u32, 128] {
+            for group in [8, 16] {
+                let name = format!("attention_decode_{type_name}_{dim}_g{group}");
+                driver.allow_shared(&name, 512 * dim)?;
+            }
+            driver.allow_shared(&format!("attention_prefill_{type_name}_{dim}"), 768 * dim)?;
+        }
+        // Splits come in only while few sequences leave the GPU idle, so their number times the
+        // sequences times the kv heads stays near the blocks in flight.
+        let num_partials = 4 * DECODE_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors;
+        Ok(Self {
+            partial: driver.allocate(num_partials * MAX_GROUP * (128 + 4) * 4)?,
+            counters: driver.allocate_zeroed(4 * MAX_COUNTERS)?,
+            copies: driver.allocate(8 * MAX_COPIES)?,
+            pairs: Mutex::new(Pinned::new(driver, 2 * MAX_COPIES)?),
+        })
+    }
+
+    /// Returns how many blocks of `attention_decode` fill the GPU.
+    pub(super) fn decode_blocks(&self, driver: &Driver) -> usize {
+        DECODE_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors
+    }
+}
+
+/// Query heads that share a kv head, at most.
+const MAX_GROUP: usize = 16;
+/// Sequences times kv heads that may be split.
+const MAX_COUNTERS: usize = 1 << 16;
+
+impl Gpu {
+    /// Reserves the keys and values of `num_layers` layers, of the computing type.
+    pub(in crate::kernels) fn new_kv_cache(
+        &self,
+        num_layers: usize,
+        [num_blocks, block_size, num_kv_heads, head_dim]: [usize; 4],
+    ) -> Result<Vec<GpuKv>> {
+        if !block_size.is_power_of_two() {
+            bail!("--block-size must be a power of two on a GPU, got {block_size}");
+        }
+        if ![64, 128].contains(&head_dim) {
+            bail!(
+                "the CUDA attention kernels are made for heads of 64 and 128, the model has {head_dim}"
+            );
+        }
+        let half = num_blocks * num_kv_heads * block_size * head_dim * 2;
+        let memory = Arc::new(self.driver.allocate_zeroed(2 * half * num_layers)?);
+        let layer = |index: usize| GpuKv {
+            num_blocks,
+            block_size,
+            num_kv_heads,
+            head_dim,
+            keys: memory.address() + (2 * index * half) as Address,
+            values: memory.address() + ((2 * index + 1) * half) as Address,
+            _memory: Arc::clone(&memory),
+        };
+        Ok((0..num_layers).map(layer).collect())
+    }
+
+    /// Copies blocks in all layers of a cache, in the given order.
+    pub(in crate::kernels) fn copy_blocks(
+        &self,
+        layers: &[&GpuKv],
+        copies: &[(u32, u32)],
+    ) -> Result<()> {
+        let (Some(first), false) = (layers.first(), copies.is_empty()) else {
+            return Ok(());
+        };
+        let mut pairs = self
+            .scratch
+            .pairs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut rest = copies;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(independent(rest).min(MAX_COPIES));
+            rest = later;
+            for (target, &(from, to)) in pairs.get_mut().chunks_exact_mut(2).zip(now) {
+                target.copy_from_slice(&[from as i32, to as i32]);
+            }
+            // SAFETY: `copies` holds MAX_COPIES pairs; the memory stays until the wait below.
+            unsafe {
+                self.driver
+                    .upload(self.scratch.copies.address(), &pairs.get()[..2 * now.len()])?
+            };
+            let stride = layers.get(1).map_or(0, |second| second.keys - first.keys);
+            for cache in [first.keys, first.values] {
+                let args = [
+                    Arg::Pointer(cache),
+                    Arg::Pointer(self.scratch.copies.address()),
+                    Arg::I64(stride as i64),
+                    Arg::I64(first.block_bytes() as i64),
+                ];
+                let chunks = first.block_bytes().div_ceil(16 * 256).min(8);
+                let geometry = Geometry::new([chunks, now.len(), layers.len()], 256);
+                self.driver.launch("copy_blocks", geometry, &args)?;
+            }
+            self.driver.synchronize()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn rope(
+        &self,
+        qkv: &Tensor,
+        args: &RopeAndCache<'_>,
+        staged: &Staged,
+        kv: &GpuKv,
+    ) -> Result<Tensor> {
+        let (num_heads, head_dim) = (args.num_heads, args.head_dim);
+        let all_heads = num_heads + 2 * args.num_kv_heads;
+        if (args.num_kv_heads, head_dim) != (kv.num_kv_heads, kv.head_dim) {
+            bail!(
+                "{} kv heads of {head_dim} for another cache",
+                args.num_kv_heads
+            );
+        }
+        let num_tokens = check::rows_of("qkv", qkv, all_heads * head_dim)?;
+        check::has_len("the staged step", staged.num_tokens, num_tokens)?;
+        let (tensor, out) = self.new_tensor([num_tokens, num_heads * head_dim])?;
+        let norm = |weight: Option<&Tensor>| match weight {
+            Some(weight) => self.address("a head's norm", weight, self.dtype),
+            None => Ok(0),
+        };
+        let kernel_args = [
+            Arg::Pointer(out),
+            Arg::Pointer(kv.keys),
+            Arg::Pointer(kv.values),
+            Arg::Pointer(self.address("qkv", qkv, self.dtype)?),
+            // The bias has been added by the product.
+            Arg::Pointer(0),
+            Arg::Pointer(norm(args.q_norm)?),
+            Arg::Pointer(norm(args.k_norm)?),
+            Arg::Pointer(self.address("cos", args.cos, DType::F32)?),
+            Arg::Pointer(self.address("sin", args.sin, DType::F32)?),
+            Arg::Pointer(staged.positions),
+            Arg::Pointer(staged.slots),
+            Arg::F32(args.eps),
+            Arg::I32(num_heads as i32),
+            Arg::I32(args.num_kv_heads as i32),
+            Arg::I32(kv.block_shift()),
+        ];
+        let name = format!("rope_and_cache_{}_{head_dim}", self.type_name);
+        let geometry = Geometry::new([num_tokens, all_heads.div_ceil(4), 1], 128);
+        self.driver.launch(&name, geometry, &kernel_args)?;
+        Ok(tensor)
+    }
+
+    /// Returns causal attention of the staged step's queries.
+    pub(in crate::kernels) fn paged_attention(
+        &self,
+        q: &Tensor,
+        kv: &GpuKv,
+        staged: &Staged,
+        num_heads: usize,
+        scale: f32,
+    ) -> Result<Tensor> {
+        let width = num_heads * kv.head_dim;
+        let num_tokens = check::rows_of("q", q, width)?;
+        check::has_len("the staged step", staged.num_tokens, num_tokens)?;
+        let group = num_heads / kv.num_kv_heads;
+        if group * kv.num_kv_heads != num_heads || group > MAX_GROUP {
+            bail!(
+                "{num_heads} heads over {} kv heads: at most {MAX_GROUP} may share one",
+                kv.num_kv_heads
+            );
+        }
+        let (tensor, out) = self.new_tensor([num_tokens, width])?;
+        let q = self.address("q", q, self.dtype)?;
+        // Decodes first: their kernel counts on rope_and_cache being its predecessor.
+        if staged.num_decodes > 0 {
+            self.attention_decode([out, q], kv, staged, num_heads, scale)?;
+        }
+        if staged.num_prefills > 0 {
+            self.attention_prefill([out, q], kv, staged, num_heads, scale)?;
+        }
+        Ok(tensor)
+    }
+
+    fn attention_decode(
+        &self,
+        [out, q]: [Address; 2],
+        kv: &GpuKv,
+        staged: &Staged,
+        num_heads: usize,
+        scale: f32,
+    ) -> Result<()> {
+        let group = num_heads / kv.num_kv_heads;
+        let num_rows = staged.num_sequences * kv.num_kv_heads;
+        if num_rows > MAX_COUNTERS {
+            bail!("{num_rows} sequences times kv heads; the limit is {MAX_COUNTERS}");
+        }
+        let [tables @ .., split_tokens] = [
+            staged.cu_seqlens_q,
+            staged.context_lens,
+            staged.block_tables,
+            staged.cu_blocks,
+            staged.split_tokens,
+        ];
+        let mut args = vec![out, q, kv.keys, kv.values];
+        args.extend(tables);
+        args.extend([
+            split_tokens,
+            self.scratch.partial.address(),
+            self.scratch.counters.address(),
+        ]);
+        let mut args: Vec<Arg> = args.into_iter().map(Arg::Pointer).collect();
+        args.push(Arg::F32(scale * std::f32::consts::LOG2_E));
+        args.extend([num_heads as i32, kv.num_kv_heads as i32, kv.block_shift()].map(Arg::I32));
+        let bound = if group <= 8 { 8 } else { 16 };
+        let name = format!(
+            "attention_decode_{}_{}_g{bound}",
+            self.type_name, kv.head_dim
+        );
+        let geometry = Geometry {
+            grid: [staged.num_splits, kv.num_kv_heads, staged.num_sequences],
+            block: 128,
+            shared_bytes: 512 * kv.head_dim as u32,
+        };
+        self.driver.launch(&name, geometry, &args)
+    }
+
+    fn attention_prefill(
+        &self,
+        [out, q]: [Address; 2],
+        kv: &GpuKv,
+        staged: &Staged,
+        num_heads: usize,
+        scale: f32,
+    ) -> Result<()> {
+        let group = num_heads / kv.num_kv_heads;
+        let args = [
+            out,
+            q,
+            kv.keys,
+            kv.values,
+            staged.cu_seqlens_q,
+            staged.context_lens,
+            staged.block_tables,
+            staged.cu_blocks,
+        ];
+        let mut args: Vec<Arg> = args.into_iter().map(Arg::Pointer).collect();
+        args.push(Arg::F32(scale * std::f32::consts::LOG2_E));
+        // Sequences of one token are attention_decode's.
+        let numbers = [
+            staged.num_sequences as i32,
+            2,
+            num_heads as i32,
+            kv.num_kv_heads as i32,
+        ];
+        args.extend(numbers.map(Arg::I32));
+        args.push(Arg::I32(kv.block_shift()));
+        let tiles =
+            (staged.num_prefill_tokens * group).div_ceil(PREFILL_TILE_ROWS) + staged.num_prefills;
+        let name = format!("attention_prefill_{}_{}", self.type_name, kv.head_dim);
+        let geometry = Geometry {
+            grid: [kv.num_kv_heads, tiles, 1],
+            block: 128,
+            shared_bytes: 768 * kv.head_dim as u32,
+        };
+        self.driver.launch(&name, geometry, &args)
+    }
+}
+
+/// Returns how many copies from the first on may run at once: none reads or writes what another
+/// writes.
+fn independent(copies: &[(u32, u32)]) -> usize {
+    let mut sources = std::collections::HashSet::new();
+    let mut targets = std::collections::HashSet::new();
+    copies
+        .iter()
+        .take_while(|(source, target)| {
+            let is_free = !targets.contains(source) && !sources.contains(target);
+            sources.insert(*source);
+            is_free && targets.insert(*target)
+        })
+        .count()
+}

@@ -1,0 +1,96 @@
+//! In place of `cuda` in a build without that feature: a GPU that cannot be opened.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use candle_core::quantized::GgmlDType;
+use candle_core::{Device, Result, Tensor, bail};
+
+use super::cpu::Cpu;
+use super::{AttentionBatch, DeviceOptions, Draw, Drawn, RopeAndCache};
+
+/// There is none: every method is one of a value that does not exist.
+pub(super) enum Gpu {}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Staged {}
+
+pub(super) enum Graph {}
+
+pub(super) struct GpuMatrix {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+pub(super) struct GpuKv {
+    pub(super) num_blocks: usize,
+    pub(super) block_size: usize,
+}
+
+#[expect(dead_code, reason = "read by the real one only")]
+pub(super) struct StepArrays<'a> {
+    pub(super) input_ids: &'a [u32],
+    pub(super) attention: &'a AttentionBatch,
+    pub(super) logits_rows: &'a [u32],
+    pub(super) bucket: Option<usize>,
+}
+
+pub(super) fn num_gpus() -> usize {
+    0
+}
+
+/// Methods whose body no value can reach.
+macro_rules! unreachable_methods {
+    ($(fn $name:ident $(<$g:ident>)? (&self $(, $arg:ident: $kind:ty)* $(,)?) -> $out:ty;)*) => {
+        impl Gpu {
+            $(pub(super) fn $name $(<$g>)? (&self $(, $arg: $kind)*) -> $out {
+                $(let _ = $arg;)*
+                match *self {}
+            })*
+        }
+    };
+}
+
+impl Gpu {
+    pub(super) fn new(options: &DeviceOptions) -> Result<Self> {
+        bail!(
+            "GPU {} cannot be used: this infold was built without CUDA; build it with \
+             `cargo build --release --features cuda`, or use --device cpu",
+            options.ordinal
+        )
+    }
+
+    pub(super) fn record<R>(&self, _work: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
+        match *self {}
+    }
+}
+
+unreachable_methods! {
+    fn device(&self) -> &Device;
+    fn memory(&self) -> Result<(u64, u64)>;
+    fn synchronize(&self) -> Result<()>;
+    fn reserve_weights(&self, num_bytes: usize) -> Result<()>;
+    fn next_layer(&self) -> ();
+    fn settle_activations(&self) -> Result<()>;
+    fn load_matrix(&self, cpu: Cpu<'_>, dtype: GgmlDType, shape: [usize; 2], data: Bytes) -> Result<GpuMatrix>;
+    fn join(&self, parts: Vec<GpuMatrix>) -> Result<GpuMatrix>;
+    fn vector(&self, values: &Tensor) -> Result<Tensor>;
+    fn join_vectors(&self, parts: &[Tensor]) -> Result<Tensor>;
+    fn stage(&self, step: &StepArrays<'_>) -> Result<Staged>;
+    fn replay(&self, graph: &Graph) -> Result<()>;
+    fn matmul(&self, x: &Tensor, weight: &GpuMatrix, bias: Option<&Tensor>) -> Result<Tensor>;
+    fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor>;
+    fn logits(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor>;
+    fn embedding(&self, staged: &Staged, table: &GpuMatrix, vocab_start: usize) -> Result<Tensor>;
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor>;
+    fn add_rms_norm(&self, x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
+    fn silu_and_mul(&self, gate_up: &Tensor) -> Result<Tensor>;
+    fn gather_logits_rows(&self, x: &Tensor, staged: &Staged, rows: Range<usize>) -> Result<Tensor>;
+    fn new_kv_cache(&self, num_layers: usize, sizes: [usize; 4]) -> Result<Vec<GpuKv>>;
+    fn copy_blocks(&self, layers: &[&GpuKv], copies: &[(u32, u32)]) -> Result<()>;
+    fn rope_and_cache(&self, qkv: &Tensor, args: &RopeAndCache<'_>, staged: &Staged, kv: &GpuKv) -> Result<Tensor>;
+    fn paged_attention(&self, q: &Tensor, kv: &GpuKv, staged: &Staged, num_heads: usize, scale: f32) -> Result<Tensor>;
+    fn sample(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>>;
+    fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()>;
+    fn read_rows(&self, tensor: &Tensor, num_rows: usize) -> Result<Vec<f32>>;
+}

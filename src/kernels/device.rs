@@ -1,0 +1,405 @@
+//! What kernels do on a GPU besides computing: staging a step, recording graphs, drawing tokens.
+//!
+//! The CPU needs none of it: there [`Kernels::stage`] leaves a batch as it is, nothing is
+//! recorded, and the engine draws from the logits itself.
+
+use std::ops::Range;
+
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
+
+use super::cuda::{self, Gpu};
+use super::{AttentionBatch, Kernels, KvBlocks, KvData, Matrix, MatrixData};
+
+/// What [`Kernels::cuda`] opens a GPU for.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceOptions {
+    /// Which of the GPUs that `CUDA_VISIBLE_DEVICES` leaves, from 0.
+    pub ordinal: usize,
+    /// Type of weights, activations and KV cache: `F16` or `BF16`.
+    pub dtype: DType,
+    /// Tokens of the largest step.
+    pub max_num_tokens: usize,
+    /// Sequences of the largest step, and rows of logits at a time.
+    pub max_num_sequences: usize,
+    /// KV blocks of the longest sequence.
+    pub max_sequence_blocks: usize,
+    /// Key and value heads of this rank.
+    pub num_kv_heads: usize,
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+}
+
+/// How one row's token is drawn on the device. The meanings, and which token a seed gives, are
+/// those of the engine's sampler.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draw {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// 1 is off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub typical_p: f32,
+    /// 1 is off; needs a penalty slot.
+    pub repetition_penalty: f32,
+    /// 0 is off; needs a penalty slot.
+    pub frequency_penalty: f32,
+    /// 0 is off; needs a penalty slot.
+    pub presence_penalty: f32,
+    /// Seed of the sequence's stream.
+    pub seed: u64,
+    /// Which of the sequence's tokens this is, from 0.
+    pub output_index: u64,
+    /// The slot that [`Kernels::mark_tokens`] filled; the drawn token is added there.
+    pub penalty_slot: Option<usize>,
+    /// Report logprobs, and of this many most likely tokens.
+    pub num_logprobs: Option<usize>,
+    /// `(token, bias)`, each token once; `-inf` forbids.
+    pub biases: Vec<(u32, f32)>,
+}
+
+impl Draw {
+    /// Returns the draw that takes the most likely token.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            typical_p: 1.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            seed: 0,
+            output_index: 0,
+            penalty_slot: None,
+            num_logprobs: None,
+            biases: Vec::new(),
+        }
+    }
+}
+
+/// What became of a [`Draw`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// The token; where the outcome is `NotFinite`, the one with the bad logit.
+    pub token_id: u32,
+    /// Whether there is a token.
+    pub outcome: DrawOutcome,
+    /// The token's logprob where asked for; the bad logit where it is not finite.
+    pub logprob: f32,
+    /// The token's place by probability, from 1, where logprobs were asked for.
+    pub rank: usize,
+    /// The most likely `(token, logprob)`, best first, as many as were asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Whether a token was drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DrawOutcome {
+    /// It was.
+    Drawn,
+    /// A logit is NaN or infinite.
+    NotFinite,
+    /// All tokens are forbidden or impossible.
+    NothingLeft,
+}
+
+/// Where a step's integers lie on the GPU.
+#[derive(Debug, Clone, Copy)]
+pub struct Staged(pub(super) cuda::Staged);
+
+/// A recorded run of kernels.
+pub struct Graph(cuda::Graph);
+
+/// Most alternatives that a [`Draw`] can report.
+pub const MAX_TOP_LOGPROBS: usize = 20;
+
+impl Kernels {
+    /// Opens a GPU. Weights, activations and the KV cache are of `options.dtype`; one thread
+    /// expands block formats while weights are loaded.
+    ///
+    /// # Errors
+    /// When the program was built without the feature `cuda`, there is no such GPU, it is older
+    /// than compute capability 8.0, or its memory is too small.
+    pub fn cuda(options: &DeviceOptions) -> Result<Self> {
+        let gpu = Gpu::new(options)?;
+        let mut kernels = Self::cpu(1)?;
+        kernels.device = gpu.device().clone();
+        kernels.gpu = Some(gpu.into());
+        Ok(kernels)
+    }
+
+    /// Returns the number of GPUs that CUDA sees; 0 also without the feature `cuda`.
+    pub fn num_gpus() -> usize {
+        cuda::num_gpus()
+    }
+
+    /// Returns whether these kernels run on a GPU.
+    pub fn is_on_gpu(&self) -> bool {
+        self.gpu.is_some()
+    }
+
+    /// Returns free and total bytes of the GPU, none on the CPU.
+    ///
+    /// # Errors
+    /// When the GPU has faulted.
+    pub fn gpu_memory(&self) -> Result<Option<(u64, u64)>> {
+        self.gpu.as_ref().map(|gpu| gpu.memory()).transpose()
+    }
+
+    /// Waits until the GPU has done everything; nothing on the CPU.
+    ///
+    /// # Errors
+    /// When the GPU has faulted.
+    pub fn synchronize(&self) -> Result<()> {
+        self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.synchronize())
+    }
+
+    /// Makes room for the GPU's weights in one piece.
+    ///
+    /// # Errors
+    /// When its memory is too small.
+    pub fn reserve_weights(&self, num_bytes: usize) -> Result<()> {
+        self.gpu
+            .as_ref()
+            .map_or(Ok(()), |gpu| gpu.reserve_weights(num_bytes))
+    }
+
+    /// Lays matrices that are always multiplied together side by side: one matrix on a GPU, the
+    /// same ones on the CPU.
+    ///
+    /// # Errors
+    /// When their columns differ or memory is out.
+    pub fn join(&self, parts: Vec<Matrix>) -> Result<Vec<Matrix>> {
+        let Some(gpu) = &self.gpu else {
+            return Ok(parts);
+        };
+        let parts = parts
+            .into_iter()
+            .map(Matrix::into_gpu)
+            .collect::<Result<_>>()?;
+        Ok(vec![Matrix(MatrixData::Gpu(gpu.join(parts)?))])
+    }
+
+    /// Lays vectors one after another.
+    ///
+    /// # Errors
+    /// When they are not vectors of this device.
+    pub fn join_vectors(&self, parts: &[Tensor]) -> Result<Tensor> {
+        match &self.gpu {
+            Some(gpu) => gpu.join_vectors(parts),
+            None => Tensor::cat(parts, 0),
+        }
+    }
+
+    /// Begins a layer. On a GPU a tensor that a method returned is gone when the layer after the
+    /// next begins; on the CPU nothing happens.
+    pub fn next_layer(&self) {
+        if let Some(gpu) = &self.gpu {
+            gpu.next_layer();
+        }
+    }
+
+    /// Fixes the GPU's memory of activations at what the steps so far took at most; later ones
+    /// must not be larger. Recorded graphs and tensors are no longer valid.
+    ///
+    /// # Errors
+    /// When the GPU has faulted.
+    pub fn settle_activations(&self) -> Result<()> {
+        self.gpu
+            .as_ref()
+            .map_or(Ok(()), |gpu| gpu.settle_activations())
+    }
+
+    /// Uploads a step's integers, after the step before has run; with a `bucket`, padded to that
+    /// many sequences of one token each. On the CPU nothing happens.
+    ///
+    /// # Errors
+    /// When the step exceeds the [`DeviceOptions`].
+    pub fn stage(
+        &self,
+        input_ids: &[u32],
+        batch: &mut AttentionBatch,
+        logits_rows: &[u32],
+        bucket: Option<usize>,
+    ) -> Result<()> {
+        let Some(gpu) = &self.gpu else {
+            return Ok(());
+        };
+        let staged = gpu.stage(&cuda::StepArrays {
+            input_ids,
+            attention: batch,
+            logits_rows,
+            bucket,
+        })?;
+        batch.staged = Some(Staged(staged));
+        Ok(())
+    }
+
+    /// Records what `work` launches, to be replayed; nothing of it runs now.
+    ///
+    /// # Errors
+    /// Those of `work`, and on the CPU, which records nothing.
+    pub fn record<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
+        let Some(gpu) = &self.gpu else {
+            bail!("only a GPU records graphs");
+        };
+        let (graph, result) = gpu.record(work)?;
+        Ok((Graph(graph), result))
+    }
+
+    /// Runs a recorded graph on what is staged now.
+    ///
+    /// # Errors
+    /// When the GPU has faulted.
+    pub fn replay(&self, graph: &Graph) -> Result<()> {
+        self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.replay(&graph.0))
+    }
+
+    /// Returns the embeddings of a batch's tokens `[tokens, cols]`, `ids` on the CPU, the staged
+    /// ones on a GPU; otherwise as [`Kernels::embedding`].
+    ///
+    /// # Errors
+    /// When nothing is staged.
+    pub fn embed_batch(
+        &self,
+        ids: &[u32],
+        batch: &AttentionBatch,
+        table: &Matrix,
+        vocab_start: usize,
+    ) -> Result<Tensor> {
+        match &self.gpu {
+            Some(gpu) => gpu.embedding(batch.staged()?, table.gpu()?, vocab_start),
+            None => self.embedding(ids, table, vocab_start),
+        }
+    }
+
+    /// Returns those rows of hidden states `x` that the `rows` of the staged `logits_rows` name.
+    /// The next call overwrites them.
+    ///
+    /// # Errors
+    /// On the CPU, or when nothing is staged.
+    pub fn gather_logits_rows(
+        &self,
+        x: &Tensor,
+        batch: &AttentionBatch,
+        rows: Range<usize>,
+    ) -> Result<Tensor> {
+        match &self.gpu {
+            Some(gpu) => gpu.gather_logits_rows(x, batch.staged()?, rows),
+            None => bail!("nothing is staged on the CPU"),
+        }
+    }
+
+    /// Returns logits `f32 [m, rows]` of `x: [m, cols]`. On a GPU the next call overwrites them.
+    ///
+    /// # Errors
+    /// When shapes disagree, or there are more rows than the GPU's buffer holds.
+    pub fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        match &self.gpu {
+            Some(gpu) => gpu.logits(x, weight.gpu()?),
+            None => self.matmul(x, &[weight], None),
+        }
+    }
+
+    /// Returns silu(gate) · up of the two halves of `x Wᵀ + bias`, in one kernel where that is
+    /// faster.
+    ///
+    /// # Errors
+    /// As [`Kernels::matmul`].
+    pub fn matmul_silu(
+        &self,
+        x: &Tensor,
+        parts: &[&Matrix],
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        match (&self.gpu, parts, bias) {
+            (Some(gpu), [weight], None) => gpu.matmul_silu(x, weight.gpu()?),
+            _ => self.silu_and_mul(&self.matmul(x, parts, bias)?),
+        }
+    }
+
+    /// Draws a token for each row that has a [`Draw`], on the GPU, and waits for it. `logits` is
+    /// what [`Kernels::logits`] returned last, with at least as many rows.
+    ///
+    /// # Errors
+    /// On the CPU, or when the GPU has faulted.
+    pub fn sample(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>> {
+        match &self.gpu {
+            Some(gpu) => gpu.sample(logits, draws),
+            None => bail!("the engine draws tokens itself on the CPU"),
+        }
+    }
+
+    /// Fills a penalty slot: tokens of the prompt and drawn ones, the latter as often as drawn.
+    ///
+    /// # Errors
+    /// On the CPU, or when there is no such slot.
+    pub fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()> {
+        match &self.gpu {
+            Some(gpu) => gpu.mark_tokens(slot, prompt, drawn),
+            None => bail!("penalties have no slots on the CPU"),
+        }
+    }
+
+    /// Copies the first `num_rows` rows of `f32 [rows, width]` to the host, flat.
+    ///
+    /// # Errors
+    /// When the tensor is of another type.
+    pub fn read_rows(&self, tensor: &Tensor, num_rows: usize) -> Result<Vec<f32>> {
+        match &self.gpu {
+            Some(gpu) => gpu.read_rows(tensor, num_rows),
+            None => {
+                let (storage, layout) = tensor.storage_and_layout();
+                match (&*storage, layout.contiguous_offsets()) {
+                    (Storage::Cpu(CpuStorage::F32(values)), Some((start, _))) => {
+                        Ok(values[start..start + num_rows * tensor.dims()[1]].to_vec())
+                    }
+                    _ => bail!("expected contiguous f32 rows, got {tensor:?}"),
+                }
+            }
+        }
+    }
+
+    /// Copies keys and values of whole blocks in every layer, one `(source, target)` after the
+    /// other.
+    ///
+    /// # Errors
+    /// A block outside the cache.
+    pub fn copy_blocks(&self, layers: &mut [KvBlocks], copies: &[(u32, u32)]) -> Result<()> {
+        let num_blocks = layers.first().map_or(0, KvBlocks::num_blocks);
+        for &(source, target) in copies {
+            if source.max(target) as usize >= num_blocks {
+                bail!("copy of block {source} to {target} in a cache of {num_blocks} blocks");
+            }
+        }
+        if let Some(gpu) = &self.gpu {
+            let layers = layers
+                .iter()
+                .map(KvBlocks::gpu)
+                .collect::<Result<Vec<_>>>()?;
+            return gpu.copy_blocks(&layers, copies);
+        }
+        for layer in layers {
+            for &(source, target) in copies {
+                if let KvData::Cpu(kv) = &mut layer.0 {
+                    kv.copy_block(source as usize, target as usize);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AttentionBatch {
+    pub(super) fn staged(&self) -> Result<&cuda::Staged> {
+        match &self.staged {
+            Some(staged) => Ok(&staged.0),
+            None => bail!("the batch was not staged on the GPU"),
+        }
+    }
+}
