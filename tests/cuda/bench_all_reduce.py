@@ -1,11 +1,13 @@
 """Times the all-reduce kernels on two GPUs inside graphs, beside NCCL's.
 
-    NCCL_NVLS_ENABLE=0 python3 tests/cuda/bench_all_reduce.py FOLDER_OF_CUBINS
+    python3 tests/cuda/bench_all_reduce.py FOLDER_OF_CUBINS
 
-The folder needs all_reduce, norm and gemm_small. Prints µs for one all-reduce out of a chain of
-100, plain and with overlapped launches; then what an all-reduce adds to a layer of Qwen2.5-7B.
+The folder needs all_reduce, all_gather, norm and gemm_small. Prints µs for one all-reduce out of
+a chain of 100, plain and with overlapped launches; then what an all-reduce adds to a layer of
+Qwen2.5-7B, the gather of logits, and the kernels of four ranks on two GPUs.
 """
 
+import ctypes
 import itertools
 import json
 import os
@@ -13,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 import ranks as multi  # First: it sets what CUDA reads when it starts.
 import torch
@@ -24,55 +28,86 @@ SLOT_BYTES = 17 << 20
 EPS = 1e-6
 
 
-def nccl_rank(rank, meeting):
-    """One process of NCCL's side; rank 0 prints µs by size."""
-    import torch.distributed as dist
+class NcclId(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_char * 128)]
 
+
+def nccl_communicator(nccl, rank, meeting):
+    """Joins two processes through the file `meeting`, which rank 0 writes."""
+    unique, communicator = NcclId(), ctypes.c_void_p()
+    if rank == 0:
+        assert nccl.ncclGetUniqueId(ctypes.byref(unique)) == 0
+        Path(meeting + ".new").write_bytes(bytes(unique))
+        os.rename(meeting + ".new", meeting)
+    while not os.path.exists(meeting):
+        time.sleep(0.01)
+    unique = NcclId.from_buffer_copy(Path(meeting).read_bytes())
+    assert nccl.ncclCommInitRank(ctypes.byref(communicator), 2, unique, rank) == 0
+    return communicator
+
+
+def nccl_rank(rank, meeting):
+    """One process of NCCL's side; prints for each size the µs of all samples."""
     torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    torch.zeros(1, device="cuda")
+    nccl = ctypes.CDLL("libnccl.so.2")
+    communicator = nccl_communicator(nccl, rank, meeting)
+    stream = torch.cuda.Stream()
+    half, addition = 6, 0
     times = {}
     for size in SIZES:
-        x = torch.zeros(size // 2, dtype=torch.float16, device="cuda")
-        for _ in range(3):
-            dist.all_reduce(x)
+        x, out = (torch.zeros(size // 2, dtype=torch.float16, device="cuda") for _ in range(2))
+
+        def reduce():
+            result = nccl.ncclAllReduce(
+                ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()),
+                ctypes.c_size_t(size // 2), half, addition, communicator,
+                ctypes.c_void_p(stream.cuda_stream))
+            assert result == 0, f"ncclAllReduce: {result}"
+
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(CHAIN):
-                dist.all_reduce(x)
-        samples = []
-        for _ in range(9):
-            dist.barrier()
+        times[size] = []
+        with torch.cuda.stream(stream):
+            reduce()
             torch.cuda.synchronize()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1000 / CHAIN)
-        times[size] = statistics.median(samples[2:])
-    if rank == 0:
-        print(json.dumps(times), flush=True)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            for _ in range(CHAIN):
+                reduce()
+            graph.capture_end()
+            for _ in range(9):
+                reduce()
+                torch.cuda.synchronize()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                times[size].append(start.elapsed_time(end) * 1000 / CHAIN)
+    print(json.dumps(times), flush=True)
     # The graphs hold NCCL's communicator, which therefore cannot be taken down in order.
     os._exit(0)
 
 
 def time_nccl():
-    """µs by size, empty where NCCL fails."""
+    """µs by size, of the rank that started later; empty where NCCL fails."""
     meeting = os.path.join(tempfile.mkdtemp(), "meeting")
     processes = [
         subprocess.Popen([sys.executable, __file__, "--nccl", str(rank), meeting],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
+    outputs = []
     try:
-        outputs = [process.communicate(timeout=90) for process in processes]
-        return {int(size): time for size, time in json.loads(outputs[0][0]).items()}
+        outputs = [process.communicate(timeout=60) for process in processes]
+        first, second = (json.loads(output) for output, _ in outputs)
     except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
         for process in processes:
             process.kill()
-        print(f"NCCL failed: {error!r}"[:300], flush=True)
+        print(f"NCCL failed: {error!r} {[errors[-500:] for _, errors in outputs]}", flush=True)
         return {}
+    return {int(size): statistics.median(map(min, first[size][2:], second[size][2:]))
+            for size in first}
 
 
 def median_us(ranks, run, count, repeats=7):
@@ -252,7 +287,32 @@ def layers(ranks):
               f"{added[1]:.2f}", flush=True)
 
 
+def gather(ranks):
+    print("all_gather_columns of 2 × 76,032 logits: µs plain / overlapped; to rank 0, to both")
+    width = 76032
+    for rows in [1, 8, 64, 256]:
+        x = [torch.randn(rows, width, device=f"cuda:{device}") for device in ranks.devices]
+        out = [torch.empty(rows, 2 * width, device=f"cuda:{device}") for device in ranks.devices]
+        cells = []
+        for takers in [[0], [0, 1]]:
+            outs = multi.Outputs()
+            for rank in takers:
+                outs.rows[rank] = out[rank].data_ptr()
+            grid = min(128, -(-rows * width // 2048))
+
+            def run(rank, grid=grid, outs=outs):
+                for _ in range(20):
+                    ranks.launch(rank, "all_gather_columns", grid, 512, x[rank], rows, width,
+                                 outs)
+
+            plain, overlapped = both_us(ranks, run, 20)
+            cells.append(f"{plain:.2f} {overlapped:.2f}")
+        print(f"{rows:3} rows: " + ", ".join(cells), flush=True)
+
+
 def main():
+    # NVLink multicast can put GPUs that others share out of service.
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
     if sys.argv[1] == "--nccl":
         nccl_rank(int(sys.argv[2]), sys.argv[3])
     nccl = time_nccl()
@@ -261,6 +321,7 @@ def main():
     ranks = multi.Ranks(kernels, [0, 1], SLOT_BYTES)
     curve(ranks, SIZES, 128, nccl)
     layers(ranks)
+    gather(ranks)
     # Two ranks on each GPU: the kernels of four, with more traffic on two links than on four.
     curve(multi.Ranks(kernels, [0, 1, 0, 1], SLOT_BYTES), SIZES[1:9], 32, {})
 

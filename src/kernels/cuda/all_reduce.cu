@@ -41,22 +41,26 @@ __device__ __forceinline__ uint4 load_presentable(const T *x, int64_t vector) {
 template <typename T, int WORLD>
 __device__ __forceinline__ void one_shot(T *out, const T *x, int num_vectors,
                                          const Peers &peers) {
+    const int first = blockIdx.x * blockDim.x + threadIdx.x;
+    const int stride = gridDim.x * blockDim.x;
     wait_for_producer();
     release_consumer();
+    // Under way together with the epoch. Most often it is all that the thread has.
+    const uint4 head = first < num_vectors ? load_presentable(x, first) : uint4{};
     const uint32_t epoch = read_epoch(peers);
     const int64_t slot = slot_of(peers, epoch);
     const int64_t part = 16 * (int64_t)num_vectors;
     char *received = peers.workspaces[peers.rank] + slot;
-    const int first = blockIdx.x * blockDim.x + threadIdx.x;
-    const int stride = gridDim.x * blockDim.x;
+    const auto own = [&](int vector) {
+        return vector == first ? head : load_presentable(x, vector);
+    };
     for (int vector = first; vector < num_vectors; vector += stride) {
-        push_to_all<WORLD>(peers, slot + peers.rank * part + 16 * (int64_t)vector,
-                           load_presentable(x, vector));
+        push_to_all<WORLD>(peers, slot + peers.rank * part + 16 * (int64_t)vector, own(vector));
     }
     for (int vector = first; vector < num_vectors; vector += stride) {
-        const uint4 own = load_presentable(x, vector);
-        store16(out + 8 * (int64_t)vector,
-                receive_sum<T, WORLD>(own, received + 16 * (int64_t)vector, part, peers));
+        const uint4 sum =
+            receive_sum<T, WORLD>(own(vector), received + 16 * (int64_t)vector, part, peers);
+        store16(out + 8 * (int64_t)vector, sum);
     }
     __syncthreads();
     advance_epoch(peers, epoch);
@@ -122,32 +126,44 @@ template <typename T> struct NormArgs {
 template <typename T, int WORLD>
 __device__ __forceinline__ void one_shot_norm(const NormArgs<T> &args, const Peers &peers) {
     const int num_vectors = args.width / 8;
+    const bool has_head = blockIdx.x < args.rows && threadIdx.x < num_vectors;
+    const int64_t first = (int64_t)blockIdx.x * num_vectors + threadIdx.x;
     uint4 weights[MAX_VECTORS];
     load_weights(weights, args.weight, num_vectors);
     wait_for_producer();
     release_consumer();
+    const uint4 head = has_head ? load_presentable(args.x, first) : uint4{};
     const uint32_t epoch = read_epoch(peers);
     const int64_t slot = slot_of(peers, epoch);
     const int64_t part = 16 * (int64_t)args.rows * num_vectors;
     char *received = peers.workspaces[peers.rank] + slot;
+    const auto own = [&](int64_t vector) {
+        return vector == first ? head : load_presentable(args.x, vector);
+    };
     for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
         for (int i = threadIdx.x; i < num_vectors; i += blockDim.x) {
             const int64_t vector = (int64_t)row * num_vectors + i;
-            push_to_all<WORLD>(peers, slot + peers.rank * part + 16 * vector,
-                               load_presentable(args.x, vector));
+            push_to_all<WORLD>(peers, slot + peers.rank * part + 16 * vector, own(vector));
         }
     }
     for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
-        const int64_t first = (int64_t)row * num_vectors;
+        const int64_t row_vector = (int64_t)row * num_vectors;
+        const int64_t at = 8 * row_vector;
         const auto source = [&](int i) {
-            const uint4 own = load_presentable(args.x, first + i);
-            return receive_sum<T, WORLD>(own, received + 16 * (first + i), part, peers);
+            const int64_t vector = row_vector + i;
+            return receive_sum<T, WORLD>(own(vector), received + 16 * vector, part, peers);
         };
-        norm_row<T, true>(args.out + 8 * first, args.sum + 8 * first, source,
-                          args.residual + 8 * first, weights, args.eps, num_vectors);
+        norm_row<T, true>(args.out + at, args.sum + at, source, args.residual + at, weights,
+                          args.eps, num_vectors);
     }
     __syncthreads();
     advance_epoch(peers, epoch);
+}
+
+// The first row from `begin` on that is this block's: row r is block r % grid's.
+__device__ __forceinline__ int first_row(int begin) {
+    const int block = begin % gridDim.x;
+    return begin + blockIdx.x - block + (blockIdx.x < block ? gridDim.x : 0);
 }
 
 // The slot is two_shot's, with rows as the items that are shared out.
@@ -169,35 +185,35 @@ __device__ __forceinline__ void two_shot_norm(const NormArgs<T> &args, const Pee
         const int begin = first_of<WORLD>(owner, args.rows);
         const int end = first_of<WORLD>(owner + 1, args.rows);
         char *target = peers.workspaces[owner] + slot + peers.rank * part;
-        for (int row = begin + blockIdx.x; row < end; row += gridDim.x) {
+        for (int row = first_row(begin); row < end; row += gridDim.x) {
             for (int i = threadIdx.x; i < num_vectors; i += blockDim.x) {
                 store_system16(target + 16 * ((int64_t)(row - begin) * num_vectors + i),
                                load_presentable(args.x, (int64_t)row * num_vectors + i));
             }
         }
     }
-    const int own_begin = first_of<WORLD>(peers.rank, args.rows);
     // Its own rows first: the others wait for them.
     for (int step = 0; step < WORLD; step++) {
         const int owner = rank_after<WORLD>(peers, step);
+        const int begin = first_of<WORLD>(owner, args.rows);
         const int end = first_of<WORLD>(owner + 1, args.rows);
-        for (int row = first_of<WORLD>(owner, args.rows) + blockIdx.x; row < end;
-             row += gridDim.x) {
-            const int64_t first = (int64_t)row * num_vectors;
+        for (int row = first_row(begin); row < end; row += gridDim.x) {
+            const int64_t row_vector = (int64_t)row * num_vectors;
+            const int64_t at = 8 * row_vector;
             const auto source = [&](int i) {
-                const int64_t place = sums + 16 * (first + i);
+                const int64_t place = sums + 16 * (row_vector + i);
                 if (step > 0) {
                     return receive(workspace + place, peers, owner);
                 }
-                const uint4 own = load_presentable(args.x, first + i);
-                const int64_t index = (int64_t)(row - own_begin) * num_vectors + i;
+                const uint4 own = load_presentable(args.x, row_vector + i);
+                const int64_t index = (int64_t)(row - begin) * num_vectors + i;
                 const uint4 sum =
                     receive_sum<T, WORLD>(own, workspace + slot + 16 * index, part, peers);
                 push_to_all<WORLD>(peers, place, sum);
                 return sum;
             };
-            norm_row<T, true>(args.out + 8 * first, args.sum + 8 * first, source,
-                              args.residual + 8 * first, weights, args.eps, num_vectors);
+            norm_row<T, true>(args.out + at, args.sum + at, source, args.residual + at, weights,
+                              args.eps, num_vectors);
         }
     }
     __syncthreads();
