@@ -1,10 +1,10 @@
 """Times the all-reduce kernels on two GPUs inside graphs, beside NCCL's.
 
-    python3 tests/cuda/bench_all_reduce.py FOLDER_OF_CUBINS
+    python3 tests/cuda/bench_all_reduce.py FOLDER_OF_CUBINS [curve] [layers] [gather] [four]
 
-The folder needs all_reduce, all_gather, norm and gemm_small. Prints µs for one all-reduce out of
-a chain of 100, plain and with overlapped launches; then what an all-reduce adds to a layer of
-Qwen2.5-7B, the gather of logits, and the kernels of four ranks on two GPUs.
+The folder needs the cubins of all_reduce, all_gather, norm and both gemm_small. Prints µs for one
+all-reduce out of a chain of 100, plain and with overlapped launches; then what an all-reduce adds
+to a layer of Qwen2.5-7B, the gather of logits, and the kernels of four ranks on two GPUs.
 """
 
 import ctypes
@@ -234,7 +234,8 @@ def curve(ranks, messages, limit, nccl):
 
 def layers(ranks):
     """Products and norms of decoding with half of Qwen2.5-7B's layers on each rank."""
-    print("a layer's products and norms at TP 2, µs plain / overlapped; what one all-reduce adds")
+    print("a layer's products and norms at TP 2, µs plain / overlapped: with norms alone, with "
+          "all-reduces, with those that the product sends")
     num_layers, qkv, ffn = 4, 2304, 9472
     shapes = {"qkv": (qkv, HIDDEN), "o": (HIDDEN, HIDDEN // 2), "gate_up": (2 * ffn, HIDDEN),
               "down": (HIDDEN, ffn)}
@@ -251,6 +252,13 @@ def layers(ranks):
         def layer(rank, weight, reduce):
             kernels, b = ranks.kernels[ranks.devices[rank]], buffers[rank]
 
+            def last_product(out, x, w, n, k):
+                if reduce is pushed:
+                    ranks.launch(rank, "gemm_small_push_f16_t8", n // 16, 256, out, x, w, tokens,
+                                 n, k, shared_bytes=98304)
+                else:
+                    product("", "deep", out, x, w, n, k, None, None)
+
             def product(kind, form, out, x, w, n, k, *rest):
                 rows, shared = {"wide": (16, 65536), "deep": (16, 98304)}[form]
                 rows //= 2 if kind else 1
@@ -258,15 +266,21 @@ def layers(ranks):
                                *rest, tokens, n, k, shared_bytes=shared)
 
             product("", "wide", b["qkv"], b["h"], weight["qkv"], qkv, HIDDEN, None, None)
-            product("", "deep", b["x"], b["qkv"], weight["o"], HIDDEN, HIDDEN // 2, None, None)
+            last_product(b["x"], b["qkv"], weight["o"], HIDDEN, HIDDEN // 2)
             reduce(rank, b)
             product("_silu", "wide", b["act"], b["h"], weight["gate_up"], ffn, HIDDEN)
-            product("", "deep", b["x"], b["act"], weight["down"], HIDDEN, ffn, None, None)
+            last_product(b["x"], b["act"], weight["down"], HIDDEN, ffn)
             reduce(rank, b)
 
+        def norm_of(rank, b, name):
+            ranks.launch(rank, name, tokens, 448, b["h"], b["sum"], b["x"], b["sum"], norm[rank],
+                         EPS, tokens, HIDDEN)
+
         def fused(rank, b):
-            ranks.launch(rank, "all_reduce_add_rms_norm_f16_r2", tokens, 448, b["h"], b["sum"],
-                         b["x"], b["sum"], norm[rank], EPS, tokens, HIDDEN)
+            norm_of(rank, b, "all_reduce_add_rms_norm_f16_r2")
+
+        def pushed(rank, b):
+            norm_of(rank, b, "all_reduce_pushed_add_rms_norm_f16_r2")
 
         def local(rank, b):
             ranks.kernels[ranks.devices[rank]].launch(
@@ -274,17 +288,18 @@ def layers(ranks):
                 norm[rank], EPS, HIDDEN)
 
         times = {}
-        for key, reduce in [("with", fused), ("without", local)]:
+        for reduce in [local, fused, pushed, local, fused, pushed]:
             def run(rank, reduce=reduce):
                 for _ in range(4):
                     for weight in weights[rank]:
                         layer(rank, weight, reduce)
 
-            times[key] = both_us(ranks, run, 4 * num_layers)
-        added = [(a - b) / 2 for a, b in zip(times["with"], times["without"], strict=True)]
-        print(f"{tokens} tokens: with {times['with'][0]:.1f} {times['with'][1]:.1f}, norms alone "
-              f"{times['without'][0]:.1f} {times['without'][1]:.1f}; adds {added[0]:.2f} "
-              f"{added[1]:.2f}", flush=True)
+            plain, overlapped = both_us(ranks, run, 4 * num_layers)
+            times.setdefault(reduce.__name__, []).append(overlapped)
+            print(f"{tokens} tokens, {reduce.__name__}: {plain:.2f} {overlapped:.2f}", flush=True)
+        base = min(times["local"])
+        print(f"one all-reduce adds {(min(times['fused']) - base) / 2:.2f}, sent by the product "
+              f"{(min(times['pushed']) - base) / 2:.2f}", flush=True)
 
 
 def gather(ranks):
@@ -315,15 +330,17 @@ def main():
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     if sys.argv[1] == "--nccl":
         nccl_rank(int(sys.argv[2]), sys.argv[3])
-    nccl = time_nccl()
     multi.enable_peer_access([0, 1])
     kernels = multi.load_kernels(sys.argv[1], [0, 1])
     ranks = multi.Ranks(kernels, [0, 1], SLOT_BYTES)
-    curve(ranks, SIZES, 128, nccl)
-    layers(ranks)
-    gather(ranks)
     # Two ranks on each GPU: the kernels of four, with more traffic on two links than on four.
-    curve(multi.Ranks(kernels, [0, 1, 0, 1], SLOT_BYTES), SIZES[1:9], 32, {})
+    four = multi.Ranks(kernels, [0, 1, 0, 1], SLOT_BYTES)
+    sections = {"curve": lambda: curve(ranks, SIZES, 128, time_nccl()),
+                "layers": lambda: layers(ranks), "gather": lambda: gather(ranks),
+                "four": lambda: curve(four, SIZES[1:9], 32, {})}
+    for name, section in sections.items():
+        if name in (sys.argv[2:] or sections):
+            section()
 
 
 if __name__ == "__main__":

@@ -96,9 +96,10 @@ class Ranks:
     def empty(self, rank, *shape, dtype):
         return torch.empty(shape, dtype=dtype, device=f"cuda:{self.devices[rank]}")
 
-    def launch(self, rank, name, grid, block, *args):
+    def launch(self, rank, name, grid, block, *args, shared_bytes=0):
         """Call inside on(rank). `args` end before the kernel's parameter `peers`."""
-        self.kernels[self.devices[rank]].launch(name, [grid], block, *args, self.peers[rank])
+        self.kernels[self.devices[rank]].launch(name, [grid], block, *args, self.peers[rank],
+                                                shared_bytes=shared_bytes)
 
     def capture(self, run):
         """A graph a rank of what run(rank) launches."""

@@ -10,6 +10,7 @@
 // Names:   all_reduce{,_two_shot}{,_add_rms_norm}_{f16,bf16}_r{2,3,4,6,8}: how many ranks. One
 //          shot: each rank sends all of x to every other; for small messages. Two shots: a rank
 //          adds up its share, a part of the vectors or rows, and sends the sum to all.
+//          all_reduce_pushed_add_rms_norm_…: one shot of what gemm_small_push has sent already.
 // Launch:  grid at most MAX_BLOCKS and no more blocks than the GPU holds at once, the same on all
 //          ranks. Reductions: any block up to 512. Norms: grid up to rows, block a multiple of
 //          32, at most 512 and at least width / 32 (the bits are add_rms_norm's of that block).
@@ -123,7 +124,7 @@ template <typename T> struct NormArgs {
     int width;
 };
 
-template <typename T, int WORLD>
+template <typename T, int WORLD, bool IS_PUSHED = false>
 __device__ __forceinline__ void one_shot_norm(const NormArgs<T> &args, const Peers &peers) {
     const int num_vectors = args.width / 8;
     const bool has_head = blockIdx.x < args.rows && threadIdx.x < num_vectors;
@@ -140,7 +141,7 @@ __device__ __forceinline__ void one_shot_norm(const NormArgs<T> &args, const Pee
     const auto own = [&](int64_t vector) {
         return vector == first ? head : load_presentable(args.x, vector);
     };
-    for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for (int row = blockIdx.x; !IS_PUSHED && row < args.rows; row += gridDim.x) {
         for (int i = threadIdx.x; i < num_vectors; i += blockDim.x) {
             const int64_t vector = (int64_t)row * num_vectors + i;
             push_to_all<WORLD>(peers, slot + peers.rank * part + 16 * vector, own(vector));
@@ -158,6 +159,12 @@ __device__ __forceinline__ void one_shot_norm(const NormArgs<T> &args, const Pee
     }
     __syncthreads();
     advance_epoch(peers, epoch);
+}
+
+// one_shot_norm after a kernel that has sent x.
+template <typename T, int WORLD>
+__device__ __forceinline__ void pushed_norm(const NormArgs<T> &args, const Peers &peers) {
+    one_shot_norm<T, WORLD, true>(args, peers);
 }
 
 // The first row from `begin` on that is this block's: row r is block r % grid's.
@@ -220,21 +227,25 @@ __device__ __forceinline__ void two_shot_norm(const NormArgs<T> &args, const Pee
     advance_epoch(peers, epoch);
 }
 
-#define ENTRY(T, SUFFIX, WORLD, SHOTS, METHOD)                                                     \
+#define REDUCTION(T, SUFFIX, WORLD, NAME, METHOD)                                                  \
     extern "C" __global__ void __launch_bounds__(512)                                              \
-        all_reduce_##SHOTS##SUFFIX##_r##WORLD(T *out, const T *x, int num_vectors,                 \
-                                              const __grid_constant__ Peers peers) {               \
+        NAME##_##SUFFIX##_r##WORLD(T *out, const T *x, int num_vectors,                            \
+                                   const __grid_constant__ Peers peers) {                          \
         METHOD<T, WORLD>(out, x, num_vectors, peers);                                              \
-    }                                                                                              \
+    }
+#define NORM(T, SUFFIX, WORLD, NAME, METHOD)                                                       \
     extern "C" __global__ void __launch_bounds__(512)                                              \
-        all_reduce_##SHOTS##add_rms_norm_##SUFFIX##_r##WORLD(                                      \
-            T *out, T *sum, const T *x, const T *residual, const T *weight, float eps, int rows,   \
-            int width, const __grid_constant__ Peers peers) {                                      \
-        METHOD##_norm<T, WORLD>({out, sum, x, residual, weight, eps, rows, width}, peers);         \
+        NAME##_add_rms_norm_##SUFFIX##_r##WORLD(T *out, T *sum, const T *x, const T *residual,     \
+                                                const T *weight, float eps, int rows, int width,   \
+                                                const __grid_constant__ Peers peers) {             \
+        METHOD<T, WORLD>({out, sum, x, residual, weight, eps, rows, width}, peers);                \
     }
 #define ENTRIES(T, SUFFIX, WORLD)                                                                  \
-    ENTRY(T, SUFFIX, WORLD, , one_shot)                                                            \
-    ENTRY(T, SUFFIX, WORLD, two_shot_, two_shot)
+    REDUCTION(T, SUFFIX, WORLD, all_reduce, one_shot)                                              \
+    REDUCTION(T, SUFFIX, WORLD, all_reduce_two_shot, two_shot)                                     \
+    NORM(T, SUFFIX, WORLD, all_reduce, one_shot_norm)                                              \
+    NORM(T, SUFFIX, WORLD, all_reduce_two_shot, two_shot_norm)                                     \
+    NORM(T, SUFFIX, WORLD, all_reduce_pushed, pushed_norm)
 #define RANKS(T, SUFFIX)                                                                           \
     ENTRIES(T, SUFFIX, 2)                                                                          \
     ENTRIES(T, SUFFIX, 3)                                                                          \

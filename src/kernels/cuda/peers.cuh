@@ -80,6 +80,11 @@ __device__ __forceinline__ uint32_t read_epoch(const Peers &peers) {
     return load_system(peers.workspaces[peers.rank] + 4 * blockIdx.x) + 1;
 }
 
+// Returns the epoch of the next collective, to a kernel that sends for it ahead of it.
+__device__ __forceinline__ uint32_t read_next_epoch(const Peers &peers) {
+    return load_system(peers.workspaces[peers.rank]) + 1;
+}
+
 __device__ __forceinline__ void advance_epoch(const Peers &peers, uint32_t epoch) {
     char *counters = peers.workspaces[peers.rank];
     for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < MAX_BLOCKS;
@@ -124,12 +129,12 @@ __device__ __forceinline__ bool has_arrived(uint4 value) {
 }
 
 // Returns the value with NaNs that look like ABSENT replaced.
+__device__ __forceinline__ uint32_t presentable(uint32_t value) {
+    return value == ABSENT ? NAN_PAIR : value;
+}
 __device__ __forceinline__ uint4 presentable(uint4 value) {
-    value.x = value.x == ABSENT ? NAN_PAIR : value.x;
-    value.y = value.y == ABSENT ? NAN_PAIR : value.y;
-    value.z = value.z == ABSENT ? NAN_PAIR : value.z;
-    value.w = value.w == ABSENT ? NAN_PAIR : value.w;
-    return value;
+    return make_uint4(presentable(value.x), presentable(value.y), presentable(value.z),
+                      presentable(value.w));
 }
 
 // Returns the rank `step` after this one; all ranks begin with another receiver.
