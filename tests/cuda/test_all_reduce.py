@@ -4,7 +4,8 @@
 
 2, 3, 4, 6 and 8 ranks, spread over the GPUs at hand (at most two are used). Every result must have
 the very bits of a sum in the order of ranks, on all ranks, REPEATS (100) times over, with poisoned
-outputs and with ranks that start late. QUICK=1 takes 2 ranks (for compute-sanitizer). Prints one line a test.
+outputs and with ranks that start late. QUICK=1 takes 2 ranks alone, each on a GPU of its own: for
+compute-sanitizer. Prints one line a test.
 """
 
 import itertools
