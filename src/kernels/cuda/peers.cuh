@@ -164,7 +164,8 @@ __device__ __forceinline__ uint4 receive(char *place, const Peers &peers, int so
 }
 
 // Takes what rank r has stored at place + r · stride, for all other ranks, and returns the sum with
-// `own` (presentable). Adds in the order of ranks, so that all ranks get the same bits; rounds once.
+// `own` (presentable). Adds in the order of ranks, so that all ranks get the same bits, and rounds
+// once.
 template <typename T, int WORLD>
 __device__ __forceinline__ uint4 receive_sum(uint4 own, char *place, int64_t stride,
                                              const Peers &peers) {
