@@ -1,6 +1,6 @@
 """Loads cubins and launches their kernels on torch tensors, through the CUDA driver alone.
 
-Used by test_kernels.py and bench_kernels.py. Needs torch with a GPU; knows nothing of any kernel.
+Used by the tests and benchmarks beside it and by ranks.py. Needs torch with a GPU; knows nothing of any kernel.
 """
 
 import ctypes
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-_cuda = ctypes.CDLL("libcuda.so.1")
+cuda = ctypes.CDLL("libcuda.so.1")
 _MAX_DYNAMIC_SHARED = 8
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
-def _check(result, what):
+def check(result, what):
     if result != 0:
         text = ctypes.c_char_p()
-        _cuda.cuGetErrorString(result, ctypes.byref(text))
+        cuda.cuGetErrorString(result, ctypes.byref(text))
         raise RuntimeError(f"{what}: {text.value.decode() if text.value else result}")
 
 
@@ -67,20 +67,22 @@ class Kernels:
 
     def _load(self, path):
         module, count, name = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_char_p()
-        _check(_cuda.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), path.name)
-        _check(_cuda.cuModuleGetFunctionCount(ctypes.byref(count), module), path.name)
+        check(cuda.cuModuleLoadData(ctypes.byref(module), path.read_bytes()), path.name)
+        check(cuda.cuModuleGetFunctionCount(ctypes.byref(count), module), path.name)
         functions = (ctypes.c_void_p * count.value)()
-        _check(_cuda.cuModuleEnumerateFunctions(functions, count, module), path.name)
+        check(cuda.cuModuleEnumerateFunctions(functions, count, module), path.name)
         for function in functions:
             function = ctypes.c_void_p(function)
-            _check(_cuda.cuFuncGetName(ctypes.byref(name), function), path.name)
+            check(cuda.cuFuncGetName(ctypes.byref(name), function), path.name)
+            # Otherwise the first launch does, which waits for kernels that may wait for it.
+            check(cuda.cuFuncLoad(function), "cuFuncLoad")
             self.functions[name.value.decode()] = [function, 0]
 
     def _function(self, name, shared_bytes):
         entry = self.functions[name]
         if shared_bytes > max(entry[1], 48 * 1024 - 1):
             attribute = _MAX_DYNAMIC_SHARED
-            _check(_cuda.cuFuncSetAttribute(entry[0], attribute, shared_bytes), f"{name}: shared")
+            check(cuda.cuFuncSetAttribute(entry[0], attribute, shared_bytes), f"{name}: shared")
             entry[1] = shared_bytes
         return entry[0]
 
@@ -101,7 +103,7 @@ class Kernels:
             ctypes.pointer(attribute),
             1 if self.overlap else 0,
         )
-        _check(_cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), name)
+        check(cuda.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), name)
 
 
 def relative_error(got, want):
