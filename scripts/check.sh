@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that CI checks, one line a step: format, clippy, tests, documentation, dependencies,
-# and the Python clients against a real server.
+# the Python clients against a real server, and that the code for GPUs compiles.
 #
-#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf (default: all)
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf cuda
+#                                 (default: all)
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
 # and says so; with CI=true it fails instead.
@@ -70,6 +71,20 @@ gotmpl() { scripts/check_modelfile.sh; }
 # llama.cpp and others read the GGUF files of `infold merge`.
 gguf() { scripts/check_gguf_consumers.sh; }
 
+# The kernels through nvcc for every architecture, then the feature through clippy; candle's own
+# kernels take ten minutes the first time. Whoever has no toolkit gets one from wheels.
+cuda() {
+  if ! [[ -n ${CUDA_HOME:-} ]]; then
+    local exports
+    exports=$(scripts/cuda_toolchain.sh target/cuda-toolkit) || {
+      echo 'the CUDA toolkit cannot be installed from wheels'
+      return 77
+    }
+    eval "$exports"
+  fi
+  cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
+}
+
 clients() {
   local environment=target/clients
   if ! command -v python3 >/dev/null || ! python3 -c 'import ensurepip, venv'; then
@@ -100,8 +115,9 @@ for name in "${@:-all}"; do
       step clients clients
       step gotmpl gotmpl
       step gguf gguf
+      step cuda cuda
       ;;
-    fmt | clippy | doc | deny | clients | gotmpl | gguf) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl | gguf | cuda) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2

@@ -110,6 +110,28 @@ impl StepInput {
         input
     }
 
+    /// Returns a step of one token for each of `num_sequences`, which writes nothing to the cache.
+    pub(super) fn decodes(num_sequences: usize) -> Self {
+        let counts: Vec<u32> = (0..=num_sequences as u32).collect();
+        Self {
+            block_copies: Vec::new(),
+            input_ids: vec![0; num_sequences],
+            attention: AttentionBatch {
+                cu_seqlens_q: counts.clone(),
+                context_lens: vec![1; num_sequences],
+                block_tables: vec![0; num_sequences],
+                cu_blocks: counts.clone(),
+                positions: vec![0; num_sequences],
+                // No slot: as a bucket's padding.
+                slot_mapping: vec![u32::MAX; num_sequences],
+                staged: None,
+            },
+            logits_rows: counts[..num_sequences].to_vec(),
+            logits_uses: Vec::new(),
+            draws: vec![Some(Draw::greedy()); num_sequences],
+        }
+    }
+
     /// Returns the number of sequences when each has one token and wants its logits.
     pub(super) fn num_decodes(&self) -> Option<usize> {
         let num = self.attention.context_lens.len();

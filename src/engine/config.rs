@@ -66,6 +66,14 @@ pub enum Graphs {
 const MAX_GRAPH_SEQUENCES: usize = 512;
 
 impl Graphs {
+    /// Returns what steps of at most `max_num_seqs` sequences are padded to, ascending.
+    pub(super) fn buckets(self, max_num_seqs: usize) -> Vec<usize> {
+        let padded = (1..=max_num_seqs.min(MAX_GRAPH_SEQUENCES)).filter_map(|num| self.bucket(num));
+        let mut buckets: Vec<usize> = padded.map(|bucket| bucket.min(max_num_seqs)).collect();
+        buckets.dedup();
+        buckets
+    }
+
     /// Returns how many sequences a step of `num_sequences` is padded to, if it is recorded:
     /// 1, 2, 4, then multiples of 8, from 256 on of 16.
     pub(super) fn bucket(self, num_sequences: usize) -> Option<usize> {
@@ -311,6 +319,8 @@ mod tests {
         let buckets = [1, 2, 3, 5, 9, 256, 257, 512].map(bucket);
         assert_eq!(buckets, [1, 2, 4, 8, 16, 256, 272, 512].map(Some));
         assert_eq!([bucket(0), bucket(513), Graphs::Off.bucket(1)], [None; 3]);
+        assert_eq!(Graphs::Decode.buckets(21), [1, 2, 4, 8, 16, 21]);
+        assert_eq!(Graphs::Decode.buckets(4096).len(), 51);
     }
 
     #[test]

@@ -24,6 +24,7 @@ use std::time::Instant;
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
 
+use crate::kernels::Kernels;
 use crate::layers::LayerError;
 use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
@@ -74,10 +75,17 @@ pub enum EngineError {
         /// The wanted type.
         found: &'static str,
     },
-    /// Several GPUs were asked for.
-    #[error("--tensor-parallel-size {found} over GPUs is not built yet; use 1, or --device cpu")]
-    SeveralGpus {
-        /// How many.
+    /// There are fewer GPUs than ranks.
+    #[error(
+        "--tensor-parallel-size {wanted} from GPU {first} on needs GPUs up to {}, CUDA sees {found} \
+         (CUDA_VISIBLE_DEVICES chooses which)", first + wanted - 1
+    )]
+    TooFewGpus {
+        /// Ranks.
+        wanted: usize,
+        /// The first rank's GPU.
+        first: usize,
+        /// How many there are.
         found: usize,
     },
     /// The KV cache can not hold one sequence of the wanted length.
@@ -282,7 +290,7 @@ impl EngineThread {
             self.kv_dtype,
             &self.options,
         );
-        ranks.allocate_kv_cache(plan.num_blocks)?;
+        ranks.finish(plan.num_blocks)?;
         Ok((ranks, plan))
     }
 
@@ -327,8 +335,13 @@ fn placement(
             num_threads: (num_threads / size).max(1),
         });
     };
-    if size > 1 {
-        return Err(EngineError::SeveralGpus { found: size });
+    let found = Kernels::num_gpus();
+    if found > 0 && first + size > found {
+        return Err(EngineError::TooFewGpus {
+            wanted: size,
+            first,
+            found,
+        });
     }
     let dtype = match options.dtype {
         Dtype::Float16 => DType::F16,

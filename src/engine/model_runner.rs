@@ -1,7 +1,7 @@
 //! One rank: owns its kernels, its part of the model and its KV cache, and runs batches.
 //!
 //! On a GPU a step whose sequences all have one token is padded to a bucket and replayed as a
-//! recorded graph; the first step of a bucket runs as it is and is recorded afterwards.
+//! graph that was recorded at the start.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -89,6 +89,8 @@ impl ModelRunner {
                 max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
                 num_kv_heads: (config.model.num_kv_heads / world_size).max(1),
                 vocab_size: config.model.vocab_size,
+                rank: comm.rank(),
+                world_size,
             })?,
         };
         let num_parameters = config.checkpoint.num_parameters() as usize;
@@ -122,8 +124,27 @@ impl ModelRunner {
         self.kernels.gpu_memory()
     }
 
-    /// Allocates the KV cache.
-    pub(super) fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<()> {
+    /// Allocates the KV cache for good and connects the ranks, which must all come here.
+    pub(super) fn finish(&mut self, num_blocks: usize) -> Result<()> {
+        self.allocate_kv_cache(num_blocks)?;
+        if self.kernels.has_peers() {
+            let own = self.kernels.peer_addresses()?;
+            // From here on nobody allocates.
+            let all = self.comm.all_gather_u64(&own)?;
+            let all: Vec<[u64; 2]> = all.iter().map(|pair| [pair[0], pair[1]]).collect();
+            self.kernels.connect_peers(&all)?;
+        }
+        if !self.kernels.is_on_gpu() {
+            return Ok(());
+        }
+        // Records every bucket now, so that no request waits for it.
+        for bucket in self.config.graphs.buckets(self.config.max_num_seqs) {
+            self.run(&StepInput::decodes(bucket), |_, _| {})?;
+        }
+        Ok(())
+    }
+
+    fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<()> {
         let sizes = [
             num_blocks,
             self.config.block_size,
@@ -139,6 +160,17 @@ impl ModelRunner {
         Ok(())
     }
 
+    /// Returns an error naming the rank that a collective gave up waiting for.
+    fn check_peers(&self) -> Result<()> {
+        match self.kernels.missing_peer() {
+            Some(missing) => candle_core::bail!(
+                "rank {}: rank {missing} did not come to a collective in time",
+                self.comm.rank()
+            ),
+            None => Ok(()),
+        }
+    }
+
     /// Runs one step and hands over what became of each row of `input.logits_rows`, in order.
     pub(super) fn run(
         &mut self,
@@ -148,7 +180,10 @@ impl ModelRunner {
         self.kernels
             .copy_blocks(&mut self.kv_cache, &input.block_copies)?;
         match self.kernels.is_on_gpu() {
-            true => self.run_on_gpu(input, on_row),
+            true => {
+                self.run_on_gpu(input, on_row)?;
+                self.check_peers()
+            }
             false => {
                 let hidden = self.forward(input, &input.attention)?;
                 let rows = &input.logits_rows;
@@ -219,6 +254,8 @@ impl ModelRunner {
         // is only recorded.
         let logits = step(self)?;
         self.kernels.synchronize()?;
+        // Building a graph allocates: no rank may then wait for a kernel that is still to come.
+        self.comm.barrier()?;
         let kernels = self.kernels.clone();
         let (graph, recorded) = kernels.record(|| step(self))?;
         self.recorded.insert(
@@ -228,6 +265,7 @@ impl ModelRunner {
                 logits: recorded,
             },
         );
+        self.comm.barrier()?;
         Ok(logits)
     }
 

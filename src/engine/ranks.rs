@@ -14,7 +14,7 @@ use super::model_runner::{ModelRunner, RowOutput, RunnerConfig};
 
 /// What a rank other than the first is told.
 enum RankCommand {
-    AllocateKvCache(usize),
+    Finish(usize),
     Step(Arc<StepInput>),
 }
 
@@ -78,13 +78,13 @@ impl Ranks {
         Some(smallest * self.memory.len() as u64)
     }
 
-    /// Allocates every rank's KV cache.
-    pub(super) fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<()> {
+    /// Allocates every rank's KV cache and connects the ranks.
+    pub(super) fn finish(&mut self, num_blocks: usize) -> Result<()> {
         for (rank, _) in &self.others {
             // A rank that ended makes the first collective fail with its number.
-            let _ = rank.send(RankCommand::AllocateKvCache(num_blocks));
+            let _ = rank.send(RankCommand::Finish(num_blocks));
         }
-        self.first.allocate_kv_cache(num_blocks)
+        self.first.finish(num_blocks)
     }
 
     /// Runs one step on every rank; rows of logits arrive on the calling thread.
@@ -149,7 +149,7 @@ fn run_rank(
     };
     while let Ok(command) = commands.recv() {
         let done = match command {
-            RankCommand::AllocateKvCache(num_blocks) => runner.allocate_kv_cache(num_blocks),
+            RankCommand::Finish(num_blocks) => runner.finish(num_blocks),
             RankCommand::Step(input) => runner.run(&input, |_, _| {}),
         };
         if let Err(error) = done {

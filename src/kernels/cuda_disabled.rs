@@ -80,7 +80,7 @@ unreachable_methods! {
     fn replay(&self, graph: &Graph) -> Result<()>;
     fn matmul(&self, x: &Tensor, weight: &GpuMatrix, bias: Option<&Tensor>) -> Result<Tensor>;
     fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor>;
-    fn logits(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor>;
+    fn logits(&self, x: &Tensor, weight: &GpuMatrix, width: usize) -> Result<Tensor>;
     fn embedding(&self, staged: &Staged, table: &GpuMatrix, vocab_start: usize) -> Result<Tensor>;
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor>;
     fn add_rms_norm(&self, x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
@@ -92,5 +92,12 @@ unreachable_methods! {
     fn paged_attention(&self, q: &Tensor, kv: &GpuKv, staged: &Staged, num_heads: usize, scale: f32) -> Result<Tensor>;
     fn sample(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>>;
     fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()>;
+    fn has_peers(&self) -> bool;
+    fn peer_addresses(&self) -> Result<[u64; 2]>;
+    fn connect_peers(&self, all: &[[u64; 2]]) -> Result<()>;
+    fn missing_peer(&self) -> Option<usize>;
+    fn all_reduce(&self, x: &Tensor) -> Result<Tensor>;
+    fn all_reduce_add_rms_norm(&self, x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
+    fn all_gather_columns(&self, x: &Tensor) -> Result<Tensor>;
     fn read_rows(&self, tensor: &Tensor, num_rows: usize) -> Result<Vec<f32>>;
 }

@@ -27,6 +27,20 @@ pub struct DeviceOptions {
     pub num_kv_heads: usize,
     /// Tokens of the vocabulary.
     pub vocab_size: usize,
+    /// This GPU's place in its group.
+    pub rank: usize,
+    /// GPUs of the group, on consecutive ordinals.
+    pub world_size: usize,
+}
+
+/// Returns the rows of the vocabulary that each of `world_size` ranks holds, the last ones maybe
+/// fewer.
+pub fn vocab_part_len(vocab_size: usize, world_size: usize) -> usize {
+    // Rows of logits that ranks join begin on 16 bytes.
+    match world_size {
+        1 => vocab_size,
+        _ => vocab_size.div_ceil(world_size).next_multiple_of(8),
+    }
 }
 
 /// How one row's token is drawn on the device. The meanings, and which token a seed gives, are
@@ -295,13 +309,14 @@ impl Kernels {
         }
     }
 
-    /// Returns logits `f32 [m, rows]` of `x: [m, cols]`. On a GPU the next call overwrites them.
+    /// Returns logits `f32 [m, rows]` of `x: [m, cols]`; on a GPU `[m, width]`, of which the
+    /// columns from the matrix's rows on mean nothing, and the next call overwrites them.
     ///
     /// # Errors
     /// When shapes disagree, or there are more rows than the GPU's buffer holds.
-    pub fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    pub fn logits(&self, x: &Tensor, weight: &Matrix, width: usize) -> Result<Tensor> {
         match &self.gpu {
-            Some(gpu) => gpu.logits(x, weight.gpu()?),
+            Some(gpu) => gpu.logits(x, weight.gpu()?, width),
             None => self.matmul(x, &[weight], None),
         }
     }
@@ -362,6 +377,78 @@ impl Kernels {
                     _ => bail!("expected contiguous f32 rows, got {tensor:?}"),
                 }
             }
+        }
+    }
+
+    /// Returns whether collectives run on GPUs that reach each other's memory.
+    pub fn has_peers(&self) -> bool {
+        self.gpu.as_ref().is_some_and(|gpu| gpu.has_peers())
+    }
+
+    /// Returns what the other ranks' [`Kernels::connect_peers`] must be given of this one.
+    ///
+    /// # Errors
+    /// When it belongs to no group of GPUs.
+    pub fn peer_addresses(&self) -> Result<[u64; 2]> {
+        match &self.gpu {
+            Some(gpu) => gpu.peer_addresses(),
+            None => bail!("CPU ranks have no addresses"),
+        }
+    }
+
+    /// Connects the ranks of a group, given all their addresses in order; before, collectives
+    /// return what they are given. All ranks must have loaded their weights.
+    ///
+    /// # Errors
+    /// When the group has another size.
+    pub fn connect_peers(&self, all: &[[u64; 2]]) -> Result<()> {
+        self.gpu
+            .as_ref()
+            .map_or(Ok(()), |gpu| gpu.connect_peers(all))
+    }
+
+    /// Returns the rank that a collective gave up waiting for.
+    pub fn missing_peer(&self) -> Option<usize> {
+        self.gpu.as_ref().and_then(|gpu| gpu.missing_peer())
+    }
+
+    /// Returns the sum of `x` over the GPUs of the group, in its place.
+    ///
+    /// # Errors
+    /// When there is no group.
+    pub fn all_reduce(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.gpu {
+            Some(gpu) => gpu.all_reduce(x),
+            None => bail!("CPU ranks reduce through their Comm"),
+        }
+    }
+
+    /// Returns what [`Kernels::add_rms_norm`] makes of the sum of `x` over the group's GPUs, bit
+    /// for bit, in one kernel.
+    ///
+    /// # Errors
+    /// When shapes disagree or there is no group.
+    pub fn all_reduce_add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        match &self.gpu {
+            Some(gpu) => gpu.all_reduce_add_rms_norm(x, residual, weight, eps),
+            None => bail!("CPU ranks reduce through their Comm"),
+        }
+    }
+
+    /// Joins columns of f32 `x` over the group on rank 0; other ranks get theirs back.
+    ///
+    /// # Errors
+    /// When there is no group.
+    pub fn all_gather_columns(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.gpu {
+            Some(gpu) => gpu.all_gather_columns(x),
+            None => bail!("CPU ranks gather through their Comm"),
         }
     }
 

@@ -36,7 +36,9 @@ use cuda::{Gpu, GpuKv, GpuMatrix};
 use std::sync::Arc;
 
 pub use cpu::SimdLevel;
-pub use device::{DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, Staged};
+pub use device::{
+    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, Staged, vocab_part_len,
+};
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 
 /// One rank's kernels and its threads. Cheap to clone.

@@ -112,7 +112,7 @@ impl Attention {
 
     /// Writes the batch's keys and values into `kv_blocks` and attends.
     ///
-    /// `x` f32 `[tokens, hidden_size]`; returns the same shape.
+    /// `x` `[tokens, hidden_size]`; returns this rank's part of the sum of that shape.
     ///
     /// # Errors
     /// When a kernel or collective fails.

@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use crate::kernels::Matrix;
+use crate::kernels::{Matrix, vocab_part_len};
 
 use super::{ForwardContext, LayerError, Loader};
 
 /// The rows of the vocabulary that a rank holds; the last rank may hold fewer.
 fn vocab_part(vocab_size: usize, loader: &Loader<'_>) -> Range<usize> {
-    let len = vocab_size.div_ceil(loader.world_size());
+    let len = vocab_part_len(vocab_size, loader.world_size());
     let start = (loader.rank() * len).min(vocab_size);
     start..(start + len).min(vocab_size)
 }
@@ -46,13 +46,14 @@ impl VocabParallelEmbedding {
             context
                 .kernels
                 .embed_batch(ids, context.batch, &self.table, self.vocab_start)?;
-        context.comm.all_reduce(&rows)
+        context.all_reduce(&rows)
     }
 }
 
 /// The product with the vocabulary: own weights, or the embedding's where they are tied.
 pub struct LmHead {
     weight: Option<Matrix>,
+    vocab_size: usize,
 }
 
 impl LmHead {
@@ -69,15 +70,19 @@ impl LmHead {
         let weight = loader.matrix("weight", [vocab_size, hidden_size], rows, 0..hidden_size)?;
         Ok(Self {
             weight: Some(weight),
+            vocab_size,
         })
     }
 
     /// Returns a head that multiplies with the embedding table.
-    pub fn tied() -> Self {
-        Self { weight: None }
+    pub fn tied(vocab_size: usize) -> Self {
+        Self {
+            weight: None,
+            vocab_size,
+        }
     }
 
-    /// Returns the logits of `x` f32 `[rows, hidden_size]`: `[rows, vocab_size]` on every rank.
+    /// Returns the logits of `x` f32 `[rows, hidden_size]`: `[rows, vocab_size]` on every CPU rank and on the first GPU.
     ///
     /// # Errors
     /// When a rank has ended.
@@ -88,7 +93,13 @@ impl LmHead {
         context: &ForwardContext<'_>,
     ) -> Result<Tensor> {
         let weight = self.weight.as_ref().unwrap_or(&embedding.table);
-        let logits = context.kernels.logits(x, weight)?;
-        context.comm.all_gather_columns(&logits)
+        let width = vocab_part_len(self.vocab_size, context.comm.world_size());
+        let logits = context.kernels.logits(x, weight, width)?;
+        let logits = context.all_gather_columns(&logits)?;
+        // Ranks of GPUs give columns of which the last ones mean nothing, all to rank 0.
+        match logits.dims()[1] > self.vocab_size {
+            true => logits.narrow(1, 0, self.vocab_size),
+            false => Ok(logits),
+        }
     }
 }

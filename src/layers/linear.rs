@@ -105,15 +105,16 @@ impl RowParallel {
         Ok(Self { weight, bias })
     }
 
-    /// Returns the sum over ranks of `x · Wᵀ`, plus the bias.
+    /// Returns this rank's part of `x · Wᵀ + b`; the sum over ranks is the layer's output, which
+    /// [`RmsNorm::forward_reduced`](super::RmsNorm::forward_reduced) makes in one with the norm
+    /// that follows.
     ///
     /// # Errors
-    /// When `x` has another shape or a rank has ended.
+    /// When `x` has another shape.
     pub fn forward(&self, x: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
-        let partial = context
+        context
             .kernels
-            .matmul(x, &[&self.weight], self.bias.as_ref())?;
-        context.comm.all_reduce(&partial)
+            .matmul(x, &[&self.weight], self.bias.as_ref())
     }
 }
 

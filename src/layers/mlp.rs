@@ -40,7 +40,7 @@ impl Mlp {
         })
     }
 
-    /// Maps f32 `[tokens, hidden_size]` to the same shape.
+    /// Maps `[tokens, hidden_size]` to this rank's part of the sum of that shape.
     ///
     /// # Errors
     /// When a kernel or collective fails.

@@ -20,6 +20,8 @@ pub use mlp::Mlp;
 pub use norm::RmsNorm;
 pub use rotary::{RopeConfig, RopeScaling, RotaryEmbedding};
 
+use candle_core::{Result, Tensor};
+
 use crate::distributed::Comm;
 use crate::kernels::{AttentionBatch, Kernels};
 
@@ -32,6 +34,24 @@ pub struct ForwardContext<'a> {
     pub comm: &'a Comm,
     /// Which tokens belong to which sequence and where their keys and values lie.
     pub batch: &'a AttentionBatch,
+}
+
+impl ForwardContext<'_> {
+    /// Returns the sum over ranks of `tensor`.
+    fn all_reduce(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self.kernels.has_peers() {
+            true => self.kernels.all_reduce(tensor),
+            false => self.comm.all_reduce(tensor),
+        }
+    }
+
+    /// Joins the ranks' columns: on all CPU ranks, on the first GPU.
+    fn all_gather_columns(&self, tensor: &Tensor) -> Result<Tensor> {
+        match self.kernels.has_peers() {
+            true => self.kernels.all_gather_columns(tensor),
+            false => self.comm.all_gather_columns(tensor),
+        }
+    }
 }
 
 /// What goes wrong while layers take their weights.

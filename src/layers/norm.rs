@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use crate::kernels::Kernels;
 
-use super::{LayerError, Loader};
+use super::{ForwardContext, LayerError, Loader};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension.
 pub struct RmsNorm {
@@ -41,16 +41,22 @@ impl RmsNorm {
         kernels.rms_norm(x, &self.weight, self.eps)
     }
 
-    /// Returns `(norm(x + residual), x + residual)`.
+    /// Returns `(norm(Σ + residual), Σ + residual)`, Σ being the sum over ranks of `partial`: what
+    /// follows a row-parallel layer.
     ///
     /// # Errors
-    /// When the shapes differ.
-    pub fn forward_add(
+    /// When the shapes differ or a rank has ended.
+    pub fn forward_reduced(
         &self,
-        kernels: &Kernels,
-        x: &Tensor,
+        context: &ForwardContext<'_>,
+        partial: &Tensor,
         residual: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        kernels.add_rms_norm(x, residual, &self.weight, self.eps)
+        let (kernels, weight) = (context.kernels, &self.weight);
+        if kernels.has_peers() {
+            return kernels.all_reduce_add_rms_norm(partial, residual, weight, self.eps);
+        }
+        let sum = context.comm.all_reduce(partial)?;
+        kernels.add_rms_norm(&sum, residual, weight, self.eps)
     }
 }

@@ -57,7 +57,7 @@ impl Decoder {
             })
             .collect::<std::result::Result<_, _>>()?;
         let lm_head = if config.tie_word_embeddings {
-            LmHead::tied()
+            LmHead::tied(vocab_size)
         } else {
             LmHead::load(&loader.at("lm_head"), vocab_size, hidden_size)?
         };
@@ -120,7 +120,7 @@ fn layer_input(
 ) -> Result<(Tensor, Tensor)> {
     match delta {
         None => Ok((norm.forward(context.kernels, &residual)?, residual)),
-        Some(delta) => norm.forward_add(context.kernels, &delta, &residual),
+        Some(delta) => norm.forward_reduced(context, &delta, &residual),
     }
 }
 
@@ -170,9 +170,9 @@ impl DecoderLayer {
     ) -> Result<(Option<Tensor>, Tensor)> {
         let (x, residual) = layer_input(&self.input_norm, delta, residual, context)?;
         let attended = self.attention.forward(&x, context, kv_blocks)?;
-        let (x, residual) =
-            self.post_attention_norm
-                .forward_add(context.kernels, &attended, &residual)?;
+        let (x, residual) = self
+            .post_attention_norm
+            .forward_reduced(context, &attended, &residual)?;
         Ok((Some(self.mlp.forward(&x, context)?), residual))
     }
 }

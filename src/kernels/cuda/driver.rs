@@ -31,6 +31,8 @@ pub(super) enum Arg {
     I32(i32),
     U32(u32),
     I64(i64),
+    /// A structure passed by value, which lives until the launch has returned.
+    Structure(*const c_void),
 }
 
 impl Arg {
@@ -42,6 +44,7 @@ impl Arg {
             Self::I32(value) => ptr::from_ref(value).cast_mut().cast(),
             Self::U32(value) => ptr::from_ref(value).cast_mut().cast(),
             Self::I64(value) => ptr::from_ref(value).cast_mut().cast(),
+            Self::Structure(value) => value.cast_mut(),
         }
     }
 }
@@ -215,6 +218,27 @@ impl Driver {
         self.synchronize()
     }
 
+    /// Returns how long the GPU takes for what `work` launches, milliseconds.
+    ///
+    /// # Errors
+    /// Those of `work`, or when the GPU has faulted.
+    pub(super) fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let events = [result::event::create(flags), result::event::create(flags)];
+        let [start, end] = events.map(|event| told("make an event", event));
+        let (start, end) = (start?, end?);
+        // SAFETY: both events were just made and are destroyed once, after the wait.
+        unsafe {
+            told("time", result::event::record(start, self.stream))?;
+            let done = work();
+            told("time", result::event::record(end, self.stream))?;
+            told("time", result::event::synchronize(end))?;
+            let time = told("time", result::event::elapsed(start, end));
+            let _ = (result::event::destroy(start), result::event::destroy(end));
+            done.and(time)
+        }
+    }
+
     /// Copies `values` to `target` in stream order. The caller keeps them until the stream has
     /// come there if they are pinned; other memory is copied before the call returns.
     ///
@@ -254,8 +278,17 @@ impl Driver {
     /// They must be allocated.
     pub(super) unsafe fn zero(&self, target: Address, num_bytes: usize) -> Result<()> {
         // SAFETY: passed on.
-        told("zero memory", unsafe {
-            result::memset_d8_async(target, 0, num_bytes, self.stream)
+        unsafe { self.fill(target, 0, num_bytes) }
+    }
+
+    /// Sets each of `num_bytes` bytes to `value` in stream order.
+    ///
+    /// # Safety
+    /// They must be allocated.
+    pub(super) unsafe fn fill(&self, target: Address, value: u8, num_bytes: usize) -> Result<()> {
+        // SAFETY: passed on.
+        told("fill memory", unsafe {
+            result::memset_d8_async(target, value, num_bytes, self.stream)
         })
     }
 

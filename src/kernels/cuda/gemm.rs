@@ -1,7 +1,9 @@
 //! Products `x Wᵀ`: our own kernels where few rows of x wait for the weights, cuBLASLt above.
 //!
 //! Which is faster where was measured on an H200 with Qwen2.5-7B's shapes (docs/gpu_log.md): up
-//! to 8 rows own kernels throughout; up to 16 for the widest and the narrowest products.
+//! to 8 rows own kernels throughout; up to 16 for the widest and the narrowest products. Of
+//! cuBLASLt's algorithms the fastest is found by measuring, once for each class of rows that
+//! steps of one token a sequence have and for the largest step; others take its first choice.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -9,7 +11,7 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, bail};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
@@ -17,6 +19,13 @@ use super::driver::{Address, Arg, Buffer, Driver, Geometry};
 use super::weights::type_name;
 
 const WORKSPACE_BYTES: usize = 64 << 20;
+/// Algorithms that are tried for a shape, and how often each.
+const MAX_ALGORITHMS: usize = 8;
+const TRIALS: usize = 3;
+/// Steps of up to so many rows are recorded, and so come often.
+const MAX_TUNED_ROWS: usize = 512;
+/// Rows between one class and the next.
+const CLASS_ROWS: usize = 64;
 /// Rows of x that `gemm_small` takes.
 pub(super) const MAX_SMALL_ROWS: usize = 16;
 
@@ -85,7 +94,19 @@ pub(super) struct Gemm {
     dtype: DType,
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
-    plans: Mutex<HashMap<[usize; 5], Plan>>,
+    /// Rows of the largest step.
+    max_rows: usize,
+    plans: Mutex<Plans>,
+}
+
+/// Rows, columns of the output, columns of x, whether there is a bias, whether the output is f32.
+type Key = [usize; 5];
+
+#[derive(Default)]
+struct Plans {
+    by_shape: HashMap<Key, Plan>,
+    /// The fastest algorithm of a class, under the key of its largest number of rows.
+    tuned: HashMap<Key, sys::cublasLtMatmulAlgo_t>,
 }
 
 // SAFETY: cuBLASLt's handle may be used from any thread; plans are behind a lock.
@@ -94,7 +115,7 @@ unsafe impl Send for Gemm {}
 unsafe impl Sync for Gemm {}
 
 impl Gemm {
-    pub(super) fn new(driver: &Driver, dtype: DType) -> Result<Self> {
+    pub(super) fn new(driver: &Driver, dtype: DType, max_rows: usize) -> Result<Self> {
         let name = type_name(dtype)?;
         for form in [Form::Wide, Form::Deep, Form::Rows32] {
             for tokens in [8, 16] {
@@ -112,7 +133,8 @@ impl Gemm {
             dtype,
             handle: told("start", result::create_handle())?,
             workspace: driver.allocate(WORKSPACE_BYTES)?,
-            plans: Mutex::new(HashMap::new()),
+            max_rows,
+            plans: Mutex::new(Plans::default()),
         })
     }
 
@@ -190,13 +212,18 @@ impl Gemm {
             usize::from(out_dtype == DType::F32),
         ];
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let plan = match plans.entry(key) {
+        let Plans { by_shape, tuned } = &mut *plans;
+        let plan = match by_shape.entry(key) {
             Entry::Occupied(plan) => plan.into_mut(),
-            Entry::Vacant(place) => place.insert(Plan::new(self, product)?),
+            Entry::Vacant(place) => place.insert(self.new_plan(driver, product, key, tuned)?),
         };
         if let Some(bias) = bias {
             plan.set_bias(bias)?;
         }
+        self.run(driver, product, plan)
+    }
+
+    fn run(&self, driver: &Driver, product: &Product, plan: &Plan) -> Result<()> {
         let (alpha, beta) = (1f32, 0f32);
         let read = |address: Address| address as *const c_void;
         // SAFETY: the plan's layouts describe these operands; scalars are read before the call
@@ -222,6 +249,64 @@ impl Gemm {
             )
         })
     }
+
+    fn new_plan(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        key: Key,
+        tuned: &mut HashMap<Key, sys::cublasLtMatmulAlgo_t>,
+    ) -> Result<Plan> {
+        let (mut plan, algorithms) = Plan::new(self, product)?;
+        let class = match key[0] {
+            rows if rows == self.max_rows => rows,
+            rows @ ..32 => rows.next_multiple_of(32),
+            rows @ ..=MAX_TUNED_ROWS => rows.next_multiple_of(CLASS_ROWS),
+            _ => return Ok(plan),
+        };
+        let [_, shape @ ..] = key;
+        let [n, k, bias, is_f32] = shape;
+        match tuned.entry([class, n, k, bias, is_f32]) {
+            Entry::Occupied(algorithm) if plan.accepts(self, algorithm.get()) => {
+                plan.algorithm = *algorithm.get();
+            }
+            Entry::Occupied(_) => {}
+            Entry::Vacant(place) => {
+                self.tune(driver, product, &mut plan, &algorithms)?;
+                place.insert(plan.algorithm);
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Takes the fastest of `algorithms` into the plan.
+    fn tune(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        plan: &mut Plan,
+        algorithms: &[sys::cublasLtMatmulAlgo_t],
+    ) -> Result<()> {
+        let mut fastest = (f32::INFINITY, plan.algorithm);
+        for &algorithm in algorithms {
+            plan.algorithm = algorithm;
+            // One that cannot run is none.
+            if self.run(driver, product, plan).is_err() {
+                continue;
+            }
+            for _ in 0..TRIALS {
+                // Weights must come from memory, as in a step: this pushes them out of the cache.
+                // SAFETY: the workspace is that long.
+                unsafe { driver.zero(self.workspace.address(), WORKSPACE_BYTES)? };
+                let time = driver.time(|| self.run(driver, product, plan))?;
+                if time < fastest.0 {
+                    fastest = (time, algorithm);
+                }
+            }
+        }
+        plan.algorithm = fastest.1;
+        Ok(())
+    }
 }
 
 impl Drop for Gemm {
@@ -242,7 +327,8 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(gemm: &Gemm, product: &Product) -> Result<Self> {
+    /// Describes a product; returns also the algorithms that may be fastest, best guess first.
+    fn new(gemm: &Gemm, product: &Product) -> Result<(Self, Vec<sys::cublasLtMatmulAlgo_t>)> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let cuda_type = |dtype| match dtype {
             DType::F32 => sys::cudaDataType::CUDA_R_32F,
@@ -277,8 +363,12 @@ impl Plan {
         let limit = WORKSPACE_BYTES;
         let attribute =
             sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        // SAFETY: all were created above; the attribute is a size_t.
-        let found = unsafe {
+        // SAFETY: plain C structures; only those that the library fills are read.
+        let mut found: [sys::cublasLtMatmulHeuristicResult_t; MAX_ALGORITHMS] =
+            unsafe { std::mem::zeroed() };
+        let mut num_found = 0;
+        // SAFETY: all were created above; the attribute is a size_t; `found` has that length.
+        let asked = unsafe {
             result::set_matmul_pref_attribute(
                 preference,
                 attribute,
@@ -286,7 +376,7 @@ impl Plan {
                 size_of::<usize>(),
             )
             .and_then(|()| {
-                result::get_matmul_algo_heuristic(
+                sys::cublasLtMatmulAlgoGetHeuristic(
                     gemm.handle,
                     plan.product,
                     plan.weight,
@@ -294,13 +384,44 @@ impl Plan {
                     plan.out,
                     plan.out,
                     preference,
+                    MAX_ALGORITHMS as i32,
+                    found.as_mut_ptr(),
+                    &raw mut num_found,
                 )
+                .result()
             })
         };
         // SAFETY: created above.
         let _ = unsafe { result::destroy_matmul_pref(preference) };
-        plan.algorithm = told("find an algorithm", found)?.algo;
-        Ok(plan)
+        told("find an algorithm", asked)?;
+        let usable = found[..num_found as usize]
+            .iter()
+            .filter(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        let algorithms: Vec<_> = usable.map(|result| result.algo).collect();
+        let Some(first) = algorithms.first() else {
+            bail!("cuBLASLt has no algorithm for a product of {rows} x {k} by {n} x {k}");
+        };
+        plan.algorithm = *first;
+        Ok((plan, algorithms))
+    }
+
+    /// Returns whether an algorithm that was found for another number of rows fits.
+    fn accepts(&self, gemm: &Gemm, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        // SAFETY: a plain C structure that the call fills; all else lives.
+        unsafe {
+            let mut found: sys::cublasLtMatmulHeuristicResult_t = std::mem::zeroed();
+            let checked = sys::cublasLtMatmulAlgoCheck(
+                gemm.handle,
+                self.product,
+                self.weight,
+                self.x,
+                self.out,
+                self.out,
+                ptr::from_ref(algorithm),
+                &raw mut found,
+            );
+            checked.result().is_ok() && found.workspaceSize <= WORKSPACE_BYTES
+        }
     }
 
     fn set_bias(&self, bias: Address) -> Result<()> {

@@ -4,13 +4,14 @@
 //! `driver` is the GPU (streams, launches, memory, graphs), `weights` loads matrices,
 //! `activations` is where results go, `batch`
 //! stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels, `sampler`
-//! draws tokens. `unsafe` code stays in this folder.
+//! draws tokens, `peers` are the collectives of several GPUs. `unsafe` code stays in this folder.
 
 mod activations;
 mod batch;
 mod driver;
 mod gemm;
 mod paged;
+mod peers;
 mod sampler;
 mod weights;
 
@@ -24,12 +25,13 @@ use half::{bf16, f16};
 
 use super::check;
 use super::cpu::Cpu;
-use super::{DeviceOptions, RopeAndCache};
+use super::{DeviceOptions, RopeAndCache, vocab_part_len};
 use activations::{Activations, Lifetime};
 use batch::{Limits, Stage};
 use driver::{Address, Arg, Driver, Geometry};
 use gemm::{Gemm, Product};
 use paged::Scratch;
+use peers::Peers;
 use sampler::Sampler;
 use weights::{Arena, Loading, READABLE_ROWS, type_name};
 
@@ -52,6 +54,8 @@ pub(super) struct Gpu {
     gemm: Gemm,
     scratch: Scratch,
     sampler: Sampler,
+    /// The group of GPUs that this one belongs to.
+    peers: Option<Peers>,
 }
 
 impl Gpu {
@@ -69,17 +73,25 @@ impl Gpu {
             num_sequence_blocks: options.max_sequence_blocks,
             num_kv_heads: options.num_kv_heads,
         };
-        Ok(Self {
+        let mut gpu = Self {
             arena: Arena::default(),
             activations: Activations::new(dtype),
             stage: Stage::new(&driver, limits)?,
-            gemm: Gemm::new(&driver, dtype)?,
+            gemm: Gemm::new(&driver, dtype, options.max_num_tokens)?,
             scratch: Scratch::new(&driver, type_name)?,
             sampler: Sampler::new(&driver, options.max_num_sequences, options.vocab_size)?,
             dtype,
             type_name,
             driver,
-        })
+            peers: None,
+        };
+        if options.world_size > 1 {
+            let place = [options.rank, options.world_size];
+            let width = vocab_part_len(options.vocab_size, options.world_size);
+            let shape = [options.max_num_sequences, options.world_size * width];
+            gpu.peers = Some(gpu.new_peers(place, options.ordinal - options.rank, shape)?);
+        }
+        Ok(gpu)
     }
 
     pub(super) fn device(&self) -> &Device {
@@ -238,11 +250,17 @@ impl Gpu {
 
     /// Returns logits `f32 [rows, vocabulary]` in the sampler's buffer, which the next call
     /// overwrites.
-    pub(super) fn logits(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor> {
+    pub(super) fn logits(&self, x: &Tensor, weight: &GpuMatrix, width: usize) -> Result<Tensor> {
         let num_rows = check::rows_of("x", x, weight.cols)?;
-        // Rows of logits begin on 16 bytes; what lies after the matrix gives columns that nobody
-        // reads.
-        let n = weight.rows.next_multiple_of(READABLE_ROWS);
+        // Rows of logits begin on 16 bytes, and all ranks have as many columns; what lies after
+        // the matrix gives columns that nobody reads.
+        let n = width.next_multiple_of(8);
+        if n > weight.rows + READABLE_ROWS {
+            bail!(
+                "{n} columns of logits from a matrix of {} rows",
+                weight.rows
+            );
+        }
         let (tensor, out) = self.sampler.logits_buffer(self, num_rows, n)?;
         let product = Product {
             out,
@@ -255,7 +273,7 @@ impl Gpu {
             out_dtype: DType::F32,
         };
         self.gemm.multiply(&self.driver, &product)?;
-        tensor.narrow(1, 0, weight.rows)
+        tensor.narrow(1, 0, width)
     }
 
     /// Looks up the staged step's ids.

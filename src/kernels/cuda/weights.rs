@@ -13,8 +13,9 @@ use super::driver::{Address, Arg, Buffer, Driver, Geometry};
 const CHUNK_BYTES: usize = 256 << 20;
 /// Matrices begin at multiples of this.
 const ALIGNMENT: usize = 16;
-/// Rows after a matrix that may be read (and come to nothing): products round rows up.
-pub(super) const READABLE_ROWS: usize = 8;
+/// Rows after a matrix that may be read (and come to nothing): products round rows up, and the
+/// last of several ranks has the width of the others.
+pub(super) const READABLE_ROWS: usize = 72;
 /// Rows of a block format that are expanded at a time, elements.
 const EXPANDED_ELEMENTS: usize = 1 << 22;
 
