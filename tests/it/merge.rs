@@ -427,3 +427,54 @@ fn a_server_of_base_and_adapter_answers_as_the_merged_directory() {
         assert_ne!(answers[0], answers[2], "{case}");
     }
 }
+
+/// The logits after the prompt that base and live adapter gave in PyTorch.
+fn live_logits(case: &str) -> Option<Vec<f32>> {
+    let path = fixtures()
+        .join("adapters")
+        .join(case)
+        .join("live_logits.safetensors");
+    let bytes = fs::read(path).ok()?;
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let name = *file.names().first().unwrap();
+    let tensor = file.tensor(name).unwrap();
+    let values = tensor
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b));
+    let vocab_size = tensor.shape()[1];
+    Some(values.skip(vocab_size).collect())
+}
+
+#[test]
+fn the_merged_model_answers_as_the_live_adapter_in_pytorch() {
+    let prompt = [5, 17, 301, 44, 260, 9, 128];
+    let mut compared = 0;
+    for case in cases() {
+        let name = case["case"].as_str().unwrap();
+        // There is no engine for GPT-2 here.
+        let Some(logits) = live_logits(name).filter(|_| case["base"] != "tiny-gpt2") else {
+            continue;
+        };
+        let lora = fixtures()
+            .join("adapters")
+            .join(case["adapters"][0]["dir"].as_str().unwrap());
+        let merged = MergedCheckpoint::plan(
+            Arc::new(Checkpoint::open(&base(case["base"].as_str().unwrap())).unwrap()),
+            vec![(Adapter::open(&lora, None).unwrap(), 1.0)],
+            MergeOptions::default(),
+        )
+        .unwrap();
+        let engine = Engine::start(Arc::new(merged), &tiny_engine::options()).unwrap();
+        let answer = tiny_engine::run(&engine, &prompt, tiny_engine::greedy(1));
+        let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let (found, wanted): (Vec<f32>, Vec<f32>) = (answer.logprobs[0].top.iter())
+            .map(|(token, logprob)| (*logprob, logits[*token as usize] - sum.ln() as f32))
+            .unzip();
+        tiny_engine::assert_close(name, &found, &wanted, 1e-4);
+        compared += 1;
+    }
+    assert!(compared > 15, "{compared}");
+}
