@@ -7,6 +7,7 @@
 mod adapter_dir;
 mod config;
 mod deltas;
+mod factors;
 mod faults;
 mod fold;
 mod hints;
@@ -15,6 +16,7 @@ mod merged;
 mod plan;
 mod replacements;
 mod simd;
+mod stats;
 mod tied;
 
 #[cfg(test)]
@@ -23,5 +25,5 @@ mod tests;
 pub use adapter_dir::{Adapter, LoraModule, LoraTarget};
 pub use config::AdapterConfig;
 pub use faults::{AdapterFaults, Fault};
-pub use fold::DeltaStats;
 pub use merged::{Accumulate, MergeOptions, MergedCheckpoint, MergedTensor};
+pub use stats::DeltaStats;
