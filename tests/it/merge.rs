@@ -295,6 +295,63 @@ fn a_full_disk_is_told_and_leaves_nothing() {
     assert!(snapshot(dir.path()).is_empty());
 }
 
+/// Merges into a tmpfs of the given mount options, where this user may mount one.
+#[cfg(target_os = "linux")]
+fn merge_into_tmpfs(options: &str) -> Option<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = format!("mount -t tmpfs -o {options} tmpfs {}", dir.path().display());
+    let run = |script: &str| {
+        let mut shell = Command::new("unshare");
+        let shell = shell.args(["--map-root-user", "--mount", "sh", "-c", script]);
+        // No such program, or no such right.
+        shell.output().ok()
+    };
+    if !run(&mount)?.status.success() {
+        return None;
+    }
+    let script = format!(
+        "{mount} && ! {} merge --model {} --adapter {} --output {output}/out && ls -A {output} >&2",
+        env!("CARGO_BIN_EXE_infold"),
+        base("tiny-qwen2-untied").display(),
+        adapter("all_linear_f32").display(),
+        output = dir.path().display(),
+    );
+    let result = run(&script)?;
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert!(result.status.success(), "the merge succeeded: {error}");
+    Some(error)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_tmpfs_that_is_too_small_is_told_how_much_is_needed() {
+    let Some(error) = merge_into_tmpfs("size=1m") else {
+        return;
+    };
+    let error = error.trim();
+    assert!(error.contains("/out needs 17."), "{error}");
+    assert!(error.ends_with("its disk has 1.0 MB free"), "{error}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_tmpfs_that_fills_up_on_the_way_is_left_empty() {
+    // Room for the root, the directory aside, its lock and the weights, not for the next file.
+    let Some(error) = merge_into_tmpfs("size=64m,nr_inodes=4") else {
+        return;
+    };
+    let error = error.trim();
+    assert!(
+        error.contains("is as it was before; it needs 17."),
+        "{error}"
+    );
+    assert!(error.contains("config.json"), "{error}");
+    assert!(
+        error.ends_with("No space left on device (os error 28)"),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_kill_at_any_moment_leaves_the_old_output_or_the_new_one() {
     let dir = tempfile::tempdir().unwrap();

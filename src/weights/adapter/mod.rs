@@ -23,6 +23,7 @@ mod tied;
 mod tests;
 
 pub use adapter_dir::{Adapter, LoraModule, LoraTarget};
+pub(super) use adapter_dir::{CONFIG_FILE, TENSORS_FILE};
 pub use config::AdapterConfig;
 pub use faults::{AdapterFaults, Fault};
 pub use merged::{Accumulate, MergeOptions, MergedCheckpoint, MergedTensor};
