@@ -118,7 +118,7 @@ impl DirectFile {
         let is_aligned = bytes.len().is_multiple_of(ALIGNMENT);
         if let Some(direct) = self.direct.as_mut().filter(|_| is_aligned) {
             match direct.write_all(bytes) {
-                // This disk wants another alignment; nothing was written.
+                // This disk wants another alignment, or took a part only: all of it again.
                 Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
                 result => return result,
             }

@@ -90,7 +90,7 @@ pub fn write_shards(
         let (to_write, write_receiver) = sync_channel(NUM_BUFFERS);
         let (to_hash, hash_receiver) = sync_channel(NUM_BUFFERS);
         let filler = Filler::new(plan, [to_write, to_hash]);
-        let filling = scope.spawn(move || filler.fill(plan, source));
+        let filling = scope.spawn(move || beside_hashing(|| filler.fill(plan, source)));
         let hashing = scope.spawn(move || hash_pieces(&hash_receiver));
         let written = write_pieces(dir, write_receiver, on_bytes);
         let filled = filling
@@ -110,6 +110,17 @@ pub fn write_shards(
             })
             .collect())
     })
+}
+
+/// Runs a stage on all cores but one: the hash of a file is one chain, which is the last to be
+/// done if it has to share its core.
+fn beside_hashing<T: Send>(stage: impl FnOnce() -> T + Send) -> T {
+    let num_threads = rayon::current_num_threads().saturating_sub(1).max(1);
+    match (rayon::ThreadPoolBuilder::new().num_threads(num_threads)).build() {
+        Ok(pool) => pool.install(stage),
+        // No more threads to be had: those of the program do it too.
+        Err(_) => stage(),
+    }
 }
 
 /// Why no more buffers are filled.

@@ -345,7 +345,7 @@ fn a_tmpfs_that_fills_up_on_the_way_is_left_empty() {
         error.contains("is as it was before; it needs 17."),
         "{error}"
     );
-    assert!(error.contains("config.json"), "{error}");
+    assert!(error.contains("Modelfile"), "{error}");
     assert!(
         error.ends_with("No space left on device (os error 28)"),
         "{error}"
