@@ -249,10 +249,11 @@ impl LowRank {
                     let Some(right) = right(k, done).first_chunk() else {
                         break;
                     };
-                    add_scaled(&mut s0, left[0][k], right);
-                    add_scaled(&mut s1, left[1][k], right);
-                    add_scaled(&mut s2, left[2][k], right);
-                    add_scaled(&mut s3, left[3][k], right);
+                    let [f0, f1, f2, f3] = left.map(|row| row[k]);
+                    add_scaled(&mut s0, f0, right);
+                    add_scaled(&mut s1, f1, right);
+                    add_scaled(&mut s2, f2, right);
+                    add_scaled(&mut s3, f3, right);
                 }
                 for (row, sums) in [s0, s1, s2, s3].iter().enumerate() {
                     product[row * width + done..][..STEP].copy_from_slice(sums);
