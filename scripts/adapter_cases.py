@@ -220,6 +220,7 @@ def without_wrapper_copies(state):
 def conv1d_cases():
     conv = dict(FEW, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     yield merged("fan_in_fan_out_conv1d", "tiny-gpt2", conv, note="base weights are [in, out]; W + (s B A)^T")
+    yield merged("dora_conv1d", "tiny-gpt2", dict(conv, use_dora=True), compare="close", note="columns get the lengths")
     yield merged(
         "fan_in_fan_out_on_linear",
         "tiny-qwen2-bf16",

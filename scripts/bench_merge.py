@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Times `infold merge` beside `cp -r` of the base and beside PEFT, on a random model of Qwen2.5-1.5B's shape.
 
-    scripts/bench_merge.py --infold target/release/infold --work DIR [--peft] [--rounds 3] [--rank 8]
+    scripts/bench_merge.py --infold target/release/infold --work DIR [--gguf] [--peft] [--rounds 3] [--rank 8]
 
-Needs torch and safetensors; `--peft` also transformers and peft (all on the CPU). DIR gets about 10 GB, which are
-removed again. Every time is that of a whole process until its output is on the disk (`sync`), the medians are over
-alternating rounds, memory is the highest resident set that the kernel saw. Prints a Markdown table.
+Needs torch and safetensors; `--peft` also transformers and peft (all on the CPU). `--gguf` also merges straight into
+a q4_k_m file. DIR gets about 10 GB, which are removed again. Every time is that of a whole process until its output is
+on the disk (`sync`), the medians are over alternating rounds, memory is the highest resident set that the kernel saw.
+Prints a Markdown table.
 """
 
 import argparse
@@ -44,6 +45,7 @@ CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": VOCAB,
 }
+TOKENIZER = Path(__file__).resolve().parent.parent / "tests/fixtures/tiny-qwen2"
 PEFT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -66,6 +68,9 @@ def make_base(path):
 
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    # GGUF files hold the vocabulary; the tokens that the small one lacks are filled up.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, path)
     tensors = {"model.embed_tokens.weight": random(VOCAB, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}
     for layer in range(LAYERS):
         for name, shape in LINEARS.items():
@@ -123,6 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--infold", required=True)
     parser.add_argument("--work", required=True, type=Path)
+    parser.add_argument("--gguf", action="store_true")
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
@@ -138,6 +144,8 @@ def main():
         making.join()
         merge = [args.infold, "merge", "--model", base, "--adapter", adapter, "--output", output]
         commands = {"cp -r": ["cp", "-r", base, output], "infold merge": merge}
+        if args.gguf:
+            commands["infold merge to q4_k_m"] = [*merge, "--gguf", "q4_k_m", "--gguf-only"]
         if args.peft:
             commands["PEFT"] = [sys.executable, "-c", PEFT, base, adapter, output]
         results = {name: [] for name in commands}

@@ -23,8 +23,8 @@ pub struct MergeArgs {
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
 
-    /// Fold in these adapters, in this order, separated by commas [default: none]
-    #[arg(long, value_name = "DIRECTORY", value_delimiter = ',')]
+    /// Fold in these adapters, directories or hub ids, in this order, separated by commas [default: none]
+    #[arg(long, value_name = "ADAPTER", value_delimiter = ',')]
     pub adapter: Vec<String>,
 
     /// Weight the adapters with these factors [default: 1 each]
@@ -170,8 +170,8 @@ pub(super) enum Files {
 #[derive(Debug, Clone)]
 pub(super) struct MergeConfig {
     pub(super) model: String,
-    /// Directories with their weights, in order.
-    pub(super) adapters: Vec<(PathBuf, f32)>,
+    /// Directories or hub ids with their weights, in order.
+    pub(super) adapters: Vec<(String, f32)>,
     pub(super) adapter_folder: Option<String>,
     pub(super) output: PathBuf,
     pub(super) max_shard_size: u64,
@@ -235,7 +235,7 @@ impl MergeConfig {
         Ok(Self {
             model,
             adapters: (adapters.into_iter().enumerate())
-                .map(|(i, adapter)| (PathBuf::from(adapter), weight_of(i)))
+                .map(|(i, adapter)| (adapter, weight_of(i)))
                 .collect(),
             adapter_folder: args.adapter_folder.clone().or(settings.adapter_folder),
             output,
@@ -404,7 +404,7 @@ mod tests {
         };
         let config = MergeConfig::from_args(&args(&[0.5, -1.0])).unwrap();
         assert_eq!(config.max_shard_size, 7);
-        let wanted = [(PathBuf::from("a/"), 0.5), (PathBuf::from("b"), -1.0)];
+        let wanted = [("a/".to_owned(), 0.5), ("b".to_owned(), -1.0)];
         assert_eq!(config.adapters, wanted);
         let error = MergeConfig::from_args(&args(&[1.0])).unwrap_err();
         assert!(

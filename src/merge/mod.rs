@@ -20,6 +20,7 @@ mod prompts;
 mod report;
 mod settings;
 
+use std::fmt::Display;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -89,17 +90,24 @@ struct Job<'a> {
 
 impl<'a> Job<'a> {
     fn plan(config: &'a MergeConfig) -> anyhow::Result<Self> {
-        let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
-        hub.revision.clone_from(&config.revision);
+        let hub = || HubOptions::from_vars(|name| std::env::var(name).ok());
+        // A revision of the base is none of the adapters'; theirs follows their name.
+        let adapter_hub = hub();
+        let hub = HubOptions {
+            revision: config.revision.clone(),
+            ..hub()
+        };
         let base_dir = weights::resolve_model(&config.model, &hub)
             .with_context(|| format!("find the model {}", config.model))?;
         let base = Checkpoint::open(&base_dir)
             .with_context(|| format!("open the model {}", config.model))?;
         let folder = config.adapter_folder.as_deref();
         let adapters = (config.adapters.iter())
-            .map(|(path, weight)| {
-                let adapter = Adapter::open(path, folder)
-                    .with_context(|| format!("open the adapter {}", path.display()))?;
+            .map(|(name, weight)| {
+                let dir = weights::resolve_adapter(name, folder, &adapter_hub)
+                    .with_context(|| format!("find the adapter {name}"))?;
+                let adapter = Adapter::open(&dir, folder)
+                    .with_context(|| format!("open the adapter {name}"))?;
                 Ok((adapter, *weight))
             })
             .collect::<anyhow::Result<_>>()?;
@@ -172,18 +180,26 @@ impl<'a> Job<'a> {
         let staging = Staging::begin(&self.config.output, &inputs, existing)?;
         self.check_space(staging.dir())?;
 
+        let needed = self.output_bytes();
+        let output = self.config.output.display();
+        let done =
+            (self.write_into(staging)).map_err(|error| nothing_changed(error, &output, needed))?;
+        self.print_result(&done)
+    }
+
+    /// Writes all files and shows the directory under its name.
+    fn write_into(&mut self, staging: Staging) -> anyhow::Result<Done> {
         let observed = Observed::new(&self.merged);
         let weight_bytes = self.weight_bytes();
         let progress = Progress::new(weight_bytes, "merging");
-        let mut files = weights::write_shards(&self.plan, &observed, staging.dir(), &mut |bytes| {
-            progress.add(bytes);
-        })
-        .with_context(|| self.nothing_changed())?;
+        let mut files =
+            weights::write_shards(&self.plan, &observed, staging.dir(), &mut |bytes| {
+                progress.add(bytes);
+            })?;
         let mut notes = Vec::new();
         for file in std::mem::take(&mut self.gguf) {
             let (written, summary) =
-                gguf_files::write(file, &self.merged, staging.dir(), &progress)
-                    .with_context(|| self.nothing_changed())?;
+                gguf_files::write(file, &self.merged, staging.dir(), &progress)?;
             notes.push(format!("{}: {summary}", written.name));
             files.push(written);
         }
@@ -211,15 +227,13 @@ impl<'a> Job<'a> {
             files: &files,
         };
         staging.write(REPORT_FILE, report.to_json().as_bytes())?;
-        staging.publish().with_context(|| self.nothing_changed())?;
-        self.print_result(&report, &notes, weight_bytes, elapsed)
-    }
-
-    fn nothing_changed(&self) -> String {
-        format!(
-            "the merge failed, {} is as it was before",
-            self.config.output.display()
-        )
+        staging.publish()?;
+        Ok(Done {
+            table: report.to_table(),
+            notes,
+            weight_bytes,
+            elapsed,
+        })
     }
 
     fn check_space(&self, dir: &Path) -> anyhow::Result<()> {
@@ -235,31 +249,25 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn print_result(
-        &self,
-        report: &Report,
-        notes: &[String],
-        bytes: u64,
-        elapsed: Duration,
-    ) -> anyhow::Result<()> {
+    fn print_result(&self, done: &Done) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         let mut print = || -> std::io::Result<()> {
             if self.config.files != Files::GgufLora {
-                write!(out, "{}", report.to_table())?;
+                write!(out, "{}", done.table)?;
             }
-            for note in notes {
+            for note in &done.notes {
                 writeln!(out, "{note}")?;
             }
             if let Some(prompts) = &self.prompts {
                 writeln!(out, "prompts: {prompts}")?;
             }
-            let seconds = elapsed.as_secs_f64();
+            let seconds = done.elapsed.as_secs_f64();
             writeln!(
                 out,
                 "{} of weights written to {} in {seconds:.1} s ({:.0} MB/s)",
-                gigabytes(bytes),
+                gigabytes(done.weight_bytes),
                 self.config.output.display(),
-                bytes as f64 / 1e6 / seconds.max(1e-9),
+                done.weight_bytes as f64 / 1e6 / seconds.max(1e-9),
             )
         };
         print().context("print the report")
@@ -347,6 +355,32 @@ impl<'a> Job<'a> {
         )
         .context("print the result")
     }
+}
+
+/// What is told of a merge that is done.
+struct Done {
+    table: String,
+    notes: Vec<String>,
+    weight_bytes: u64,
+    elapsed: Duration,
+}
+
+/// Adds to an error that it did no harm, and to that of a full disk what would be enough.
+fn nothing_changed(error: anyhow::Error, output: &dyn Display, needed: u64) -> anyhow::Error {
+    let is_full = |cause: &(dyn std::error::Error + 'static)| {
+        (cause.downcast_ref::<std::io::Error>())
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull)
+    };
+    let advice = match error.chain().any(is_full) {
+        true => format!(
+            "; it needs {} on a disk that is full now",
+            gigabytes(needed)
+        ),
+        false => String::new(),
+    };
+    error.context(format!(
+        "the merge failed, {output} is as it was before{advice}"
+    ))
 }
 
 fn write_small(staging: &Staging, name: &str, content: &[u8]) -> anyhow::Result<WrittenFile> {

@@ -18,18 +18,12 @@ use crate::weights::{
 /// The name of the report in the output directory.
 pub(super) const REPORT_FILE: &str = "merge_report.json";
 
-/// A merged checkpoint that keeps account of what it hands out.
+/// A merged checkpoint that keeps account of the rows that it hands to the writer of shards, who
+/// asks for each once.
 pub(super) struct Observed<'a> {
     merged: &'a MergedCheckpoint,
-    seen: Mutex<Seen>,
-}
-
-#[derive(Default)]
-struct Seen {
-    /// Rows that were counted: some writers ask twice.
-    rows: HashSet<(String, usize)>,
-    /// By kind of module.
-    kinds: BTreeMap<String, (HashSet<String>, DeltaStats)>,
+    /// Names of tensors and their change, by kind of module.
+    seen: Mutex<BTreeMap<String, (HashSet<String>, DeltaStats)>>,
 }
 
 impl<'a> Observed<'a> {
@@ -47,7 +41,7 @@ impl<'a> Observed<'a> {
             .seen
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        (seen.kinds.iter())
+        (seen.iter())
             .map(|(name, (tensors, stats))| Kind {
                 name: name.clone(),
                 num_tensors: tensors.len(),
@@ -75,21 +69,22 @@ impl TensorSource for Observed<'_> {
         self.merged.tensor(name)
     }
 
-    fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
-        let start = rows.start;
-        let made = self.merged.fold_rows(name, rows)?;
-        if let Some(stats) = &made.stats {
+    fn read_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        bytes: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        if let Some(stats) = self.merged.fold_rows_into(name, rows, bytes)? {
             let mut seen = self
                 .seen
                 .lock()
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
-            if seen.rows.insert((name.to_owned(), start)) {
-                let (tensors, sum) = seen.kinds.entry(kind_of(name)).or_default();
-                tensors.insert(name.to_owned());
-                sum.add(stats);
-            }
+            let (tensors, sum) = seen.entry(kind_of(name)).or_default();
+            tensors.insert(name.to_owned());
+            sum.add(&stats);
         }
-        Ok(made.tensor)
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ use serde_norway::Value;
 
 use super::args::{Accumulate, Dtype, ModelfileChoice, parse_shard_size};
 use super::gguf::GgufFileType;
+use crate::text::nearest;
 
 /// What the keys say; flags win over it.
 #[derive(Debug, Clone, Default)]
@@ -210,9 +211,8 @@ fn is_known(key: &str) -> bool {
 }
 
 fn unknown(key: &str) -> anyhow::Error {
-    let nearest = (LLAMAFACTORY_KEYS.iter().chain(OWN_KEYS))
-        .max_by(|a, b| strsim::jaro_winkler(key, a).total_cmp(&strsim::jaro_winkler(key, b)));
-    match nearest {
+    let known = LLAMAFACTORY_KEYS.iter().chain(OWN_KEYS).copied();
+    match nearest(key, known) {
         Some(nearest) => anyhow::anyhow!("unknown key {key:?}: did you mean {nearest:?}?"),
         None => anyhow::anyhow!("unknown key {key:?}"),
     }

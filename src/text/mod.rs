@@ -5,6 +5,7 @@ mod chat_template;
 mod detokenizer;
 mod error;
 mod gguf_vocabulary;
+mod nearest;
 mod pre_tokenizer;
 mod stop_strings;
 mod supervised;
@@ -23,6 +24,7 @@ pub use chat_template::{
 };
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use nearest::nearest;
 pub use stop_strings::{IncludeStopString, StopOutcome, StopStrings};
 pub use supervised::{
     IGNORE_INDEX, LearnedTurns, PromptLabels, SupervisedExample, SupervisedOptions,

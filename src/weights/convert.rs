@@ -97,6 +97,26 @@ fn bf16_bits(value: f32) -> u16 {
     ((bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16) as u16
 }
 
+/// Returns a row-major `[rows, cols]` matrix as `[cols, rows]`.
+pub fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut transposed = Vec::with_capacity(values.len());
+    for col in 0..cols {
+        transposed.extend((0..rows).map(|row| values[row * cols + col]));
+    }
+    transposed
+}
+
+/// Returns the bits of the smallest positive f32 that rounding to `dtype` makes infinite; the
+/// bits of all larger numbers, of infinity and of NaN are above them.
+pub(super) fn overflow_bits(dtype: GgmlDType) -> u32 {
+    match dtype {
+        GgmlDType::F32 => 0x7f80_0000,
+        // Half a step above the largest number: the tie goes to infinity, which is even.
+        GgmlDType::BF16 => 0x7f7f_8000,
+        _ => 65_520_f32.to_bits(),
+    }
+}
+
 /// What a tensor holds, at a glance.
 pub(super) struct Content {
     /// There is no NaN and no infinity.
@@ -177,6 +197,19 @@ mod tests {
             let mut rounded = values.clone();
             round(dtype, &mut rounded);
             assert_eq!(rounded, values);
+        }
+    }
+
+    #[test]
+    fn infinity_begins_where_rounding_makes_it() {
+        for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16] {
+            let bits = overflow_bits(dtype);
+            let mut around = [f32::from_bits(bits - 1), f32::from_bits(bits)];
+            round(dtype, &mut around);
+            assert!(
+                around[0].is_finite() && around[1].is_infinite(),
+                "{dtype:?}"
+            );
         }
     }
 

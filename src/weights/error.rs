@@ -366,7 +366,7 @@ pub enum WeightsError {
         cache: PathBuf,
     },
     /// A repository has nothing that infold can load.
-    #[error("{repo} cannot be served: {reason}")]
+    #[error("{repo} cannot be loaded: {reason}")]
     NothingToLoad {
         /// `owner/name`.
         repo: String,

@@ -1,5 +1,5 @@
 //! Finds a model that is named rather than given: a local path, the Hugging Face cache, or the
-//! hub, in this order.
+//! hub, in this order. So are adapters found, see [`hub_adapter`](super::hub_adapter).
 //!
 //! The cache has the layout of `huggingface_hub`, so that models are shared with Python. A model
 //! that is complete there is used without asking the hub.
@@ -102,6 +102,17 @@ impl HubOptions {
 /// [`WeightsError`]: neither path nor id, not cached while offline, refused by the hub, not
 /// found there, no connection, disk full, nothing in the repository that infold can load.
 pub fn resolve_model(spec: &str, options: &HubOptions) -> Result<PathBuf, WeightsError> {
+    resolve(spec, options, complete_model, fetch_model)
+}
+
+/// Returns the path of what `spec` names: `complete` finds it in a snapshot of the cache, `fetch`
+/// downloads it. Both are told the file that `spec` asks for.
+pub(super) fn resolve(
+    spec: &str,
+    options: &HubOptions,
+    complete: impl Fn(&Path, Option<&str>) -> Result<Option<PathBuf>, WeightsError>,
+    fetch: impl Fn(&Downloader, Option<&str>) -> Result<PathBuf, WeightsError>,
+) -> Result<PathBuf, WeightsError> {
     let path = Path::new(spec);
     if path.exists() {
         return Ok(path.to_owned());
@@ -115,9 +126,9 @@ pub fn resolve_model(spec: &str, options: &HubOptions) -> Result<PathBuf, Weight
     let cache = Cache::new(options.cache_dir.clone());
     let wanted = id.file;
     if let Some(snapshot) = cached_snapshot(&cache, &repo)
-        && let Some(model) = complete_model(&snapshot, wanted)?
+        && let Some(found) = complete(&snapshot, wanted)?
     {
-        return Ok(model);
+        return Ok(found);
     }
     if options.network == Network::Offline {
         return Err(WeightsError::NotCached {
@@ -126,10 +137,10 @@ pub fn resolve_model(spec: &str, options: &HubOptions) -> Result<PathBuf, Weight
         });
     }
     let downloader = Downloader::new(options, &cache, &repo)?;
-    let model = fetch_model(&downloader, wanted)?;
+    let found = fetch(&downloader, wanted)?;
     // Only now, so that the name never stands for a model that is half there.
     downloader.point_revision_here()?;
-    Ok(model)
+    Ok(found)
 }
 
 /// A hub id, taken apart.
@@ -272,7 +283,7 @@ fn is_safetensors(name: &str) -> bool {
 }
 
 /// Returns whether a file belongs to the configuration or the tokenizer.
-fn is_companion(name: &str) -> bool {
+pub(super) fn is_companion(name: &str) -> bool {
     const NAMES: [&str; 8] = [
         "config.json",
         "generation_config.json",

@@ -7,6 +7,7 @@
 mod adapter;
 mod checkpoint;
 mod convert;
+mod direct_file;
 mod directory;
 mod disk;
 mod download;
@@ -18,6 +19,7 @@ mod gguf_model;
 mod gguf_names;
 mod gguf_writer;
 mod hub;
+mod hub_adapter;
 mod index;
 mod quantize;
 mod safetensors;
@@ -32,6 +34,7 @@ pub use adapter::{
     MergeOptions, MergedCheckpoint, MergedTensor,
 };
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
+pub use convert::transpose;
 pub use disk::{exchange, free_bytes};
 pub use dummy::DummyCheckpoint;
 pub use error::WeightsError;
@@ -39,6 +42,7 @@ pub use gguf_model::GgufVocabulary;
 pub use gguf_names::{HeadCounts, RowOrder, gguf_name};
 pub use gguf_writer::{GgufLayout, GgufTensor, GgufValue, GgufWriter};
 pub use hub::{HubOptions, Network, resolve_model};
+pub use hub_adapter::resolve_adapter;
 pub use quantize::{RowEncoder, encoded_bytes};
 pub use safetensors_writer::{WrittenFile, hex, write_shards};
 pub use shard_plan::{PlannedShard, ShardPlan};

@@ -1,27 +1,30 @@
-//! Writes the files of a [`ShardPlan`] in one pass, a block of rows at a time.
+//! Writes the files of a [`ShardPlan`] in one pass, a few megabytes at a time.
 //!
-//! Three stages work at once: one makes blocks (reading and folding, on all cores), one writes
-//! them, one hashes them. A few blocks are in memory, never a tensor or a file.
+//! Three stages work at once: one fills buffers (reading and folding, on all cores), one writes
+//! them past the page cache, one hashes them. The same few buffers go round; a tensor or a file
+//! is never in memory.
 
 use std::{
-    fs::File,
-    io::{self, Write},
-    ops::Range,
-    path::{Path, PathBuf},
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
     thread,
 };
 
-use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
-use super::{PlannedShard, ShardPlan, TensorSource, WeightsError};
+use super::{
+    PlannedShard, ShardPlan, TensorInfo, TensorSource, WeightsError,
+    direct_file::{ALIGNMENT, AlignedBuffer, DirectFile},
+};
 
-/// Bytes of a block; a row larger than this is a block alone.
-const BLOCK_BYTES: u64 = 8 << 20;
+/// Bytes of a buffer; a row larger than this makes all buffers larger.
+const BUFFER_BYTES: u64 = 8 << 20;
 
-/// Blocks that may wait between two stages.
-const BLOCKS_AHEAD: usize = 3;
+/// One is filled, one written, one hashed, and one is ready for whoever is first.
+const NUM_BUFFERS: usize = 4;
 
 /// A file that was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,15 +37,38 @@ pub struct WrittenFile {
     pub sha256: String,
 }
 
-/// What goes from the stage that makes blocks to the one that writes them.
+/// What goes from the stage that fills buffers to the others.
+#[derive(Clone)]
 enum Piece {
     /// The next file begins.
-    Begin {
-        name: String,
-    },
-    Block(Bytes),
+    Begin { name: String },
+    /// Its next bytes.
+    Data(Arc<Lent>),
     /// The file is complete.
     End,
+}
+
+/// A buffer that goes back when the last stage drops it.
+struct Lent {
+    /// There until then.
+    buffer: Option<AlignedBuffer>,
+    home: Sender<AlignedBuffer>,
+}
+
+impl Lent {
+    fn bytes(&self) -> &[u8] {
+        self.buffer.as_ref().map_or(&[], AlignedBuffer::filled)
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(mut buffer) = self.buffer.take() {
+            buffer.clear();
+            // Nobody takes it any more when the work is over.
+            let _ = self.home.send(buffer);
+        }
+    }
 }
 
 /// Writes all files of `plan` into the directory `dir`, with the tensors of `source`.
@@ -61,21 +87,20 @@ pub fn write_shards(
     on_bytes: &mut dyn FnMut(u64),
 ) -> Result<Vec<WrittenFile>, WeightsError> {
     thread::scope(|scope| {
-        let (pieces, receiver) = sync_channel(BLOCKS_AHEAD);
-        let (to_hash, hash_receiver) = sync_channel(BLOCKS_AHEAD);
-        let maker = scope.spawn(move || make_pieces(plan, source, &pieces));
-        let hasher = scope.spawn(move || hash_pieces(&hash_receiver));
-        let written = write_pieces(dir, &receiver, &to_hash, on_bytes);
-        // Both ends must be gone before their threads can be waited for.
-        drop((receiver, to_hash));
-        let made = maker
+        let (to_write, write_receiver) = sync_channel(NUM_BUFFERS);
+        let (to_hash, hash_receiver) = sync_channel(NUM_BUFFERS);
+        let filler = Filler::new(plan, [to_write, to_hash]);
+        let filling = scope.spawn(move || beside_hashing(|| filler.fill(plan, source)));
+        let hashing = scope.spawn(move || hash_pieces(&hash_receiver));
+        let written = write_pieces(dir, write_receiver, on_bytes);
+        let filled = filling
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let hashes = hasher
+        let hashes = hashing
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // A source that failed also ends the writer, so its error is the one to tell.
-        made?;
+        filled?;
         let files = written?;
         Ok((files.into_iter().zip(hashes))
             .map(|((name, bytes), sha256)| WrittenFile {
@@ -87,84 +112,166 @@ pub fn write_shards(
     })
 }
 
-/// Makes every block of every file. Ends early when nobody takes them any more.
-fn make_pieces(
-    plan: &ShardPlan,
-    source: &dyn TensorSource,
-    pieces: &SyncSender<Piece>,
-) -> Result<(), WeightsError> {
-    for shard in &plan.shards {
-        let begin = Piece::Begin {
-            name: shard.file_name.clone(),
-        };
-        if pieces.send(begin).is_err() || pieces.send(Piece::Block(shard.header().into())).is_err()
-        {
-            return Ok(());
-        }
-        for (name, rows) in blocks(shard) {
-            let block = source.rows(name, rows)?.data;
-            if pieces.send(Piece::Block(block)).is_err() {
-                return Ok(());
-            }
-        }
-        if pieces.send(Piece::End).is_err() {
-            return Ok(());
-        }
+/// Runs a stage on all cores but one: the hash of a file is one chain, which is the last to be
+/// done if it has to share its core.
+fn beside_hashing<T: Send>(stage: impl FnOnce() -> T + Send) -> T {
+    let num_threads = rayon::current_num_threads().saturating_sub(1).max(1);
+    match (rayon::ThreadPoolBuilder::new().num_threads(num_threads)).build() {
+        Ok(pool) => pool.install(stage),
+        // No more threads to be had: those of the program do it too.
+        Err(_) => stage(),
     }
-    Ok(())
 }
 
-/// Returns the blocks of rows of a file, in order.
-fn blocks(shard: &PlannedShard) -> impl Iterator<Item = (&str, Range<usize>)> {
-    shard.tensors.iter().flat_map(|tensor| {
-        let num_rows = tensor.shape.first().copied().unwrap_or(1);
-        let row_bytes = tensor.size_bytes() / (num_rows.max(1) as u64);
-        let rows = (BLOCK_BYTES / row_bytes.max(1)).max(1) as usize;
-        (0..num_rows)
-            .step_by(rows)
-            .map(move |start| (&*tensor.name, start..(start + rows).min(num_rows)))
-    })
+/// Why no more buffers are filled.
+enum Stop {
+    /// Because of an error that the writer tells itself.
+    WriterGone,
+    Source(WeightsError),
+}
+
+impl From<WeightsError> for Stop {
+    fn from(error: WeightsError) -> Self {
+        Self::Source(error)
+    }
+}
+
+/// The stage that fills buffers.
+struct Filler {
+    /// The writer and the hasher.
+    stages: [SyncSender<Piece>; 2],
+    current: AlignedBuffer,
+    /// Where buffers come back.
+    empty: Receiver<AlignedBuffer>,
+    home: Sender<AlignedBuffer>,
+}
+
+impl Filler {
+    fn new(plan: &ShardPlan, stages: [SyncSender<Piece>; 2]) -> Self {
+        let tensors = plan.shards.iter().flat_map(|shard| &shard.tensors);
+        let row_bytes = tensors.map(|tensor| rows_of(tensor).1).max().unwrap_or(0);
+        // No buffer is larger than what there is to write; beside a row, it holds what the one
+        // before could not.
+        let size = row_bytes.max(BUFFER_BYTES.min(plan.file_bytes()) as usize);
+        let capacity = size.next_multiple_of(ALIGNMENT) + ALIGNMENT;
+        let (home, empty) = channel();
+        for _ in 1..NUM_BUFFERS {
+            // The receiver is there.
+            let _ = home.send(AlignedBuffer::new(capacity));
+        }
+        Self {
+            stages,
+            current: AlignedBuffer::new(capacity),
+            empty,
+            home,
+        }
+    }
+
+    /// Makes every file. Ends early when nobody writes them any more.
+    fn fill(mut self, plan: &ShardPlan, source: &dyn TensorSource) -> Result<(), WeightsError> {
+        let result = (plan.shards.iter()).try_for_each(|shard| self.fill_shard(shard, source));
+        match result {
+            Err(Stop::Source(error)) => Err(error),
+            Err(Stop::WriterGone) | Ok(()) => Ok(()),
+        }
+    }
+
+    fn fill_shard(&mut self, shard: &PlannedShard, source: &dyn TensorSource) -> Result<(), Stop> {
+        let name = shard.file_name.clone();
+        self.send(&Piece::Begin { name })?;
+        let header = shard.header();
+        let mut rest = &header[..];
+        while !rest.is_empty() {
+            if self.current.free() == 0 {
+                self.pass_on()?;
+            }
+            let (now, later) = rest.split_at(rest.len().min(self.current.free()));
+            self.current.grow(now.len()).copy_from_slice(now);
+            rest = later;
+        }
+        for tensor in &shard.tensors {
+            let (num_rows, row_bytes) = rows_of(tensor);
+            let mut start = 0;
+            while start < num_rows {
+                if self.current.free() < row_bytes {
+                    self.pass_on()?;
+                }
+                let room = (self.current.free() / row_bytes.max(1)).max(1);
+                let end = num_rows.min(start + room);
+                let bytes = self.current.grow((end - start) * row_bytes);
+                source.read_rows(&tensor.name, start..end, bytes)?;
+                start = end;
+            }
+        }
+        self.finish_file()
+    }
+
+    /// Sends the buffer on, and goes on in another with what it cannot take.
+    fn pass_on(&mut self) -> Result<(), Stop> {
+        // Buffers always come back: this stage holds a sender itself.
+        let mut next = self.empty.recv().map_err(|_| Stop::WriterGone)?;
+        self.current.carry_rest(&mut next);
+        self.send_buffer(next)
+    }
+
+    /// Sends the last buffer of a file.
+    fn finish_file(&mut self) -> Result<(), Stop> {
+        let next = self.empty.recv().map_err(|_| Stop::WriterGone)?;
+        self.send_buffer(next)?;
+        self.send(&Piece::End)
+    }
+
+    fn send_buffer(&mut self, next: AlignedBuffer) -> Result<(), Stop> {
+        let full = std::mem::replace(&mut self.current, next);
+        self.send(&Piece::Data(Arc::new(Lent {
+            buffer: Some(full),
+            home: self.home.clone(),
+        })))
+    }
+
+    fn send(&self, piece: &Piece) -> Result<(), Stop> {
+        for stage in &self.stages {
+            stage.send(piece.clone()).map_err(|_| Stop::WriterGone)?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns the number of rows of a tensor (of a vector, elements) and the bytes of each.
+fn rows_of(tensor: &TensorInfo) -> (usize, usize) {
+    let num_rows = tensor.shape.first().copied().unwrap_or(1);
+    (num_rows, tensor.size_bytes() as usize / num_rows.max(1))
 }
 
 /// Writes pieces until there are no more; returns name and size of each file.
 fn write_pieces(
     dir: &Path,
-    pieces: &Receiver<Piece>,
-    to_hash: &SyncSender<Piece>,
+    pieces: Receiver<Piece>,
     on_bytes: &mut dyn FnMut(u64),
 ) -> Result<Vec<(String, u64)>, WeightsError> {
     let mut files = Vec::new();
     thread::scope(|scope| {
         let mut syncing = Vec::new();
-        let mut current: Option<(File, PathBuf)> = None;
+        let mut current = None;
         for piece in pieces {
-            match &piece {
+            match piece {
                 Piece::Begin { name } => {
-                    let path = dir.join(name);
-                    let file = File::create_new(&path).map_err(|source| at(&path, source))?;
-                    files.push((name.clone(), 0));
-                    current = Some((file, path));
+                    current = Some((DirectFile::create_new(dir.join(&name))?, name));
                 }
-                Piece::Block(block) => {
-                    if let (Some((file, path)), Some((_, bytes))) = (&mut current, files.last_mut())
-                    {
-                        file.write_all(block).map_err(|source| at(path, source))?;
-                        *bytes += block.len() as u64;
-                        on_bytes(block.len() as u64);
+                Piece::Data(buffer) => {
+                    if let (Some((file, _)), Some(buffer)) = (&mut current, &buffer.buffer) {
+                        file.write(buffer)?;
                     }
+                    on_bytes(buffer.bytes().len() as u64);
                 }
                 Piece::End => {
-                    if let Some((file, path)) = current.take() {
+                    if let Some((file, name)) = current.take() {
+                        files.push((name, file.written()));
                         // The disk may take its time while the next file is made.
-                        syncing
-                            .push(scope.spawn(move || {
-                                file.sync_all().map_err(|source| at(&path, source))
-                            }));
+                        syncing.push(scope.spawn(move || file.sync()));
                     }
                 }
             }
-            // The hasher ends only when this sender is dropped.
-            let _ = to_hash.send(piece);
         }
         for sync in syncing {
             sync.join()
@@ -175,13 +282,6 @@ fn write_pieces(
     Ok(files)
 }
 
-fn at(path: &Path, source: io::Error) -> WeightsError {
-    WeightsError::Write {
-        path: path.to_owned(),
-        source,
-    }
-}
-
 /// Returns the SHA-256 of each file.
 fn hash_pieces(pieces: &Receiver<Piece>) -> Vec<String> {
     let mut hashes = Vec::new();
@@ -189,7 +289,7 @@ fn hash_pieces(pieces: &Receiver<Piece>) -> Vec<String> {
     for piece in pieces {
         match piece {
             Piece::Begin { .. } => {}
-            Piece::Block(block) => hasher.update(&block),
+            Piece::Data(buffer) => hasher.update(buffer.bytes()),
             Piece::End => hashes.push(hex(&hasher.finalize_reset())),
         }
     }
@@ -206,7 +306,7 @@ mod tests {
     use candle_core::quantized::GgmlDType;
 
     use super::*;
-    use crate::weights::{StoredTensor, TensorInfo};
+    use crate::weights::StoredTensor;
 
     /// Tensors whose bytes count up; one of them can fail.
     struct Counting {

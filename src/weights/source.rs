@@ -56,6 +56,23 @@ pub trait TensorSource: Send + Sync {
     fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
         self.tensor(name)?.narrow(0, rows)
     }
+
+    /// Puts rows of a tensor into `bytes`, for a writer that uses its buffers again.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    ///
+    /// # Panics
+    /// When `bytes` has not the size of the rows.
+    fn read_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        bytes: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        bytes.copy_from_slice(&self.rows(name, rows)?.data);
+        Ok(())
+    }
 }
 
 /// A model that can be run: its tensors and its configuration.

@@ -1,6 +1,6 @@
 //! A checkpoint exported as GGUF answers as the checkpoint does.
 
-use infold::merge::gguf::{GgufFileType, GgufOptions, export_gguf};
+use infold::merge::gguf::{GgufFileType, GgufOptions, GgufPlan};
 use infold::text::GgufVocabulary;
 use infold::weights::Checkpoint;
 
@@ -17,16 +17,8 @@ fn check(model: &str, file_type: GgufFileType, tolerance: f32) {
         file_type,
         name: None,
     };
-    let config = checkpoint.config();
-    export_gguf(
-        &checkpoint,
-        config,
-        &vocabulary,
-        &wanted,
-        &path,
-        &mut |_| {},
-    )
-    .unwrap();
+    let plan = GgufPlan::new(&checkpoint, checkpoint.config(), &vocabulary, &wanted).unwrap();
+    plan.write(&checkpoint, &path, &mut |_| {}).unwrap();
 
     let prompt: Vec<u32> = (0..40).map(|i| (i * i * 7 + 3) % 500).collect();
     let before = run(&start_fixture(model, &options()), &prompt, greedy(8));
@@ -57,16 +49,8 @@ fn rows_too_short_for_blocks_of_256_are_stored_in_smaller_ones() {
         file_type: GgufFileType::Q4KM,
         name: None,
     };
-    let config = checkpoint.config();
-    let summary = export_gguf(
-        &checkpoint,
-        config,
-        &vocabulary,
-        &wanted,
-        &path,
-        &mut |_| {},
-    )
-    .unwrap();
+    let plan = GgufPlan::new(&checkpoint, checkpoint.config(), &vocabulary, &wanted).unwrap();
+    let summary = plan.write(&checkpoint, &path, &mut |_| {}).unwrap();
     // Three layers of seven matrices fall back; the head takes Q8_0 without a detour.
     assert_eq!(summary.fallbacks.len(), 21);
     let prompt = [1, 2, 3, 4, 5];

@@ -10,7 +10,9 @@ use std::{
     time::Duration,
 };
 
-use infold::weights::{Checkpoint, HubOptions, Network, WeightsError, resolve_model};
+use infold::weights::{
+    Adapter, Checkpoint, HubOptions, Network, WeightsError, resolve_adapter, resolve_model,
+};
 use serde_json::json;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -527,4 +529,88 @@ fn settings_follow_the_environment_of_huggingface_hub() {
     );
     assert_eq!(options.token.as_deref(), Some("secret"));
     assert_eq!(options.network, Network::Online);
+}
+
+/// The files of a small adapter, under `folder` of a repository that holds more.
+fn adapter_files(folder: &str) -> Vec<(String, Vec<u8>)> {
+    let dir = crate::tiny_engine::fixtures().join("adapters/all_linear_bf16/adapter");
+    let mut files: Vec<_> = ["adapter_config.json", "adapter_model.safetensors"]
+        .map(|name| (format!("{folder}{name}"), read(&dir.join(name))))
+        .into();
+    for name in ["tokenizer.json", "README.md", "optimizer.pt"] {
+        files.push((format!("{folder}{name}"), b"{}".to_vec()));
+    }
+    files
+}
+
+#[test]
+fn an_adapter_is_downloaded_once_with_its_tokenizer() {
+    for folder in [None, Some("checkpoint-10")] {
+        let files = adapter_files(&folder.map_or(String::new(), |name| format!("{name}/")));
+        let files: Vec<(&str, Vec<u8>)> = (files.iter())
+            .map(|(name, content)| (&name[..], content.clone()))
+            .collect();
+        let hub = FakeHub::new(&files);
+        let path = resolve_adapter("owner/model", folder, &hub.options()).unwrap();
+        Adapter::open(&path, folder).unwrap();
+        let inside = path.join(folder.unwrap_or_default());
+        assert!(inside.join("tokenizer.json").exists());
+        for unneeded in ["README.md", "optimizer.pt"] {
+            assert!(!inside.join(unneeded).exists(), "{unneeded}");
+        }
+
+        let before = hub.requests().len();
+        let offline = HubOptions {
+            network: Network::Offline,
+            ..hub.options()
+        };
+        assert_eq!(
+            resolve_adapter("owner/model", folder, &offline).unwrap(),
+            path
+        );
+        assert_eq!(hub.requests().len(), before);
+    }
+}
+
+#[test]
+fn a_repository_without_an_adapter_says_what_is_missing() {
+    let pickled = [
+        ("adapter_config.json", b"{}".to_vec()),
+        ("adapter_model.bin", vec![0; 8]),
+    ];
+    for (files, folder, wanted) in [
+        (&small_model()[..], None, "no adapter_config.json"),
+        (&pickled[..], Some("nowhere"), "in which folder"),
+        (&pickled[..], None, "pickled"),
+    ] {
+        let hub = FakeHub::new(files);
+        let error = resolve_adapter("owner/model", folder, &hub.options()).unwrap_err();
+        assert!(matches!(error, WeightsError::NothingToLoad { .. }));
+        assert!(error.to_string().contains(wanted), "{error}");
+    }
+}
+
+#[test]
+fn merge_takes_an_adapter_by_its_hub_id() {
+    let files = adapter_files("");
+    let files: Vec<(&str, Vec<u8>)> = (files.iter())
+        .map(|(name, content)| (&name[..], content.clone()))
+        .collect();
+    let hub = FakeHub::new(&files);
+    let model = crate::tiny_engine::fixtures().join("tiny-qwen2-bf16");
+    let output = hub.cache.path().join("out");
+    let result = std::process::Command::new(env!("CARGO_BIN_EXE_infold"))
+        .args(["merge", "--adapter", "owner/model@main", "--model"])
+        .arg(model)
+        .arg("--output")
+        .arg(&output)
+        .env("HF_ENDPOINT", &hub.endpoint)
+        .env("HF_HUB_CACHE", hub.cache.path())
+        .env_remove("HF_HUB_OFFLINE")
+        .env_remove("TRANSFORMERS_OFFLINE")
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&result.stderr);
+    assert!(result.status.success(), "{error}");
+    assert!(output.join("model.safetensors").exists());
 }

@@ -295,6 +295,63 @@ fn a_full_disk_is_told_and_leaves_nothing() {
     assert!(snapshot(dir.path()).is_empty());
 }
 
+/// Merges into a tmpfs of the given mount options, where this user may mount one.
+#[cfg(target_os = "linux")]
+fn merge_into_tmpfs(options: &str) -> Option<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = format!("mount -t tmpfs -o {options} tmpfs {}", dir.path().display());
+    let run = |script: &str| {
+        let mut shell = Command::new("unshare");
+        let shell = shell.args(["--map-root-user", "--mount", "sh", "-c", script]);
+        // No such program, or no such right.
+        shell.output().ok()
+    };
+    if !run(&mount)?.status.success() {
+        return None;
+    }
+    let script = format!(
+        "{mount} && ! {} merge --model {} --adapter {} --output {output}/out && ls -A {output} >&2",
+        env!("CARGO_BIN_EXE_infold"),
+        base("tiny-qwen2-untied").display(),
+        adapter("all_linear_f32").display(),
+        output = dir.path().display(),
+    );
+    let result = run(&script)?;
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert!(result.status.success(), "the merge succeeded: {error}");
+    Some(error)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_tmpfs_that_is_too_small_is_told_how_much_is_needed() {
+    let Some(error) = merge_into_tmpfs("size=1m") else {
+        return;
+    };
+    let error = error.trim();
+    assert!(error.contains("/out needs 17."), "{error}");
+    assert!(error.ends_with("its disk has 1.0 MB free"), "{error}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_tmpfs_that_fills_up_on_the_way_is_left_empty() {
+    // Room for the root, the directory aside, its lock and the weights, not for the next file.
+    let Some(error) = merge_into_tmpfs("size=64m,nr_inodes=4") else {
+        return;
+    };
+    let error = error.trim();
+    assert!(
+        error.contains("is as it was before; it needs 17."),
+        "{error}"
+    );
+    assert!(error.contains("Modelfile"), "{error}");
+    assert!(
+        error.ends_with("No space left on device (os error 28)"),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_kill_at_any_moment_leaves_the_old_output_or_the_new_one() {
     let dir = tempfile::tempdir().unwrap();
@@ -426,4 +483,55 @@ fn a_server_of_base_and_adapter_answers_as_the_merged_directory() {
         assert_eq!(answers[0], answers[1], "{case}");
         assert_ne!(answers[0], answers[2], "{case}");
     }
+}
+
+/// The logits after the prompt that base and live adapter gave in PyTorch.
+fn live_logits(case: &str) -> Option<Vec<f32>> {
+    let path = fixtures()
+        .join("adapters")
+        .join(case)
+        .join("live_logits.safetensors");
+    let bytes = fs::read(path).ok()?;
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let name = *file.names().first().unwrap();
+    let tensor = file.tensor(name).unwrap();
+    let values = tensor
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b));
+    let vocab_size = tensor.shape()[1];
+    Some(values.skip(vocab_size).collect())
+}
+
+#[test]
+fn the_merged_model_answers_as_the_live_adapter_in_pytorch() {
+    let prompt = [5, 17, 301, 44, 260, 9, 128];
+    let mut compared = 0;
+    for case in cases() {
+        let name = case["case"].as_str().unwrap();
+        // There is no engine for GPT-2 here.
+        let Some(logits) = live_logits(name).filter(|_| case["base"] != "tiny-gpt2") else {
+            continue;
+        };
+        let lora = fixtures()
+            .join("adapters")
+            .join(case["adapters"][0]["dir"].as_str().unwrap());
+        let merged = MergedCheckpoint::plan(
+            Arc::new(Checkpoint::open(&base(case["base"].as_str().unwrap())).unwrap()),
+            vec![(Adapter::open(&lora, None).unwrap(), 1.0)],
+            MergeOptions::default(),
+        )
+        .unwrap();
+        let engine = Engine::start(Arc::new(merged), &tiny_engine::options()).unwrap();
+        let answer = tiny_engine::run(&engine, &prompt, tiny_engine::greedy(1));
+        let sum: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let (found, wanted): (Vec<f32>, Vec<f32>) = (answer.logprobs[0].top.iter())
+            .map(|(token, logprob)| (*logprob, logits[*token as usize] - sum.ln() as f32))
+            .unzip();
+        tiny_engine::assert_close(name, &found, &wanted, 1e-4);
+        compared += 1;
+    }
+    assert!(compared > 15, "{compared}");
 }

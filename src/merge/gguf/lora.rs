@@ -10,7 +10,9 @@ use anyhow::{Context, ensure};
 use candle_core::quantized::GgmlDType;
 use serde_json::Value;
 
-use crate::weights::{GgufLayout, GgufTensor, GgufValue, RowOrder, StoredTensor, gguf_name};
+use crate::weights::{
+    GgufLayout, GgufTensor, GgufValue, RowOrder, StoredTensor, gguf_name, transpose,
+};
 
 use super::GgufSummary;
 use super::metadata::{general, put_f32};
@@ -126,7 +128,7 @@ impl LoraModule {
             true => made_tensor(
                 &format!("{target}.lora_a"),
                 vec![in_features, rank],
-                &transposed(&self.a, rank, in_features),
+                &transpose(&self.a, rank, in_features),
             ),
             false => made_tensor(
                 &format!("{target}.lora_a"),
@@ -138,13 +140,4 @@ impl LoraModule {
         let b = made_tensor(&format!("{target}.lora_b"), vec![out_features, rank], &b);
         Ok([(a, RowOrder::AsStored), (b, order)])
     }
-}
-
-/// Returns a row-major `[rows, columns]` matrix as `[columns, rows]`.
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut result = Vec::with_capacity(values.len());
-    for column in 0..columns {
-        result.extend((0..rows).map(|row| values[row * columns + column]));
-    }
-    result
 }

@@ -1,7 +1,7 @@
 //! Exports a checkpoint, or an adapter alone, as a GGUF file for llama.cpp and Ollama.
 //!
 //! [`GgufPlan`] decides names, types and sizes from headers alone; writing it streams one tensor
-//! at a time from a [`TensorSource`], so a base with adapters folded in needs no directory of its
+//! at a time from a [`TensorSource`](crate::weights::TensorSource), so a base with adapters folded in needs no directory of its
 //! own. Types, names and metadata are those of llama.cpp's `convert_hf_to_gguf.py`,
 //! `convert_lora_to_gguf.py` and `llama_tensor_get_type`.
 
@@ -16,12 +16,6 @@ mod shape;
 mod tests;
 
 use std::fmt;
-use std::path::Path;
-
-use serde_json::Value;
-
-use crate::text::GgufVocabulary;
-use crate::weights::TensorSource;
 
 pub use lora::{LoraModule, export_gguf_lora};
 pub use plan::GgufPlan;
@@ -70,24 +64,4 @@ impl fmt::Display for GgufSummary {
         }
         Ok(())
     }
-}
-
-/// Writes the model of `source` and `config` (its `config.json`) as a GGUF file at `path`, and
-/// tells `progress` the bytes of each piece of tensor data.
-///
-/// The file appears under its name when it is complete.
-///
-/// # Errors
-/// A configuration, tensor or vocabulary that does not fit or that llama.cpp does not know, found
-/// before a byte is written; weights that are NaN, infinite or too large for the type; a disk that
-/// is full.
-pub fn export_gguf(
-    source: &dyn TensorSource,
-    config: &Value,
-    vocabulary: &GgufVocabulary,
-    options: &GgufOptions,
-    path: &Path,
-    progress: &mut dyn FnMut(u64),
-) -> anyhow::Result<GgufSummary> {
-    GgufPlan::new(source, config, vocabulary, options)?.write(source, path, progress)
 }

@@ -276,7 +276,8 @@ fn llama_3s_frequencies_are_written_as_divisors() {
     let vocabulary = GgufVocabulary::from_dir(&model, original.config()).unwrap();
     let options = options(GgufFileType::F16);
     let config = original.config();
-    export_gguf(&original, config, &vocabulary, &options, &path, &mut |_| {}).unwrap();
+    let plan = GgufPlan::new(&original, config, &vocabulary, &options).unwrap();
+    plan.write(&original, &path, &mut |_| {}).unwrap();
     let written = Checkpoint::open(&path).unwrap();
     let factors = written.config()["rope_freq_factors"].as_array().unwrap();
     let factors: Vec<f64> = factors.iter().map(|it| it.as_f64().unwrap()).collect();

@@ -5,6 +5,7 @@
 //! with that. There are no escapes. Source of the rules: ollama `parser/parser.go`.
 
 use super::ModelfileError;
+use crate::text::nearest;
 
 /// One instruction of a Modelfile.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -265,13 +266,10 @@ fn check_parameter(line: usize, name: &str, value: &str) -> Result<(), Modelfile
             .map_err(|_| invalid("true or false"));
     }
     let known = INTEGERS.iter().chain(&NUMBERS).chain(&["stop", "use_mmap"]);
-    let nearest = known.max_by(|left, right| {
-        strsim::jaro_winkler(name, left).total_cmp(&strsim::jaro_winkler(name, right))
-    });
     Err(ModelfileError::UnknownParameter {
         line,
         found: name.to_owned(),
-        nearest: nearest.copied().unwrap_or("stop"),
+        nearest: nearest(name, known.copied()).unwrap_or("stop"),
     })
 }
 

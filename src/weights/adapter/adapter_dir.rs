@@ -22,8 +22,10 @@ use crate::weights::{
     safetensors,
 };
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// The name of the configuration in the directory.
+pub(in crate::weights) const CONFIG_FILE: &str = "adapter_config.json";
+/// The name of the weights in the directory.
+pub(in crate::weights) const TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// A PEFT LoRA adapter: its configuration, and its tensors mapped.
 #[derive(Debug)]

@@ -208,12 +208,18 @@ impl Planner {
         let magnitude = self.part(adapter, module, Part::Magnitude)?;
         let has = |part| adapter.parts.contains_key(&(module.to_owned(), part));
         let is_embedding = has(Part::EmbeddingA);
-        if is_embedding && self.num_adapters > 1 {
+        let recipe = self.recipes.get(&format!("{module}.weight"));
+        let transposed = recipe.is_some_and(|recipe| {
+            (recipe.deltas.iter()).any(|delta| delta.layout == Layout::Transposed)
+        });
+        let shape = recipe.map(|recipe| recipe.info.shape.clone());
+        if (is_embedding || transposed) && self.num_adapters > 1 {
+            let what = match is_embedding {
+                true => "an embedding",
+                false => "a transposed weight (fan_in_fan_out)",
+            };
             self.fault(Fault::Combination {
-                what: format!(
-                    "{}: DoRA on an embedding beside other adapters",
-                    magnitude.name
-                ),
+                what: format!("{}: DoRA on {what} beside other adapters", magnitude.name),
                 advice: "merge this adapter first, alone, then the others into the result",
             });
             return Ok(());
@@ -226,22 +232,13 @@ impl Planner {
             });
             return Ok(());
         }
-        let recipe = self.recipes.get(&format!("{module}.weight"));
-        let transposed = recipe.is_some_and(|recipe| {
-            (recipe.deltas.iter()).any(|delta| delta.layout == Layout::Transposed)
-        });
-        let shape = recipe.map(|recipe| recipe.info.shape.clone());
-        if transposed {
-            self.fault(Fault::Refused {
-                what: format!(
-                    "{}: DoRA on a transposed weight (fan_in_fan_out)",
-                    magnitude.name
-                ),
-                advice: "merge it with PEFT's merge_and_unload",
-            });
-        } else if let Some([rows, cols]) = shape.as_deref() {
-            // Of an embedding, whose rows are tokens, PEFT measures the columns.
-            let expected = if is_embedding { cols } else { rows };
+        if let Some([rows, cols]) = shape.as_deref() {
+            // Outputs of a transposed weight are its columns; of an embedding, whose rows are
+            // tokens, PEFT measures the columns too.
+            let expected = match is_embedding || transposed {
+                true => cols,
+                false => rows,
+            };
             if magnitude.shape.iter().product::<usize>() != *expected {
                 self.fault(shape_fault(&magnitude, &[*expected], ["out", ""]));
             }

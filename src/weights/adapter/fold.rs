@@ -4,74 +4,41 @@
 //! one rounding, whatever the number of threads and the width of the SIMD registers: the same
 //! inputs give the same bits on every machine. This is the arithmetic of PEFT on a CPU.
 
+use std::{ops::Range, sync::Arc};
+
 use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
-use super::{merged::Accumulate, simd};
+use super::{
+    merged::Accumulate,
+    simd,
+    stats::{DeltaStats, Lanes},
+};
 use crate::weights::convert;
 
-/// Values that a thread folds at a time: three f32 buffers of these stay in its L2 cache.
-const GROUP_VALUES: usize = 48 * 1024;
+/// Values that a thread folds at a time, about.
+const GROUP_VALUES: usize = 128 * 1024;
 
-/// Columns of the product made at a time, so that their part of `A` stays in the L1 cache.
-const TILE_COLS: usize = 1024;
+/// Rows whose products are made together.
+const STRIP_ROWS: usize = 4;
 
-/// How much folding changed a tensor, over the values looked at so far.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct DeltaStats {
-    /// Number of weights.
-    pub num_values: u64,
-    /// Number of weights whose stored bits differ from the base's.
-    pub num_changed: u64,
-    /// Largest absolute change before rounding.
-    pub max_abs_delta: f32,
-    /// Sum of squares of the changes before rounding.
-    pub delta_squares: f64,
-    /// Sum of squares of the base's weights.
-    pub weight_squares: f64,
-    /// Sum of squares of what rounding to the output's dtype took away.
-    pub lost_squares: f64,
-}
+/// Columns of a strip: its buffers and its part of `A` stay in the L2 cache, and its rows are
+/// long enough for the processor to read ahead.
+const STRIP_COLS: usize = 2048;
 
-impl DeltaStats {
-    /// Adds those of other values.
-    pub fn add(&mut self, other: &Self) {
-        self.num_values += other.num_values;
-        self.num_changed += other.num_changed;
-        self.max_abs_delta = self.max_abs_delta.max(other.max_abs_delta);
-        self.delta_squares += other.delta_squares;
-        self.weight_squares += other.weight_squares;
-        self.lost_squares += other.lost_squares;
-    }
-
-    /// Returns `‖Δ‖ / ‖W‖`, 0 where nothing changed.
-    pub fn relative_norm(&self) -> f64 {
-        ratio_of_norms(self.delta_squares, self.weight_squares)
-    }
-
-    /// Returns the part of the change that rounding took away, `‖Δ_lost‖ / ‖Δ‖`.
-    pub fn relative_loss(&self) -> f64 {
-        ratio_of_norms(self.lost_squares, self.delta_squares)
-    }
-}
-
-fn ratio_of_norms(part: f64, whole: f64) -> f64 {
-    if part == 0.0 {
-        0.0
-    } else {
-        (part / whole).sqrt()
-    }
-}
+/// Columns whose sums are held in registers.
+const STEP: usize = 32;
 
 /// One `s·L·R` to add to a block of rows: `L` is `[rows, rank]`, `R` is `[rank, cols]`.
 pub(super) struct LowRank {
     pub(super) left: Vec<f32>,
-    pub(super) right: Vec<f32>,
+    /// The same for all blocks of a tensor.
+    pub(super) right: Arc<Vec<f32>>,
     pub(super) rank: usize,
     pub(super) scale: f32,
     /// DoRA: the length that each row gets.
     pub(super) magnitude: Option<Vec<f32>>,
-    /// DoRA on an embedding: what each column is multiplied by.
+    /// DoRA by columns: what each is multiplied by.
     pub(super) column_factors: Option<Vec<f32>>,
 }
 
@@ -95,22 +62,47 @@ impl Block<'_> {
     /// Returns the folded rows in the output's dtype, and how much they changed.
     ///
     /// # Errors
-    /// [`NotFinite`] for a NaN, or a value too large for the output's dtype.
+    /// As [`fold_into`](Self::fold_into).
     pub(super) fn fold(&self) -> Result<(Vec<u8>, DeltaStats), NotFinite> {
-        let group_rows = (GROUP_VALUES / self.cols).max(1);
-        let rows = self.weight.len() / self.from.type_size() / self.cols;
-        let row_bytes = self.cols * self.to.type_size();
-        let mut bytes = vec![0; rows * row_bytes];
+        let values = self.weight.len() / self.from.type_size();
+        let mut bytes = vec![0; values * self.to.type_size()];
+        let stats = self.fold_into(&mut bytes)?;
+        Ok((bytes, stats))
+    }
+
+    /// Writes the folded rows into `bytes`, in the output's dtype, on all cores.
+    ///
+    /// # Errors
+    /// [`NotFinite`] for a NaN, or a value too large for the output's dtype.
+    pub(super) fn fold_into(&self, bytes: &mut [u8]) -> Result<DeltaStats, NotFinite> {
+        // Whole strips, so that only the last group has rows left over.
+        let group_rows = (GROUP_VALUES / self.cols)
+            .max(1)
+            .next_multiple_of(STRIP_ROWS);
+        let group_bytes = group_rows * self.cols * self.to.type_size();
         let groups: Vec<Result<DeltaStats, NotFinite>> = bytes
-            .par_chunks_mut(group_rows * row_bytes)
+            .par_chunks_mut(group_bytes)
             .enumerate()
-            .map(|(group, bytes)| simd::fold_group(self, group * group_rows, bytes))
+            .map_init(
+                || Buffers::new(self.strip_cols(), self.deltas.len()),
+                |buffers, (group, bytes)| {
+                    simd::fold_group(self, group * group_rows, bytes, buffers)
+                },
+            )
             .collect();
         let mut stats = DeltaStats::default();
         for group in groups {
             stats.add(&group?);
         }
-        Ok((bytes, stats))
+        Ok(stats)
+    }
+
+    fn strip_cols(&self) -> usize {
+        // A row that gets a length is needed as a whole.
+        match self.deltas.iter().any(|delta| delta.magnitude.is_some()) {
+            true => self.cols,
+            false => self.cols.min(STRIP_COLS),
+        }
     }
 
     /// Folds the rows from `first_row` on into `bytes`, which says how many.
@@ -119,65 +111,162 @@ impl Block<'_> {
         &self,
         first_row: usize,
         bytes: &mut [u8],
+        buffers: &mut Buffers,
     ) -> Result<DeltaStats, NotFinite> {
-        let num_values = bytes.len() / self.to.type_size();
-        let start = first_row * self.cols * self.from.type_size();
-        let base = &self.weight[start..start + num_values * self.from.type_size()];
-        let mut weight = vec![0.0; num_values];
-        convert::to_f32(self.from, base, &mut weight);
-        let mut sum = weight.clone();
-        let mut product = vec![0.0; num_values];
+        let width = self.strip_cols();
+        let row_bytes = self.cols * self.to.type_size();
+        let mut stats = DeltaStats {
+            num_values: (bytes.len() / self.to.type_size()) as u64,
+            ..DeltaStats::default()
+        };
+        let mut finite = true;
+        for start in (0..self.cols).step_by(width) {
+            for (i, bytes) in bytes.chunks_mut(STRIP_ROWS * row_bytes).enumerate() {
+                let strip = Strip {
+                    row: first_row + STRIP_ROWS * i,
+                    num_rows: bytes.len() / row_bytes,
+                    cols: start..(start + width).min(self.cols),
+                };
+                self.sum_strip(&strip, buffers);
+                let lanes = self.round_strip(&strip, buffers, bytes);
+                finite &= lanes.finish(self.to, &mut stats);
+            }
+        }
+        if finite { Ok(stats) } else { Err(NotFinite) }
+    }
+
+    /// Returns the base's values of one row of a strip, little endian.
+    #[inline(always)]
+    fn base_row(&self, strip: &Strip, row: usize) -> &[u8] {
+        let size = self.from.type_size();
+        let start = ((strip.row + row) * self.cols + strip.cols.start) * size;
+        &self.weight[start..start + strip.cols.len() * size]
+    }
+
+    /// Adds all deltas to the weights of a strip.
+    #[inline(always)]
+    fn sum_strip(&self, strip: &Strip, buffers: &mut Buffers) {
+        let num_values = strip.num_rows * strip.cols.len();
+        let sum = &mut buffers.sum[..num_values];
+        let product = &mut buffers.product[..num_values];
+        for (row, sum) in sum.chunks_exact_mut(strip.cols.len()).enumerate() {
+            convert::to_f32(self.from, self.base_row(strip, row), sum);
+        }
         match (self.accumulate, &self.deltas[..]) {
             (Accumulate::LlamaFactory, deltas) => {
-                convert::round(self.to, &mut sum);
+                convert::round(self.to, sum);
                 for delta in deltas {
-                    delta.product(first_row, self.cols, &mut product);
-                    delta.apply(first_row, self.cols, &product, &mut sum);
-                    convert::round(self.to, &mut sum);
+                    delta.product(self.cols, strip, product);
+                    delta.apply(strip, product, sum);
+                    convert::round(self.to, sum);
                 }
             }
+            (Accumulate::Fp32, []) => {}
             (Accumulate::Fp32, [delta]) => {
-                delta.product(first_row, self.cols, &mut product);
-                delta.apply(first_row, self.cols, &product, &mut sum);
+                delta.product(self.cols, strip, product);
+                delta.apply(strip, product, sum);
             }
             (Accumulate::Fp32, deltas) => {
-                let mut total = vec![0.0; num_values];
+                let total = &mut buffers.total[..num_values];
+                total.fill(0.0);
                 for delta in deltas {
-                    delta.product(first_row, self.cols, &mut product);
-                    delta.apply(first_row, self.cols, &product, &mut total);
+                    delta.product(self.cols, strip, product);
+                    delta.apply(strip, product, total);
                 }
-                for (sum, total) in sum.iter_mut().zip(&total) {
+                for (sum, total) in sum.iter_mut().zip(&*total) {
                     *sum += total;
                 }
             }
         }
-        convert::from_f32(self.to, &sum, bytes);
-        let mut rounded = product;
-        convert::to_f32(self.to, bytes, &mut rounded);
-        compare(&weight, &sum, &rounded)
+    }
+
+    /// Rounds the sums of a strip into the rows of `bytes`, and compares them with the base's.
+    #[inline(always)]
+    fn round_strip(&self, strip: &Strip, buffers: &mut Buffers, bytes: &mut [u8]) -> Lanes {
+        let width = strip.cols.len();
+        let size = self.to.type_size();
+        let weight = &mut buffers.weight[..width];
+        let rounded = &mut buffers.rounded[..width];
+        let mut lanes = Lanes::default();
+        let rows = bytes.chunks_exact_mut(self.cols * size);
+        for (row, (sum, bytes)) in buffers.sum.chunks_exact(width).zip(rows).enumerate() {
+            let bytes = &mut bytes[strip.cols.start * size..strip.cols.end * size];
+            convert::from_f32(self.to, sum, bytes);
+            convert::to_f32(self.to, bytes, rounded);
+            convert::to_f32(self.from, self.base_row(strip, row), weight);
+            lanes.compare(weight, sum, rounded);
+        }
+        lanes
+    }
+}
+
+/// A few rows of a block, of which some columns are folded at a time.
+struct Strip {
+    /// The first row, counted in the block.
+    row: usize,
+    num_rows: usize,
+    cols: Range<usize>,
+}
+
+/// The values of a strip on their way; of `weight` and `rounded`, one row at a time.
+pub(super) struct Buffers {
+    sum: Vec<f32>,
+    product: Vec<f32>,
+    /// Used with several deltas only.
+    total: Vec<f32>,
+    weight: Vec<f32>,
+    rounded: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(width: usize, num_deltas: usize) -> Self {
+        let strip = || vec![0.0; STRIP_ROWS * width];
+        Self {
+            sum: strip(),
+            product: strip(),
+            total: if num_deltas > 1 { strip() } else { Vec::new() },
+            weight: vec![0.0; width],
+            rounded: vec![0.0; width],
+        }
     }
 }
 
 impl LowRank {
-    /// Computes `L·R` of the rows from `first_row` on.
+    /// Computes `L·R` of a strip. `num_cols` is the width of the whole block.
     #[inline(always)]
-    fn product(&self, first_row: usize, cols: usize, product: &mut [f32]) {
-        for start in (0..cols).step_by(TILE_COLS) {
-            let end = (start + TILE_COLS).min(cols);
-            for (i, row) in product.chunks_exact_mut(cols).enumerate() {
-                let left = &self.left[(first_row + i) * self.rank..][..self.rank];
-                let row = &mut row[start..end];
-                row.fill(0.0);
-                let (fours, rest) = left.as_chunks::<4>();
-                for (k, factors) in fours.iter().enumerate() {
-                    let right = |l: usize| &self.right[(4 * k + l) * cols..][start..end];
-                    add_four(row, factors, [right(0), right(1), right(2), right(3)]);
+    fn product(&self, num_cols: usize, strip: &Strip, product: &mut [f32]) {
+        let width = strip.cols.len();
+        let left = |row: usize| &self.left[(strip.row + row) * self.rank..][..self.rank];
+        let right = |k: usize, start: usize| &self.right[k * num_cols + strip.cols.start + start..];
+        let mut done = 0;
+        if strip.num_rows == STRIP_ROWS {
+            let left: [&[f32]; STRIP_ROWS] = std::array::from_fn(left);
+            while done + STEP <= width {
+                // Four rows share what is loaded of `R`; their sums stay in registers, which
+                // the compiler does only for arrays with names of their own.
+                let [mut s0, mut s1, mut s2, mut s3] = [[0.0; STEP]; STRIP_ROWS];
+                for k in 0..self.rank {
+                    let Some(right) = right(k, done).first_chunk() else {
+                        break;
+                    };
+                    let [f0, f1, f2, f3] = left.map(|row| row[k]);
+                    add_scaled(&mut s0, f0, right);
+                    add_scaled(&mut s1, f1, right);
+                    add_scaled(&mut s2, f2, right);
+                    add_scaled(&mut s3, f3, right);
                 }
-                for (l, factor) in rest.iter().enumerate() {
-                    let right = &self.right[(4 * fours.len() + l) * cols..][start..end];
-                    for (value, right) in row.iter_mut().zip(right) {
-                        *value += factor * right;
-                    }
+                for (row, sums) in [s0, s1, s2, s3].iter().enumerate() {
+                    product[row * width + done..][..STEP].copy_from_slice(sums);
+                }
+                done += STEP;
+            }
+        }
+        for (row, product) in product.chunks_exact_mut(width).enumerate() {
+            let product = &mut product[done..];
+            product.fill(0.0);
+            for (k, factor) in left(row).iter().enumerate() {
+                for (value, right) in product.iter_mut().zip(right(k, done)) {
+                    *value += factor * right;
                 }
             }
         }
@@ -185,13 +274,13 @@ impl LowRank {
 
     /// Adds the scaled product; with magnitudes, gives each row its length then.
     #[inline(always)]
-    fn apply(&self, first_row: usize, cols: usize, product: &[f32], sum: &mut [f32]) {
+    fn apply(&self, strip: &Strip, product: &[f32], sum: &mut [f32]) {
         for (sum, product) in sum.iter_mut().zip(product) {
             *sum += self.scale * product;
         }
         if let Some(factors) = &self.column_factors {
-            for row in sum.chunks_exact_mut(cols) {
-                for (value, factor) in row.iter_mut().zip(factors) {
+            for row in sum.chunks_exact_mut(strip.cols.len()) {
+                for (value, factor) in row.iter_mut().zip(&factors[strip.cols.clone()]) {
                     *value *= factor;
                 }
             }
@@ -199,7 +288,8 @@ impl LowRank {
         let Some(magnitude) = &self.magnitude else {
             return;
         };
-        for (row, magnitude) in sum.chunks_exact_mut(cols).zip(&magnitude[first_row..]) {
+        let rows = sum.chunks_exact_mut(strip.cols.len());
+        for (row, magnitude) in rows.zip(&magnitude[strip.row..]) {
             let squares: f64 = row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
             let factor = magnitude / squares.sqrt() as f32;
             for value in row {
@@ -209,97 +299,11 @@ impl LowRank {
     }
 }
 
-/// Adds four rows of `R`, in order, with one pass over the sums.
+/// Adds a multiple of some columns of a row of `R`.
 #[inline(always)]
-fn add_four(row: &mut [f32], factors: &[f32; 4], right: [&[f32]; 4]) {
-    let [r0, r1, r2, r3] = right.map(|right| &right[..row.len()]);
-    for (j, value) in row.iter_mut().enumerate() {
-        let mut sum = *value;
-        sum += factors[0] * r0[j];
-        sum += factors[1] * r1[j];
-        sum += factors[2] * r2[j];
-        sum += factors[3] * r3[j];
-        *value = sum;
-    }
-}
-
-/// Values whose sums are kept apart, so that the compiler can use SIMD for them.
-const LANES: usize = 16;
-
-/// Compares the base's values with those before and after rounding.
-#[inline(always)]
-fn compare(weight: &[f32], sum: &[f32], rounded: &[f32]) -> Result<DeltaStats, NotFinite> {
-    let mut stats = DeltaStats {
-        num_values: weight.len() as u64,
-        ..DeltaStats::default()
-    };
-    let mut finite = true;
-    // Sums of 1024 squares in f32 are exact enough for a report, and whole tensors are summed
-    // in f64.
-    for ((weight, sum), rounded) in (weight.chunks(1024))
-        .zip(sum.chunks(1024))
-        .zip(rounded.chunks(1024))
-    {
-        let mut lanes = Lanes::default();
-        let (weights, weight) = weight.as_chunks::<LANES>();
-        let (sums, sum) = sum.as_chunks::<LANES>();
-        let (roundeds, rounded) = rounded.as_chunks::<LANES>();
-        for ((weight, sum), rounded) in weights.iter().zip(sums).zip(roundeds) {
-            lanes.add(weight, sum, rounded);
-        }
-        // The rest, filled up with zeros, which change nothing.
-        let fill = |values: &[f32]| {
-            let mut filled = [0.0; LANES];
-            filled[..values.len()].copy_from_slice(values);
-            filled
-        };
-        lanes.add(&fill(weight), &fill(sum), &fill(rounded));
-        finite &= lanes.finish(&mut stats);
-    }
-    if finite { Ok(stats) } else { Err(NotFinite) }
-}
-
-#[derive(Default)]
-struct Lanes {
-    max: [f32; LANES],
-    delta: [f32; LANES],
-    weight: [f32; LANES],
-    lost: [f32; LANES],
-    changed: [u32; LANES],
-    /// Bits of the exponents, `0x7f80_0000` as soon as a value was not finite.
-    bad: [u32; LANES],
-}
-
-impl Lanes {
-    #[inline(always)]
-    fn add(&mut self, weight: &[f32; LANES], sum: &[f32; LANES], rounded: &[f32; LANES]) {
-        for l in 0..LANES {
-            let delta = sum[l] - weight[l];
-            let lost = sum[l] - rounded[l];
-            self.max[l] = if delta.abs() > self.max[l] {
-                delta.abs()
-            } else {
-                self.max[l]
-            };
-            self.delta[l] += delta * delta;
-            self.weight[l] += weight[l] * weight[l];
-            self.lost[l] += lost * lost;
-            self.changed[l] += u32::from(rounded[l].to_bits() != weight[l].to_bits());
-            self.bad[l] |= u32::from(!sum[l].is_finite()) | u32::from(!rounded[l].is_finite());
-        }
-    }
-
-    /// Adds up the lanes; returns whether all values were finite.
-    #[inline(always)]
-    fn finish(&self, stats: &mut DeltaStats) -> bool {
-        for l in 0..LANES {
-            stats.max_abs_delta = stats.max_abs_delta.max(self.max[l]);
-            stats.delta_squares += f64::from(self.delta[l]);
-            stats.weight_squares += f64::from(self.weight[l]);
-            stats.lost_squares += f64::from(self.lost[l]);
-            stats.num_changed += u64::from(self.changed[l]);
-        }
-        self.bad.iter().all(|bad| *bad == 0)
+fn add_scaled(sums: &mut [f32; STEP], factor: f32, right: &[f32; STEP]) {
+    for (sum, right) in sums.iter_mut().zip(right) {
+        *sum += factor * right;
     }
 }
 
@@ -327,7 +331,7 @@ mod tests {
     fn low_rank(rows: usize, cols: usize, rank: usize, scale: f32) -> LowRank {
         LowRank {
             left: values(rows * rank, 1),
-            right: values(rank * cols, 2),
+            right: Arc::new(values(rank * cols, 2)),
             rank,
             scale,
             magnitude: None,
@@ -380,7 +384,7 @@ mod tests {
         let ulp = 2.0_f32.powi(-7);
         let delta = || LowRank {
             left: vec![1.0],
-            right: vec![0.375 * ulp],
+            right: Arc::new(vec![0.375 * ulp]),
             rank: 1,
             scale: 1.0,
             magnitude: None,
@@ -418,8 +422,9 @@ mod tests {
         };
         let mut plain = vec![0; rows * cols * 2];
         let mut wide = plain.clone();
-        block.fold_group(0, &mut plain).unwrap();
-        simd::fold_group(&block, 0, &mut wide).unwrap();
+        let mut buffers = Buffers::new(block.strip_cols(), 1);
+        block.fold_group(0, &mut plain, &mut buffers).unwrap();
+        simd::fold_group(&block, 0, &mut wide, &mut buffers).unwrap();
         assert_eq!(plain, wide);
     }
 

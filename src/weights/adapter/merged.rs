@@ -1,6 +1,11 @@
 //! A base model with adapters folded in: each tensor is made when it is asked for.
 
-use std::{collections::HashMap, ops::Range, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    ops::Range,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
@@ -8,9 +13,12 @@ use serde_json::Value;
 
 use super::{
     Adapter,
-    fold::{Block, DeltaStats, LowRank, NotFinite},
+    factors::RightFactors,
+    fold::{Block, NotFinite},
     keys::Part,
-    plan, tied,
+    plan,
+    stats::DeltaStats,
+    tied,
 };
 use crate::weights::{
     Checkpoint, ModelSource, StoredTensor, TensorInfo, TensorSource, WeightsError, convert,
@@ -69,7 +77,8 @@ pub(super) struct Delta {
     pub(super) layout: Layout,
     /// The adapter's scaling times its weight.
     pub(super) scale: f32,
-    /// DoRA on an embedding: what each column is multiplied by, known after a pass over it.
+    /// DoRA on an embedding or a transposed weight: what each column is multiplied by, known
+    /// after a pass over it.
     pub(super) column_factors: Option<Vec<f32>>,
 }
 
@@ -121,6 +130,8 @@ pub struct MergedCheckpoint {
     pub(super) config: Value,
     pub(super) config_changes: Vec<(String, Value)>,
     pub(super) warnings: Vec<String>,
+    /// Those of the tensor that was folded last, whose next block needs them again.
+    pub(super) right_factors: Mutex<Option<(String, RightFactors)>>,
 }
 
 impl MergedCheckpoint {
@@ -168,104 +179,101 @@ impl MergedCheckpoint {
         (self.by_name.get(name)).is_some_and(|&recipe| self.recipes[recipe].is_touched())
     }
 
-    /// Makes rows of a tensor; of a vector, elements.
+    /// Makes rows of a tensor; of a vector, elements. Rows of the base are not copied.
     ///
     /// # Errors
     /// No such tensor or rows; [`WeightsError::NotFinite`] when the sum is not a number of the
     /// output's dtype.
     pub fn fold_rows(&self, name: &str, rows: Range<usize>) -> Result<MergedTensor, WeightsError> {
-        let recipe = self
-            .by_name
-            .get(name)
-            .map(|&recipe| &self.recipes[recipe])
-            .ok_or_else(|| WeightsError::MissingTensor {
-                path: self.base.path().to_owned(),
-                tensor: name.to_owned(),
-            })?;
+        let recipe = self.recipe(name)?;
         let origin = self.origin_rows(recipe, rows.clone())?;
         let mut shape = recipe.info.shape.clone();
         if let Some(first) = shape.first_mut() {
             *first = rows.len();
         }
-        let tensor = |data| StoredTensor {
+        let (data, stats) = if recipe.is_copy() {
+            (origin, None)
+        } else {
+            let size = origin.len() / recipe.base_dtype.type_size() * recipe.info.dtype.type_size();
+            let mut data = vec![0; size];
+            let stats = self.fold_origin(recipe, &rows, &origin, &mut data)?;
+            (data.into(), stats)
+        };
+        let tensor = StoredTensor {
             name: name.to_owned(),
             dtype: recipe.info.dtype,
-            shape: shape.clone(),
+            shape,
             data,
         };
+        Ok(MergedTensor { tensor, stats })
+    }
+
+    /// Makes rows of a tensor as [`fold_rows`](Self::fold_rows) does, into `bytes`; returns the
+    /// change, for a tensor that something is added to.
+    ///
+    /// # Errors
+    /// As `fold_rows`.
+    ///
+    /// # Panics
+    /// When `bytes` has not the size of the rows.
+    pub fn fold_rows_into(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        bytes: &mut [u8],
+    ) -> Result<Option<DeltaStats>, WeightsError> {
+        let recipe = self.recipe(name)?;
+        let origin = self.origin_rows(recipe, rows.clone())?;
         if recipe.is_copy() {
-            return Ok(MergedTensor {
-                tensor: tensor(origin),
-                stats: None,
-            });
+            bytes.copy_from_slice(&origin);
+            return Ok(None);
         }
-        let cols = recipe.info.shape.iter().skip(1).product::<usize>().max(1);
+        self.fold_origin(recipe, &rows, &origin, bytes)
+    }
+
+    fn recipe(&self, name: &str) -> Result<&Recipe, WeightsError> {
+        match self.by_name.get(name) {
+            Some(&recipe) => Ok(&self.recipes[recipe]),
+            None => Err(WeightsError::MissingTensor {
+                path: self.base.path().to_owned(),
+                tensor: name.to_owned(),
+            }),
+        }
+    }
+
+    /// Folds all deltas into rows of the origin.
+    fn fold_origin(
+        &self,
+        recipe: &Recipe,
+        rows: &Range<usize>,
+        origin: &[u8],
+        bytes: &mut [u8],
+    ) -> Result<Option<DeltaStats>, WeightsError> {
         let block = Block {
-            weight: &origin,
+            weight: origin,
             from: recipe.base_dtype,
             to: recipe.info.dtype,
-            cols,
-            deltas: (recipe.deltas.iter())
-                .map(|delta| self.low_rank(delta, &rows))
+            cols: recipe.info.shape.iter().skip(1).product::<usize>().max(1),
+            deltas: (recipe.deltas.iter().zip(&*self.right_factors(recipe)?))
+                .map(|(delta, right)| self.low_rank(delta, right, rows))
                 .collect::<Result<_, _>>()?,
             accumulate: self.options.accumulate,
         };
-        let (mut data, stats) = block.fold().map_err(|NotFinite| not_finite(&recipe.info))?;
+        let stats = block
+            .fold_into(bytes)
+            .map_err(|NotFinite| not_finite(&recipe.info))?;
         if let Some((adapter, module)) = &recipe.token_rows {
-            self.put_token_rows(*adapter, module, recipe, &rows, &mut data)?;
+            self.put_token_rows(*adapter, module, recipe, rows, bytes)?;
         }
-        Ok(MergedTensor {
-            tensor: tensor(Bytes::from(data)),
-            stats: (!recipe.deltas.is_empty()).then_some(stats),
-        })
-    }
-
-    /// Finds the factors of columns for embeddings with DoRA: `m / ‖column of E + Δ‖`.
-    fn measure_columns(&mut self) -> Result<(), WeightsError> {
-        for index in 0..self.recipes.len() {
-            let recipe = &self.recipes[index];
-            let dora = |delta: &&Delta| {
-                delta.layout == Layout::Embedding && self.adapters[delta.adapter].config().dora
-            };
-            let Some(delta) = recipe.deltas.iter().find(dora) else {
-                continue;
-            };
-            let magnitude = values(&self.part(delta.adapter, &delta.module, Part::Magnitude)?);
-            let mut squares = vec![0.0_f64; magnitude.len()];
-            let rows = recipe.info.shape[0];
-            for start in (0..rows).step_by(MEASURED_ROWS) {
-                let rows = start..(start + MEASURED_ROWS).min(rows);
-                let origin = self.origin_rows(recipe, rows.clone())?;
-                let sum = Block {
-                    weight: &origin,
-                    from: recipe.base_dtype,
-                    to: GgmlDType::F32,
-                    cols: magnitude.len(),
-                    deltas: vec![self.low_rank(delta, &rows)?],
-                    accumulate: Accumulate::Fp32,
-                };
-                let (sum, _) = sum.fold().map_err(|NotFinite| not_finite(&recipe.info))?;
-                for row in convert::values(GgmlDType::F32, &sum).chunks(magnitude.len()) {
-                    for (square, value) in squares.iter_mut().zip(row) {
-                        *square += f64::from(*value) * f64::from(*value);
-                    }
-                }
-            }
-            let factors = (magnitude.iter().zip(&squares))
-                .map(|(magnitude, square)| magnitude / square.sqrt() as f32)
-                .collect();
-            for delta in &mut self.recipes[index].deltas {
-                if delta.layout == Layout::Embedding {
-                    delta.column_factors = Some(factors);
-                    break;
-                }
-            }
-        }
-        Ok(())
+        Ok((!recipe.deltas.is_empty()).then_some(stats))
     }
 
     /// Returns the rows before anything is added, in the base's dtype.
-    fn origin_rows(&self, recipe: &Recipe, rows: Range<usize>) -> Result<Bytes, WeightsError> {
+    pub(super) fn origin_rows(
+        &self,
+        recipe: &Recipe,
+        rows: Range<usize>,
+    ) -> Result<Bytes, WeightsError> {
         match &recipe.origin {
             Origin::Base(name) => Ok(self.base.rows(name, rows)?.data),
             Origin::Adapter {
@@ -283,47 +291,6 @@ impl MergedCheckpoint {
                 Ok(bytes.into())
             }
         }
-    }
-
-    /// Returns the factors of a delta for some rows of the weight.
-    fn low_rank(&self, delta: &Delta, rows: &Range<usize>) -> Result<LowRank, WeightsError> {
-        let part = |part| self.part(delta.adapter, &delta.module, part);
-        let (left, right, rank) = match delta.layout {
-            Layout::Linear => {
-                let (a, b) = (part(Part::A)?, part(Part::B)?.narrow(0, rows.clone())?);
-                let rank = a.shape[0];
-                (values(&b), values(&a), rank)
-            }
-            Layout::Transposed | Layout::Embedding => {
-                let (a, b) = if delta.layout == Layout::Embedding {
-                    (part(Part::EmbeddingA)?, part(Part::EmbeddingB)?)
-                } else {
-                    (part(Part::A)?, part(Part::B)?)
-                };
-                let (rank, hidden) = (a.shape[0], b.shape[0]);
-                let a = a.narrow(1, rows.clone())?;
-                let left = transpose(&values(&a), rank, rows.len());
-                (left, transpose(&values(&b), hidden, rank), rank)
-            }
-            Layout::Bias => {
-                let bias = part(Part::BiasOfB)?.narrow(0, rows.clone())?;
-                (values(&bias), vec![1.0], 1)
-            }
-        };
-        let magnitude = match delta.layout {
-            Layout::Linear if self.adapters[delta.adapter].config().dora => {
-                Some(values(&part(Part::Magnitude)?.narrow(0, rows.clone())?))
-            }
-            _ => None,
-        };
-        Ok(LowRank {
-            left,
-            right,
-            rank,
-            scale: delta.scale,
-            magnitude,
-            column_factors: delta.column_factors.clone(),
-        })
     }
 
     /// Overwrites the rows of trained tokens.
@@ -355,7 +322,12 @@ impl MergedCheckpoint {
     }
 
     /// Returns a part that the plan found.
-    fn part(&self, adapter: usize, module: &str, part: Part) -> Result<StoredTensor, WeightsError> {
+    pub(super) fn part(
+        &self,
+        adapter: usize,
+        module: &str,
+        part: Part,
+    ) -> Result<StoredTensor, WeightsError> {
         let adapter = &self.adapters[adapter];
         adapter
             .part(module, part)?
@@ -391,6 +363,16 @@ impl TensorSource for MergedCheckpoint {
     fn rows(&self, name: &str, rows: Range<usize>) -> Result<StoredTensor, WeightsError> {
         Ok(self.fold_rows(name, rows)?.tensor)
     }
+
+    fn read_rows(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        bytes: &mut [u8],
+    ) -> Result<(), WeightsError> {
+        self.fold_rows_into(name, rows, bytes)?;
+        Ok(())
+    }
 }
 
 impl ModelSource for MergedCheckpoint {
@@ -413,25 +395,13 @@ impl ModelSource for MergedCheckpoint {
     }
 }
 
-/// Rows of an embedding that are measured at a time.
-const MEASURED_ROWS: usize = 4096;
-
-fn not_finite(info: &TensorInfo) -> WeightsError {
+pub(super) fn not_finite(info: &TensorInfo) -> WeightsError {
     WeightsError::NotFinite {
         tensor: info.name.clone(),
         dtype: format!("{:?}", info.dtype),
     }
 }
 
-fn values(tensor: &StoredTensor) -> Vec<f32> {
+pub(super) fn values(tensor: &StoredTensor) -> Vec<f32> {
     convert::values(tensor.dtype, &tensor.data)
-}
-
-/// Returns the transpose of a `[rows, cols]` matrix.
-fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut transposed = Vec::with_capacity(values.len());
-    for col in 0..cols {
-        transposed.extend((0..rows).map(|row| values[row * cols + col]));
-    }
-    transposed
 }

@@ -7,6 +7,7 @@
 mod adapter_dir;
 mod config;
 mod deltas;
+mod factors;
 mod faults;
 mod fold;
 mod hints;
@@ -15,13 +16,15 @@ mod merged;
 mod plan;
 mod replacements;
 mod simd;
+mod stats;
 mod tied;
 
 #[cfg(test)]
 mod tests;
 
 pub use adapter_dir::{Adapter, LoraModule, LoraTarget};
+pub(super) use adapter_dir::{CONFIG_FILE, TENSORS_FILE};
 pub use config::AdapterConfig;
 pub use faults::{AdapterFaults, Fault};
-pub use fold::DeltaStats;
 pub use merged::{Accumulate, MergeOptions, MergedCheckpoint, MergedTensor};
+pub use stats::DeltaStats;

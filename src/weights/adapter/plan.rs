@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use candle_core::quantized::GgmlDType;
@@ -77,6 +77,7 @@ pub(super) fn plan(
         recipes,
         config_changes: Vec::new(),
         warnings: planner.warnings,
+        right_factors: Mutex::default(),
     };
     merged.index_recipes();
     Ok(merged)
@@ -85,6 +86,7 @@ pub(super) fn plan(
 impl MergedCheckpoint {
     /// Finds recipes by name again after their list changed.
     pub(super) fn index_recipes(&mut self) {
+        self.right_factors = Mutex::default();
         self.by_name = (self.recipes.iter().enumerate())
             .map(|(index, recipe)| (recipe.info.name.clone(), index))
             .collect();
