@@ -1,4 +1,4 @@
-//! infold: one program that serves and merges language models, and will train them.
+//! infold: one program that trains, merges and serves language models.
 //!
 //! # The map
 //!
@@ -7,19 +7,18 @@
 //!
 //! | verb | |
 //! |---|---|
-//! | [`mod@train`] | rows and a configuration in, a LoRA adapter out: LLaMA-Factory's keys and data |
 //! | [`serve`] | strings and JSON in, server-sent events out: vLLM's flags and API |
 //! | [`merge`] | base and LoRA adapters in, one model out: shards, GGUF, Modelfile |
 //! | [`mod@bench`] | the engine measured without HTTP |
 //! | [`chat`] | a client in the terminal |
-//! | [`train`] | LoRA fine-tuning: packed batches in, PEFT adapters and checkpoints out |
+//! | [`mod@train`] | rows and LLaMA-Factory's configuration in, a LoRA adapter and checkpoints out |
 //!
 //! | noun | |
 //! |---|---|
 //! | [`engine`] | token ids in, token events out: scheduler, paged KV cache, sampler, ranks |
 //! | [`models`] | Qwen2, Qwen3 and Llama as one decoder |
 //! | [`layers`] | tensor-parallel linears, attention, embeddings, rotary embedding |
-//! | [`kernels`] | one safe function an operation, SIMD on the CPU |
+//! | [`kernels`] | one safe function an operation: SIMD on the CPU, CUDA on a GPU |
 //! | [`distributed`] | ranks and their collectives |
 //! | [`weights`] | checkpoints: safetensors, GGUF, the hub; adapters folded into them |
 //! | [`text`] | tokenizer, chat and training templates, labels, detokenisation, stop strings |
@@ -32,7 +31,8 @@
 //!   sender and counters. Dropping a stream of events aborts its sequence.
 //! - `axum` and status codes live in [`serve`] alone, files and mappings in [`weights`] alone,
 //!   strings in [`text`] and the verbs alone.
-//! - Activations are f32 candle tensors; weights stay as stored and are read by own kernels.
+//! - Activations are candle tensors: f32 on the CPU, where weights stay as stored and are read by
+//!   own kernels; float16 or bfloat16 on a GPU.
 //!
 //! # One chat request
 //!
@@ -47,11 +47,23 @@
 //! 5. [`engine::TokenEvent`]s go to `serve/openai/choice.rs`, which detokenises, looks for stop
 //!    strings and hands deltas to `chat.rs` as JSON or server-sent events.
 //!
+//! # One step on a GPU
+//!
+//! 1. `engine/model_runner.rs` pads a step of one token a sequence to a bucket and stages its
+//!    integers with one upload ([`kernels::Kernels::stage`]); larger steps run as they are.
+//! 2. A bucket's step was recorded at the start: the same [`models::Decoder`] and [`layers`] as on
+//!    the CPU ran once while the stream recorded ([`kernels::Kernels::record`]). Now it is replayed.
+//! 3. [`kernels::Kernels::sample`] draws all tokens on the GPU by the rules of `engine/sampler.rs`;
+//!    only ids and the logprobs asked for come back.
+//! 4. With several GPUs every rank replays its own graph; the all-reduces inside write into the
+//!    other ranks' memory (`kernels/cuda/peers.rs`), and rank 0 draws.
+//!
 //! # One start
 //!
 //! [`weights::resolve_model`] finds the files, [`weights::Checkpoint`] maps them,
 //! [`models::ModelConfig`] checks the shape, `engine/config.rs` plans the KV cache, then each rank
-//! cuts its slices ([`layers::Loader`]) and packs quantised ones for its SIMD level.
+//! cuts its slices ([`layers::Loader`]) and packs quantised ones for its SIMD level. On GPUs the
+//! weights come first, then the largest step is run to measure what is left for the KV cache.
 //!
 //! # One merge
 //!
