@@ -99,9 +99,10 @@ fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path
     let base = Checkpoint::open(&dir).with_context(|| format!("open the model {name}"))?;
     if base.format() == Format::Gguf {
         bail!(
-            "{} is a GGUF file: training starts from a Hugging Face directory (safetensors), so \
-             that the adapter fits what it is merged into",
-            dir.display()
+            "{path} is a GGUF file: training starts from a Hugging Face directory (safetensors), so \
+             that the adapter fits what it is merged into; infold merge --model {path} --output \
+             DIRECTORY makes one",
+            path = dir.display()
         );
     }
     let merged = match config.model.adapter_name_or_path.split_last() {

@@ -7,6 +7,7 @@
 mod adapter;
 mod checkpoint;
 mod convert;
+mod dequantized;
 mod directory;
 mod disk;
 mod download;
@@ -31,6 +32,7 @@ pub use adapter::{
     MergeOptions, MergedCheckpoint, MergedTensor,
 };
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
+pub use dequantized::DequantizedCheckpoint;
 pub use disk::{exchange, free_bytes};
 pub use error::WeightsError;
 pub use gguf_model::GgufVocabulary;
