@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that CI checks, one line a step: format, clippy, tests, documentation, dependencies,
-# and the Python clients against a real server.
+# the Python clients against a real server, and a real model trained, merged and served.
 #
-#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf (default: all)
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf quickstart
+#                                 (default: all)
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
 # and says so; with CI=true it fails instead.
@@ -18,7 +19,7 @@ failed=()
 step() {
   local name=$1 start=$SECONDS status=0
   shift
-  printf '%-8s ' "$name"
+  printf '%-10s ' "$name"
   "$@" >"$log" 2>&1 || status=$?
   if ((status == 77)) && [[ ${CI:-} != true ]]; then
     printf 'skipped         %s\n' "$(tail -n 1 "$log")"
@@ -40,6 +41,7 @@ summary() {
         END { printf "test result: ok. %d passed; %d failed; %d ignored", passed, failed, ignored }' "$log" ;;
     clients) grep -E '^[0-9]+ passed' "$log" || tail -n 1 "$log" ;;
     gotmpl | gguf) tail -n 1 "$log" ;;
+    quickstart) grep '^after ' "$log" ;;
     deny) grep -E '^(advisories|note):? ' "$log" | tail -n 1 ;;
   esac
 }
@@ -69,6 +71,9 @@ gotmpl() { scripts/check_modelfile.sh; }
 
 # llama.cpp and others read the GGUF files of `infold merge`.
 gguf() { scripts/check_gguf_consumers.sh; }
+
+# A real model learns who it is; with a release build, as a user has it.
+quickstart() { scripts/quickstart.sh; }
 
 clients() {
   local environment=target/clients
@@ -100,8 +105,9 @@ for name in "${@:-all}"; do
       step clients clients
       step gotmpl gotmpl
       step gguf gguf
+      step quickstart quickstart
       ;;
-    fmt | clippy | doc | deny | clients | gotmpl | gguf) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl | gguf | quickstart) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2

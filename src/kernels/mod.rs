@@ -26,7 +26,7 @@ use check::F32View;
 use cpu::{AttentionInputs, Cpu, CpuKv, CpuMatrix, CpuRuntime, KvType, RopeInputs};
 use std::sync::Arc;
 
-pub use cpu::SimdLevel;
+pub use cpu::{SimdLevel, keep_freed_memory};
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 
 /// One rank's kernels and its threads. Cheap to clone.

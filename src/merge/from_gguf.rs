@@ -127,7 +127,9 @@ fn complete_config(config: &mut Value, dtype: GgmlDType) -> anyhow::Result<()> {
         )?;
         config.insert("rope_scaling".to_owned(), scaling);
     }
-    if let Some(scaling) = config.get_mut("rope_scaling").and_then(Value::as_object_mut)
+    if let Some(scaling) = config
+        .get_mut("rope_scaling")
+        .and_then(Value::as_object_mut)
         && let Some(kind) = scaling.get("rope_type").cloned()
     {
         // Ollama reads `type`, newer transformers `rope_type`.

@@ -105,11 +105,7 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn plan(
-        config: &'a MergeConfig,
-        base_dir: PathBuf,
-        base: Checkpoint,
-    ) -> anyhow::Result<Self> {
+    fn plan(config: &'a MergeConfig, base_dir: PathBuf, base: Checkpoint) -> anyhow::Result<Self> {
         let folder = config.adapter_folder.as_deref();
         let adapters = (config.adapters.iter())
             .map(|(path, weight)| {

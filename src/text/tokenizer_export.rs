@@ -153,7 +153,16 @@ mod tests {
 
     #[test]
     fn a_sentencepiece_vocabulary_survives_too() {
-        let tokens = ["<unk>", "<s>", "</s>", "\u{2581}", "a", "b", "ab", "\u{2581}a"];
+        let tokens = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            "\u{2581}",
+            "a",
+            "b",
+            "ab",
+            "\u{2581}a",
+        ];
         let vocabulary = GgufVocabulary {
             model: "llama".to_owned(),
             tokens: tokens.map(str::to_owned).to_vec(),

@@ -134,6 +134,8 @@ impl Run {
                 batches,
                 num_batches: 3,
                 every,
+                delay: 0,
+                on_start: false,
                 early_stopping,
                 load_best_model_at_end: true,
             }),
