@@ -110,8 +110,9 @@ impl AdaptedLinears<'_> {
             };
             let db = kernels.product(&part_dy.t()?, u, 1.0)?;
             let du = kernels.product(&part_dy, &adapter.b, adapter.scale)?;
-            let da = kernels.product(&du.t()?, &adapter.input(kernels, x)?, 1.0)?;
-            accumulate(gradients, adapter.a_offset, &da)?;
+            // dAᵀ: with the few columns on the right x is read once and not copied.
+            let da = kernels.product(&adapter.input(kernels, x)?.t()?, &du, 1.0)?;
+            accumulate(gradients, adapter.a_offset, &da.t()?)?;
             accumulate(gradients, adapter.b_offset, &db)?;
             dus.push(Some(du));
         }

@@ -146,6 +146,7 @@ impl Run {
                 save_steps: self.save_steps,
                 save_total_limit: self.save_total_limit,
                 plot_loss: true,
+                tensorboard_dir: None,
                 train_batch_size: 2,
                 num_examples: 14,
             },
