@@ -145,19 +145,30 @@ fn complete_config(config: &mut Value, dtype: GgmlDType) -> anyhow::Result<()> {
 }
 
 /// Returns Llama 3's scaling if these are its divisors of the rotary frequencies: all models have
-/// the same two bounds and the same original length, only the factor differs.
+/// the same two bounds, the factor is the largest divisor, and any divisor between 1 and the factor
+/// tells the original length.
 fn llama3_scaling(config: &Map<String, Value>, divisors: &Value) -> Option<Value> {
-    const ORIGINAL_LENGTH: f64 = 8192.0;
+    // Where no divisor lies between, any length that makes none will do; this is Llama's.
+    const USUAL_LENGTH: f64 = 8192.0;
     let divisors: Vec<f64> = (divisors.as_array()?.iter())
         .map(Value::as_f64)
         .collect::<Option<_>>()?;
     let theta = config.get("rope_theta")?.as_f64()?;
     let factor = divisors.iter().copied().fold(1.0, f64::max);
-    let fits = divisors.iter().enumerate().all(|(pair, divisor)| {
+    let wavelength = |pair: usize| {
         let exponent = pair as f64 / divisors.len() as f64;
-        let wavelength = 2.0 * std::f64::consts::PI * theta.powf(exponent);
-        // 1 / factor of a frequency is kept below one turn, all of it above four.
-        let kept = ((ORIGINAL_LENGTH / wavelength - 1.0) / 3.0).clamp(0.0, 1.0);
+        2.0 * std::f64::consts::PI * theta.powf(exponent)
+    };
+    // 1 / factor of a frequency is kept below one turn, all of it above four, and between them
+    // kept = (turns - 1) / 3 with 1 / divisor = (1 - kept) / factor + kept.
+    let between = |divisor: &f64| *divisor > 1.001 && *divisor < 0.999 * factor;
+    let length = divisors.iter().position(between).map(|pair| {
+        let kept = (1.0 / divisors[pair] - 1.0 / factor) / (1.0 - 1.0 / factor);
+        (wavelength(pair) * (1.0 + 3.0 * kept)).round()
+    });
+    let length = length.unwrap_or(USUAL_LENGTH);
+    let fits = divisors.iter().enumerate().all(|(pair, divisor)| {
+        let kept = ((length / wavelength(pair) - 1.0) / 3.0).clamp(0.0, 1.0);
         let wanted = 1.0 / ((1.0 - kept) / factor + kept);
         (divisor / wanted - 1.0).abs() < 1e-3
     });
@@ -167,7 +178,7 @@ fn llama3_scaling(config: &Map<String, Value>, divisors: &Value) -> Option<Value
             "factor": factor,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": ORIGINAL_LENGTH as u64,
+            "original_max_position_embeddings": length as u64,
         })
     })
 }
@@ -240,6 +251,10 @@ mod tests {
         assert_eq!(config["rope_scaling"]["factor"], 32.0);
         assert_eq!(config["torch_dtype"], "bfloat16");
         assert!(config.get("rope_freq_factors").is_none());
+        assert_eq!(
+            config["rope_scaling"]["original_max_position_embeddings"],
+            8192
+        );
         let mut other = json!({"rope_theta": 10_000.0, "rope_freq_factors": divisors(32.0)});
         let error = complete_config(&mut other, GgmlDType::F16).unwrap_err();
         assert!(error.to_string().contains("rope_freqs.weight"), "{error}");

@@ -264,7 +264,7 @@ fn wrong_wishes_are_named_before_anything_is_written() {
         ("template=qwen9", "qwen9"),
         ("learning_rat=1", "learning_rate"),
         ("report_to=wandb", "tensorboard"),
-        ("eval_on_start=true", "val_size"),
+        ("eval_on_start=true", "eval_strategy"),
     ] {
         let out = dir.path().join("adapter");
         let output = train(&out, &[more]);
