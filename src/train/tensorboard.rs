@@ -173,12 +173,12 @@ mod tests {
         }
         assert_eq!(records.len(), 2);
         assert_eq!(records[0][9..], [&[0x10, 0, 0x1a, 13], VERSION].concat());
-        let mut summary = vec![0x10, 0xac, 0x02, 0x2a, 36, 0x0a, 16, 0x0a, 9];
-        summary.extend_from_slice(b"eval/loss\x15");
-        summary.extend_from_slice(&2f32.to_le_bytes());
-        summary.extend_from_slice(&[0x0a, 17, 0x0a, 10]);
+        let mut summary = vec![0x10, 0xac, 0x02, 0x2a, 0, 0x0a, 17, 0x0a, 10];
         summary.extend_from_slice(b"train/loss\x15");
         summary.extend_from_slice(&0.5f32.to_le_bytes());
+        summary.extend_from_slice(&[0x0a, 16, 0x0a, 9]);
+        summary.extend_from_slice(b"eval/loss\x15");
+        summary.extend_from_slice(&2f32.to_le_bytes());
         summary[4] = (summary.len() - 5) as u8;
         assert_eq!(records[1][9..], summary);
     }
