@@ -37,7 +37,7 @@ impl DequantizedCheckpoint {
             Ok(values) => values,
             Err(_) => widen(stored).map_err(|source| WeightsError::Dequantize {
                 tensor: stored.name.clone(),
-                source,
+                source: Box::new(source),
             })?,
         };
         let mut data = vec![0; values.len() * self.dtype.type_size()];

@@ -79,7 +79,7 @@ pub enum WeightsError {
         /// The tensor.
         tensor: String,
         /// What does not fit.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
     /// A file could not be written.
     #[error("cannot write {}", path.display())]
