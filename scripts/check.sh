@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that CI checks, one line a step: format, clippy, tests, documentation, dependencies,
-# the Python clients against a real server, and that the code for GPUs compiles.
+# the Python clients against a real server, a real model trained, merged and served, and that the
+# code for GPUs compiles.
 #
-#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf cuda
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf quickstart cuda
 #                                 (default: all)
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
@@ -19,7 +20,7 @@ failed=()
 step() {
   local name=$1 start=$SECONDS status=0
   shift
-  printf '%-8s ' "$name"
+  printf '%-10s ' "$name"
   "$@" >"$log" 2>&1 || status=$?
   if ((status == 77)) && [[ ${CI:-} != true ]]; then
     printf 'skipped         %s\n' "$(tail -n 1 "$log")"
@@ -41,6 +42,7 @@ summary() {
         END { printf "test result: ok. %d passed; %d failed; %d ignored", passed, failed, ignored }' "$log" ;;
     clients) grep -E '^[0-9]+ passed' "$log" || tail -n 1 "$log" ;;
     gotmpl | gguf) tail -n 1 "$log" ;;
+    quickstart) grep '^after ' "$log" ;;
     deny) grep -E '^(advisories|note):? ' "$log" | tail -n 1 ;;
   esac
 }
@@ -84,6 +86,8 @@ cuda() {
   fi
   cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
 }
+# A real model learns who it is; with a release build, as a user has it.
+quickstart() { scripts/quickstart.sh; }
 
 clients() {
   local environment=target/clients
@@ -115,9 +119,10 @@ for name in "${@:-all}"; do
       step clients clients
       step gotmpl gotmpl
       step gguf gguf
+      step quickstart quickstart
       step cuda cuda
       ;;
-    fmt | clippy | doc | deny | clients | gotmpl | gguf | cuda) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl | gguf | quickstart | cuda) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2

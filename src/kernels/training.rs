@@ -20,15 +20,13 @@ pub struct LinearPart<'a> {
     pub low_rank: Option<LowRank<'a>>,
 }
 
-/// `scale * x * w`: an intermediate of few columns times a factor of an adapter.
+/// `x * w`: an intermediate of few columns times a factor of an adapter.
 #[derive(Clone, Copy)]
 pub struct LowRank<'a> {
     /// `[m, rank]`.
     pub x: &'a Tensor,
     /// `[rank, n]`, a transpose of a contiguous tensor or contiguous.
     pub w: &'a Tensor,
-    /// Factor.
-    pub scale: f32,
 }
 
 /// How the heads of `qkv` are normed and rotated.
@@ -110,7 +108,6 @@ impl Kernels {
         let [num_rows, cols] = inputs.dims();
         let width = parts.iter().map(|part| part.weight.rows()).sum();
         let mut out = cpu::ProductSum::new([num_rows, width]);
-        let mut col = 0;
         for part in parts {
             let rows = check_weight(part.weight, cols)?;
             let bias = part
@@ -118,12 +115,9 @@ impl Kernels {
                 .map(|bias| F32View::shaped("bias", bias, &[rows]))
                 .transpose()?;
             let bias = bias.as_ref().map(F32View::get);
-            out.write_linear(self.get(), &inputs, part.weight.cpu()?, bias, col);
-            if let Some(term) = &part.low_rank {
-                let (x, w) = low_rank(term, [num_rows, rows])?;
-                out.add(self.get(), &x, &w, term.scale, col);
-            }
-            col += rows;
+            let term = low_rank(part, [num_rows, rows])?;
+            let term = term.as_ref().map(|(x, w)| (x, w));
+            out.write_linear(self.get(), &inputs, part.weight.cpu()?, bias, term);
         }
         self.tensor(out.finish(), [num_rows, width])
     }
@@ -146,11 +140,9 @@ impl Kernels {
             let rows = check_weight(part.weight, cols)?;
             let part_dy = dy.narrow(1, col, rows)?;
             let part_dy = F32Matrix::new("dy", &part_dy)?;
-            out.add_weight(self.get(), &part_dy, part.weight.cpu()?);
-            if let Some(term) = &part.low_rank {
-                let (x, w) = low_rank(term, [num_rows, cols])?;
-                out.add(self.get(), &x, &w, term.scale, 0);
-            }
+            let term = low_rank(part, [num_rows, cols])?;
+            let term = term.as_ref().map(|(x, w)| (x, w));
+            out.add_weight(self.get(), &part_dy, part.weight.cpu()?, term);
             col += rows;
         }
         self.tensor(out.finish(), [num_rows, cols])
@@ -411,16 +403,19 @@ fn check_weight(weight: &Matrix, cols: usize) -> Result<usize> {
 }
 
 fn low_rank<'a>(
-    term: &LowRank<'a>,
+    part: &LinearPart<'a>,
     [num_rows, num_cols]: [usize; 2],
-) -> Result<(F32Matrix<'a>, F32Matrix<'a>)> {
+) -> Result<Option<(F32Matrix<'a>, F32Matrix<'a>)>> {
+    let Some(term) = &part.low_rank else {
+        return Ok(None);
+    };
     let (x, w) = (F32Matrix::new("x", term.x)?, F32Matrix::new("w", term.w)?);
     let rank = x.dims()[1];
     if x.dims() != [num_rows, rank] || w.dims() != [rank, num_cols] {
         let (x, w) = (x.dims(), w.dims());
         bail!("a low-rank term of {x:?} and {w:?} for [{num_rows}, {num_cols}]");
     }
-    Ok((x, w))
+    Ok(Some((x, w)))
 }
 
 fn check_varlen(qkv: &Tensor, args: &VarlenArgs<'_>) -> Result<usize> {

@@ -8,6 +8,7 @@ mod args;
 mod check;
 mod companions;
 mod default_system;
+mod from_gguf;
 pub mod gguf;
 mod gguf_files;
 mod go_template;
@@ -30,7 +31,8 @@ use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
 use crate::weights::{
-    self, Adapter, Checkpoint, HubOptions, MergedCheckpoint, ShardPlan, TensorSource, WrittenFile,
+    self, Adapter, Checkpoint, Format, HubOptions, MergedCheckpoint, ShardPlan, TensorSource,
+    WrittenFile,
 };
 
 pub use args::{Accumulate, Dtype, MergeArgs, ModelfileChoice, prepare_arguments};
@@ -64,7 +66,11 @@ const SPARE_BYTES: u64 = 16 << 20;
 /// output directory is then as it was.
 pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
     let config = MergeConfig::from_args(args)?;
-    let job = Job::plan(&config)?;
+    let (base_dir, base) = open_base(&config)?;
+    if base.format() == Format::Gguf && config.adapters.is_empty() {
+        return from_gguf::run(&config, base);
+    }
+    let job = Job::plan(&config, base_dir, base)?;
     for warning in config.warnings.iter().chain(job.merged.warnings()) {
         tracing::warn!("{warning}");
     }
@@ -73,6 +79,17 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
         Task::DryRun => job.describe(),
         Task::Check => job.check(),
     }
+}
+
+/// Finds and opens the model.
+fn open_base(config: &MergeConfig) -> anyhow::Result<(PathBuf, Checkpoint)> {
+    let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
+    hub.revision.clone_from(&config.revision);
+    let base_dir = weights::resolve_model(&config.model, &hub)
+        .with_context(|| format!("find the model {}", config.model))?;
+    let base =
+        Checkpoint::open(&base_dir).with_context(|| format!("open the model {}", config.model))?;
+    Ok((base_dir, base))
 }
 
 /// A planned merge.
@@ -89,18 +106,9 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn plan(config: &'a MergeConfig) -> anyhow::Result<Self> {
-        let hub = || HubOptions::from_vars(|name| std::env::var(name).ok());
+    fn plan(config: &'a MergeConfig, base_dir: PathBuf, base: Checkpoint) -> anyhow::Result<Self> {
         // A revision of the base is none of the adapters'; theirs follows their name.
-        let adapter_hub = hub();
-        let hub = HubOptions {
-            revision: config.revision.clone(),
-            ..hub()
-        };
-        let base_dir = weights::resolve_model(&config.model, &hub)
-            .with_context(|| format!("find the model {}", config.model))?;
-        let base = Checkpoint::open(&base_dir)
-            .with_context(|| format!("open the model {}", config.model))?;
+        let adapter_hub = HubOptions::from_vars(|name| std::env::var(name).ok());
         let folder = config.adapter_folder.as_deref();
         let adapters = (config.adapters.iter())
             .map(|(name, weight)| {
@@ -178,7 +186,7 @@ impl<'a> Job<'a> {
             Existing::Keep
         };
         let staging = Staging::begin(&self.config.output, &inputs, existing)?;
-        self.check_space(staging.dir())?;
+        check_space(&self.config.output, staging.dir(), self.output_bytes())?;
 
         let needed = self.output_bytes();
         let output = self.config.output.display();
@@ -234,19 +242,6 @@ impl<'a> Job<'a> {
             weight_bytes,
             elapsed,
         })
-    }
-
-    fn check_space(&self, dir: &Path) -> anyhow::Result<()> {
-        let needed = self.output_bytes();
-        match weights::free_bytes(dir) {
-            Some(free) if free < needed => bail!(
-                "{} needs {}, its disk has {} free",
-                self.config.output.display(),
-                gigabytes(needed),
-                gigabytes(free)
-            ),
-            _ => Ok(()),
-        }
     }
 
     fn print_result(&self, done: &Done) -> anyhow::Result<()> {
@@ -381,6 +376,19 @@ fn nothing_changed(error: anyhow::Error, output: &dyn Display, needed: u64) -> a
     error.context(format!(
         "the merge failed, {output} is as it was before{advice}"
     ))
+}
+
+/// Refuses to begin what the disk cannot take; `dir` is a directory on it.
+fn check_space(output: &Path, dir: &Path, needed: u64) -> anyhow::Result<()> {
+    match weights::free_bytes(dir) {
+        Some(free) if free < needed => bail!(
+            "{} needs {}, its disk has {} free",
+            output.display(),
+            gigabytes(needed),
+            gigabytes(free)
+        ),
+        _ => Ok(()),
+    }
 }
 
 fn write_small(staging: &Staging, name: &str, content: &[u8]) -> anyhow::Result<WrittenFile> {

@@ -13,6 +13,7 @@ mod supervised;
 mod tests;
 mod token_table;
 mod tokenizer;
+mod tokenizer_export;
 mod tokenizer_files;
 mod tokenizer_json;
 mod training_template;

@@ -219,6 +219,16 @@ impl Tokenizer {
         &self.chat_templates
     }
 
+    /// Returns the library's tokenizer, without the tokens that this shell puts around a text.
+    pub(super) fn inner(&self) -> &HfTokenizer {
+        &self.inner
+    }
+
+    /// Returns the tokens put before and behind a text beyond those of the library's tokenizer.
+    pub(super) fn around(&self) -> (Option<u32>, Option<u32>) {
+        (self.prefix, self.suffix)
+    }
+
     /// Returns whether tokens decode independently of their neighbours.
     pub(super) fn decodes_by_bytes(&self) -> bool {
         self.encoding == TokenEncoding::ByteLevel

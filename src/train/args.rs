@@ -65,8 +65,7 @@ Keys of infold:
   num_ranks              Set the ranks [default: one for each device]
   recompute              Recompute in the backward pass: auto, none, mlp, full [default: auto]
   max_dropped_ratio      Stop when a larger share of rows is unusable [default: 0.5]
-  prefer_hf_scheduler    Keep lr_scheduler_type over DeepSpeed's scheduler [default: false]
-  zero3                  Shard under ZeRO-3 even where it need not: strict [default: auto]";
+  prefer_hf_scheduler    Keep lr_scheduler_type over DeepSpeed's scheduler [default: false]";
 
 #[cfg(test)]
 mod tests {

@@ -160,6 +160,8 @@ fn beginning(conversation: &Conversation) -> String {
 }
 
 /// Returns the template that a tokenizer's special tokens speak of, for a run that names none.
+///
+/// SmolLM2 has no tokens of its own; its chat template names it.
 pub fn template_of_tokenizer(tokenizer: &Tokenizer) -> &'static str {
     let has = |token: &str| tokenizer.token_id(token).is_some();
     if has("<|start_header_id|>") {
@@ -168,9 +170,19 @@ pub fn template_of_tokenizer(tokenizer: &Tokenizer) -> &'static str {
         "qwen3"
     } else if has("<|endoftext|>") && has("<|im_start|>") && has("<tool_call>") {
         "qwen"
+    } else if is_smollm2(tokenizer) {
+        "smollm2"
     } else {
         "chatml"
     }
+}
+
+fn is_smollm2(tokenizer: &Tokenizer) -> bool {
+    let chat_template = tokenizer.chat_templates().select(None);
+    let default = TrainingTemplate::named("smollm2").map_or("", TrainingTemplate::default_system);
+    // The model's own template says the same without the full stop.
+    let default = default.trim_end_matches('.');
+    !default.is_empty() && chat_template.is_some_and(|template| template.contains(default))
 }
 
 /// Returns an example as LLaMA-Factory prints its first: ids and text, of all and of what is

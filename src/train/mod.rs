@@ -8,7 +8,7 @@
 //! `forward_backward` is the numeric core over packed micro-batches, `model` the frozen base,
 //! `lora` the adapters in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates of
 //! gradients, `sharded` divides the base among ranks, `trainer` is the loop, `checkpoint`,
-//! `adapter_out`, `report` and `plot` write files. `run` joins both halves.
+//! `adapter_out`, `report`, `plot` and `tensorboard` write files. `run` joins both halves.
 
 mod adapter_out;
 mod args;
@@ -36,6 +36,7 @@ mod run;
 mod sampler;
 mod sharded;
 mod steps;
+mod tensorboard;
 mod trainer;
 mod zero;
 

@@ -209,6 +209,20 @@ impl LogLine<'_> {
     }
 }
 
+/// Removes the log of an earlier run.
+///
+/// # Errors
+/// [`TrainError::Io`] naming the file.
+pub(super) fn remove_log(dir: &Path) -> Result<(), TrainError> {
+    let path = dir.join(TRAINER_LOG);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(TrainError::io(&path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Drops lines of the log beyond an update: a run goes on from there.
 ///
 /// # Errors

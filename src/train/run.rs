@@ -11,10 +11,11 @@ use serde_json::json;
 
 use super::console::Console;
 use super::{
-    AdapterFiles, BatchPlace, Evaluation, Layout, Manifest, OutputPlan, Packing, Prepared, Ranks,
-    Recompute, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup, collate,
-    describe_example, list_checkpoints, prepare, train,
+    AdapterFiles, BatchPlace, Cadence, Evaluation, Layout, Manifest, OutputPlan, Packing, Prepared,
+    Ranks, Recompute, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup,
+    collate, describe_example, list_checkpoints, prepare, train,
 };
+use crate::kernels::keep_freed_memory;
 use crate::models::ModelConfig;
 use crate::text::{SupervisedExample, TEMPLATE_RECORD_FILE, TemplateRecord, Tokenizer};
 use crate::weights::{
@@ -66,6 +67,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         orders: Mutex::new(HashMap::new()),
     };
     let console = Console::new(&config, &prepared.plan);
+    keep_freed_memory();
     let summary = job.train(&*model, &shape, files, start, &console)?;
     console.finish(&summary, &config.output.output_dir)
 }
@@ -76,15 +78,9 @@ fn check_built(config: &TrainConfig) -> anyhow::Result<()> {
     if !config.do_train {
         bail!("do_train is false and there is nothing else to do: set do_train to true");
     }
-    if output.eval_on_start || output.eval_delay > 0.0 {
-        bail!("eval_on_start and eval_delay are not built: leave them out");
-    }
     let metric = output.metric_for_best_model.as_deref().unwrap_or("loss");
     if !["loss", "eval_loss"].contains(&metric) || output.greater_is_better == Some(true) {
         bail!("metric_for_best_model is {metric}: the best model is the one with the lowest loss");
-    }
-    if output.tensorboard {
-        bail!("report_to tensorboard is not built: set it to none, trainer_log.jsonl has the log");
     }
     Ok(())
 }
@@ -99,9 +95,10 @@ fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path
     let base = Checkpoint::open(&dir).with_context(|| format!("open the model {name}"))?;
     if base.format() == Format::Gguf {
         bail!(
-            "{} is a GGUF file: training starts from a Hugging Face directory (safetensors), so \
-             that the adapter fits what it is merged into",
-            dir.display()
+            "{path} is a GGUF file: training starts from a Hugging Face directory (safetensors), so \
+             that the adapter fits what it is merged into; infold merge --model {path} --output \
+             DIRECTORY makes one",
+            path = dir.display()
         );
     }
     let merged = match config.model.adapter_name_or_path.split_last() {
@@ -244,6 +241,8 @@ impl Job<'_> {
             batches: &eval_batches,
             num_batches: eval.len().div_ceil(eval_size) as u64,
             every,
+            delay: self.eval_delay(per_epoch),
+            on_start: config.output.eval_on_start,
             early_stopping: config.output.early_stopping_steps,
             load_best_model_at_end: config.output.load_best_model_at_end,
         });
@@ -277,6 +276,17 @@ impl Job<'_> {
             start,
         };
         Ok(train(&setup, &|event| console.show(event))?)
+    }
+
+    /// Returns the updates before the first evaluation: `eval_delay` is in epochs where
+    /// evaluations are.
+    fn eval_delay(&self, updates_per_epoch: u64) -> u64 {
+        let output = &self.config.output;
+        let unit = match output.eval {
+            Cadence::Epoch => updates_per_epoch as f64,
+            _ => 1.0,
+        };
+        (output.eval_delay * unit).ceil() as u64
     }
 
     fn batch(&self, place: BatchPlace) -> TrainBatch {
@@ -320,6 +330,10 @@ impl Job<'_> {
             save_steps: output.save.interval(total, per_epoch),
             save_total_limit: output.save_total_limit,
             plot_loss: output.plot_loss,
+            tensorboard_dir: output.tensorboard.then(|| {
+                let dir = output.logging_dir.clone();
+                dir.unwrap_or_else(|| output.output_dir.join("runs"))
+            }),
             train_batch_size: self.config.batch.per_device_train_batch_size as u64,
             num_examples: self.prepared.train.len() as u64,
         }

@@ -73,6 +73,14 @@ pub enum WeightsError {
         /// The dtype of the output.
         dtype: String,
     },
+    /// Quantised blocks that do not make the tensor that the header describes.
+    #[error("{tensor}: its quantised blocks cannot be widened")]
+    Dequantize {
+        /// The tensor.
+        tensor: String,
+        /// What does not fit.
+        source: Box<candle_core::Error>,
+    },
     /// A file could not be written.
     #[error("cannot write {}", path.display())]
     Write {

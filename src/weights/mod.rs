@@ -7,6 +7,7 @@
 mod adapter;
 mod checkpoint;
 mod convert;
+mod dequantized;
 mod direct_file;
 mod directory;
 mod disk;
@@ -35,6 +36,7 @@ pub use adapter::{
 };
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
 pub use convert::transpose;
+pub use dequantized::DequantizedCheckpoint;
 pub use disk::{exchange, free_bytes};
 pub use dummy::DummyCheckpoint;
 pub use error::WeightsError;

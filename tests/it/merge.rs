@@ -7,6 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
 use infold::engine::Engine;
+use infold::text::{AddSpecialTokens, Tokenizer};
 use infold::weights::{Adapter, Checkpoint, MergeOptions, MergedCheckpoint};
 use serde_json::Value;
 
@@ -104,6 +105,64 @@ fn the_example_of_the_readme_merges_what_peft_merges() {
         fs::read(output.join("config.json")).unwrap(),
         fs::read(base("tiny-qwen2-bf16").join("config.json")).unwrap()
     );
+}
+
+#[test]
+fn a_gguf_file_becomes_a_directory_with_the_weights_and_tokens_of_its_origin() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    for name in ["tiny-qwen2", "tiny-llama"] {
+        let origin = base(name);
+        let (gguf, again) = (
+            path(&format!("{name}.gguf")),
+            path(&format!("{name}-again")),
+        );
+        succeed(&[
+            "merge",
+            "--model",
+            origin.to_str().unwrap(),
+            "--output",
+            &gguf,
+            "--gguf",
+            "f32",
+            "--gguf-only",
+        ]);
+        let file = fs::read_dir(&gguf)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let file = file
+            .into_iter()
+            .find(|path| path.extension().is_some_and(|end| end == "gguf"));
+        let file = file.unwrap().to_str().unwrap().to_owned();
+        let refused = fail(&[
+            "merge", "--model", &file, "--output", &again, "--gguf", "f16",
+        ]);
+        assert!(
+            refused.contains("write it as a directory first"),
+            "{refused}"
+        );
+        let written = succeed(&[
+            "merge", "--model", &file, "--output", &again, "--dtype", "float32",
+        ]);
+        assert!(written.contains("F32"), "{written}");
+
+        let (before, after) = (
+            Checkpoint::open(&origin).unwrap(),
+            Checkpoint::open(Path::new(&again)).unwrap(),
+        );
+        assert!(before.names().eq(after.names()));
+        for tensor in before.names() {
+            let values =
+                |checkpoint: &Checkpoint| checkpoint.tensor(tensor).unwrap().to_f32().unwrap();
+            assert!(values(&before) == values(&after), "{name}: {tensor}");
+        }
+        let tokens = |dir: &Path| {
+            let tokenizer = Tokenizer::from_dir(dir).unwrap();
+            let text = "<|im_start|>user\nthe 12 北京<|im_end|>\n";
+            tokenizer.encode(text, AddSpecialTokens::Yes).unwrap()
+        };
+        assert_eq!(tokens(&origin), tokens(Path::new(&again)));
+    }
 }
 
 #[test]

@@ -1,23 +1,32 @@
 //! `infold train` through the binary: from a data set to an adapter that `infold merge` takes.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
 use crate::tiny_engine::fixtures;
 
-fn infold(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_infold"))
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infold"));
+    command
         .args(arguments)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output()
-        .unwrap()
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+fn infold(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
 }
 
 /// Trains on the persona data of the repository; `more` comes last and so wins.
 fn train(output_dir: &Path, more: &[&str]) -> Output {
+    training(output_dir, more).output().unwrap()
+}
+
+fn training(output_dir: &Path, more: &[&str]) -> Command {
     let model = format!(
         "model_name_or_path={}",
         fixtures().join("tiny-qwen2").display()
@@ -41,7 +50,7 @@ fn train(output_dir: &Path, more: &[&str]) -> Output {
         "plot_loss=true",
     ];
     arguments.extend(more);
-    infold(&arguments)
+    command(&arguments)
 }
 
 fn succeed(output: &Output) -> String {
@@ -127,6 +136,80 @@ fn a_resumed_run_ends_as_one_that_was_not_interrupted() {
 }
 
 #[test]
+fn a_kill_loses_the_updates_since_the_last_checkpoint_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    let more = ["num_train_epochs=4", "save_steps=1"];
+    succeed(&train(&whole, &more));
+    // Killed again and again, always after the second checkpoint of a process, until one ends.
+    let mut num_kills = 0;
+    loop {
+        let mut command = training(&killed, &more);
+        let mut process = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let saved = lines
+            .map_while(Result::ok)
+            .filter(|line| line.starts_with("Saving model checkpoint"));
+        if saved.take(2).count() < 2 {
+            assert!(process.wait().unwrap().success());
+            break;
+        }
+        process.kill().unwrap();
+        num_kills += usize::from(!process.wait().unwrap().success());
+    }
+    assert!(num_kills >= 2, "{num_kills} processes were killed");
+    let weights = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert!(weights(&whole) == weights(&killed), "the weights differ");
+    let history = |dir: &Path| json(&dir.join("trainer_state.json"))["log_history"].clone();
+    let losses = |dir: &Path| -> Vec<Value> {
+        let entries = history(dir).as_array().unwrap().clone();
+        entries.iter().map(|entry| entry["loss"].clone()).collect()
+    };
+    assert_eq!(losses(&whole), losses(&killed));
+}
+
+#[test]
+fn evaluations_come_when_they_are_asked_for_and_tensorboard_gets_all_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("adapter");
+    let more = [
+        "val_size=0.25",
+        "eval_strategy=steps",
+        "eval_steps=1",
+        "eval_delay=3",
+        "eval_on_start=true",
+        "report_to=tensorboard",
+        "num_train_epochs=2",
+    ];
+    succeed(&train(&out, &more));
+    let state = json(&out.join("trainer_state.json"));
+    let history = state["log_history"].as_array().unwrap().clone();
+    let evaluated: Vec<u64> = (history.iter())
+        .filter(|entry| entry.get("eval_loss").is_some())
+        .map(|entry| entry["step"].as_u64().unwrap())
+        .collect();
+    let last = state["global_step"].as_u64().unwrap();
+    let wanted: Vec<u64> = [0].into_iter().chain(3..=last).collect();
+    assert_eq!(evaluated, wanted);
+    let files: Vec<_> = fs::read_dir(out.join("runs")).unwrap().collect();
+    assert_eq!(files.len(), 1);
+    let events = fs::read(files[0].as_ref().unwrap().path()).unwrap();
+    for tag in [
+        "train/loss",
+        "train/grad_norm",
+        "eval/loss",
+        "train/train_loss",
+    ] {
+        let found = events.windows(tag.len()).any(|part| part == tag.as_bytes());
+        assert!(found, "{tag}");
+    }
+}
+
+#[test]
 fn ranks_and_zero_stages_give_the_adapter_of_the_same_data() {
     let dir = tempfile::tempdir().unwrap();
     let adapter = |name: &str, more: &[&str]| {
@@ -180,7 +263,8 @@ fn wrong_wishes_are_named_before_anything_is_written() {
         ("lora_target=c_attn", "q_proj"),
         ("template=qwen9", "qwen9"),
         ("learning_rat=1", "learning_rate"),
-        ("report_to=tensorboard", "tensorboard"),
+        ("report_to=wandb", "tensorboard"),
+        ("eval_on_start=true", "eval_strategy"),
     ] {
         let out = dir.path().join("adapter");
         let output = train(&out, &[more]);

@@ -83,6 +83,7 @@ pub(in crate::kernels) fn cross_entropy(
         let forward = Product {
             a: Operand::dense(hidden, [targets.len(), hidden_size]),
             b: args.head.operand().transposed(),
+            low_rank: None,
             scale: 1.0,
             bias: None,
             mode: Mode::Overwrite,

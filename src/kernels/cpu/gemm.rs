@@ -9,13 +9,16 @@
 //! bits in any batch and on any number of threads.
 
 use super::buffer::Output;
-use super::dense::{BF16, DenseType, Element, F16, F32};
+use super::gemm_pack::{Joined, Pack};
 use super::matmul::Cpu;
 use super::simd::{Simd, SimdLevel, Task};
 use std::ops::Range;
 
-/// Most steps along k between two visits of an output tile.
-const MAX_BLOCK_K: usize = 512;
+pub(super) use super::gemm_pack::{Elements, Operand};
+
+/// Most steps along k between two visits of an output tile: a hidden size of 576 and the rank of
+/// an adapter make one.
+const MAX_BLOCK_K: usize = 640;
 /// Floats of packed columns that are held at once: they stay in a shared cache of 16 MiB.
 const PACKED_FLOATS: usize = 2 * 1024 * 1024;
 /// Most steps along k that are packed at once.
@@ -23,77 +26,43 @@ const MAX_PACKED_K: usize = 2048;
 /// Rows that a task packs at once: with `MAX_BLOCK_K` steps, a fifth of an L2 cache of 1 MiB.
 const BLOCK_ROWS: usize = 96;
 
-/// Elements of a matrix where they lie.
-#[derive(Clone, Copy)]
-pub(super) enum Elements<'a> {
-    /// Numbers of the program.
-    F32(&'a [f32]),
-    /// Little-endian bytes of a file.
-    Stored(DenseType, &'a [u8]),
-}
-
-/// A matrix as a product reads it: element `(i, j)` lies at `i * row_stride + j * col_stride`.
-#[derive(Clone, Copy)]
-pub(super) struct Operand<'a> {
-    elements: Elements<'a>,
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
-
-impl<'a> Operand<'a> {
-    /// Returns a row-major matrix whose rows lie `row_stride` elements apart.
-    ///
-    /// # Panics
-    ///
-    /// When the elements end before the matrix does.
-    pub(super) fn new(elements: Elements<'a>, [rows, cols]: [usize; 2], row_stride: usize) -> Self {
-        let len = match elements {
-            Elements::F32(data) => data.len(),
-            Elements::Stored(dtype, data) => data.len() / dtype.size_bytes(),
-        };
-        let last = (rows.max(1) - 1) * row_stride + cols;
-        assert!(
-            rows == 0 || (cols <= row_stride.max(cols) && last <= len),
-            "{rows} x {cols} elements, {row_stride} apart, of {len}"
-        );
-        Self {
-            elements,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
-    }
-
-    /// Returns a row-major matrix without gaps.
-    pub(super) fn dense(data: &'a [f32], [rows, cols]: [usize; 2]) -> Self {
-        Self::new(Elements::F32(data), [rows, cols], cols)
-    }
-
-    /// Returns the transpose.
-    pub(super) fn transposed(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
-    }
-}
-
-/// `out = scale * a * b + bias`, or the same added to `out`.
+/// `out = scale * (a * b + low-rank term) + bias`, or the same added to `out`.
 pub(super) struct Product<'a> {
     /// `[m, k]`.
     pub(super) a: Operand<'a>,
     /// `[k, n]`.
     pub(super) b: Operand<'a>,
+    /// Two factors `[m, rank]` and `[rank, n]` whose product is added.
+    pub(super) low_rank: Option<(Operand<'a>, Operand<'a>)>,
     pub(super) scale: f32,
     /// One value for each column; only where the product does not add.
     pub(super) bias: Option<&'a [f32]>,
     pub(super) mode: Mode,
+}
+
+impl<'a> Product<'a> {
+    /// Returns the left factor with that of the low-rank term behind it.
+    fn left(&self) -> Joined<'a> {
+        Joined {
+            main: self.a,
+            tail: self.low_rank.map(|(left, _)| left),
+        }
+    }
+
+    /// Returns the transpose of the right factor, in the same way.
+    fn right(&self) -> Joined<'a> {
+        Joined {
+            main: self.b.transposed(),
+            tail: self.low_rank.map(|(_, right)| right.transposed()),
+        }
+    }
+
+    /// Returns `[m, n, k]`, where k counts the columns of the low-rank term too.
+    fn sizes(&self) -> [usize; 3] {
+        let (a, b) = (self.left(), self.right());
+        assert_eq!(a.num_cols(), b.num_cols(), "inner sizes of a product");
+        [a.num_rows(), b.num_rows(), a.num_cols()]
+    }
 }
 
 /// What happens to the numbers that are in the output.
@@ -131,14 +100,14 @@ impl Target {
 /// `target` must be writable for `a.rows` rows of `b.cols` elements, initialised where the
 /// product adds, and overlap neither operand.
 pub(super) unsafe fn gemm(cpu: Cpu<'_>, product: &Product<'_>, target: Target) {
-    assert_eq!(product.a.cols, product.b.rows, "inner sizes of a product");
+    let [m, n, _] = product.sizes();
     if let Some(bias) = product.bias {
-        assert_eq!(bias.len(), product.b.cols, "a bias has one value a column");
+        assert_eq!(bias.len(), n, "a bias has one value a column");
     }
-    if product.a.rows == 0 || product.b.cols == 0 {
+    if m == 0 || n == 0 {
         return;
     }
-    let is_narrow = product.b.cols <= 16;
+    let is_narrow = n <= 16;
     // SAFETY: the caller's promise.
     unsafe {
         match cpu.level {
@@ -152,10 +121,11 @@ pub(super) unsafe fn gemm(cpu: Cpu<'_>, product: &Product<'_>, target: Target) {
 
 /// Returns `product` as a new vector `[a.rows, b.cols]`.
 pub(super) fn product(cpu: Cpu<'_>, product: &Product<'_>) -> Vec<f32> {
-    let out = Output::new(product.a.rows * product.b.cols);
+    let [m, n, _] = product.sizes();
+    let out = Output::new(m * n);
     let target = Target {
         base: out.at(0),
-        stride: product.b.cols,
+        stride: n,
     };
     assert!(
         product.mode == Mode::Overwrite,
@@ -178,7 +148,7 @@ unsafe fn gemm_tiled<const MR: usize, const NV: usize>(
     product: &Product<'_>,
     target: Target,
 ) {
-    let (m, n, k) = (product.a.rows, product.b.cols, product.a.cols);
+    let [m, n, k] = product.sizes();
     let width = NV * 16;
     let chunk = (PACKED_FLOATS / k.clamp(1, MAX_PACKED_K) / width).max(4) * width;
     let chunks = (0..n).step_by(chunk);
@@ -187,7 +157,7 @@ unsafe fn gemm_tiled<const MR: usize, const NV: usize>(
     {
         let cols = first_col..n.min(first_col + chunk);
         let steps = first_step..k.min(first_step + MAX_PACKED_K);
-        let packed = pack_columns(cpu, &product.b, cols.clone(), steps.clone(), width);
+        let packed = pack_columns(cpu, product.right(), cols.clone(), steps.clone(), width);
         let num_panels = cols.len().div_ceil(width);
         let (rows_per_task, panels_per_task) = task_shape::<MR>(cpu, m, num_panels);
         let num_col_tasks = num_panels.div_ceil(panels_per_task);
@@ -234,10 +204,11 @@ fn k_blocks(steps: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..steps.end.min(start + len))
 }
 
-/// Packs columns `cols` and rows `steps` of `b` as `[panel][k][width]`, zeros beyond the last column.
+/// Packs rows `cols` and columns `steps` of the right factor's transpose as `[panel][k][width]`,
+/// zeros beyond the last row.
 fn pack_columns(
     cpu: Cpu<'_>,
-    b: &Operand<'_>,
+    right: Joined<'_>,
     cols: Range<usize>,
     steps: Range<usize>,
     width: usize,
@@ -251,7 +222,7 @@ fn pack_columns(
         for panel in first..num_panels.min(first + panels_per_task) {
             let start = cols.start + panel * width;
             let pack = Pack {
-                from: b.transposed(),
+                from: right,
                 rows: start..cols.end.min(start + width),
                 steps: steps.clone(),
                 width,
@@ -263,83 +234,6 @@ fn pack_columns(
     });
     // SAFETY: the tasks fill every panel.
     unsafe { out.finish() }
-}
-
-/// Copies rows of a matrix side by side: `to[step][lane] = from[rows.start + lane][step]`, zero
-/// in lanes beyond the last row.
-struct Pack<'a> {
-    from: Operand<'a>,
-    rows: Range<usize>,
-    steps: Range<usize>,
-    width: usize,
-    /// Writable for `steps * width` elements.
-    to: *mut f32,
-}
-
-impl Task for Pack<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        match self.from.elements {
-            Elements::F32(data) => self.pack(simd, F32, data.as_ptr().cast()),
-            Elements::Stored(DenseType::F32, data) => self.pack(simd, F32, data.as_ptr()),
-            Elements::Stored(DenseType::F16, data) => self.pack(simd, F16, data.as_ptr()),
-            Elements::Stored(DenseType::BF16, data) => self.pack(simd, BF16, data.as_ptr()),
-        }
-    }
-}
-
-impl Pack<'_> {
-    #[inline(always)]
-    fn pack<S: Simd, E: Element>(&self, simd: S, element: E, data: *const u8) {
-        let Operand {
-            row_stride,
-            col_stride,
-            ..
-        } = self.from;
-        let at = |row: usize, step: usize| {
-            let index =
-                (self.rows.start + row) * row_stride + (self.steps.start + step) * col_stride;
-            data.wrapping_add(index * E::SIZE)
-        };
-        let (num_rows, num_steps) = (self.rows.len(), self.steps.len());
-        // SAFETY: the operand holds all of its rows and columns, and `to` has the room.
-        unsafe {
-            if row_stride == 1 {
-                for step in 0..num_steps {
-                    let to = self.to.add(step * self.width);
-                    let mut lane = 0;
-                    while lane < self.width {
-                        let len = (self.width - lane).min(16);
-                        let have = num_rows.saturating_sub(lane).min(len);
-                        let lanes = match have {
-                            0 => simd.splat(0.0),
-                            16 => element.load(simd, at(lane, step)),
-                            _ => element.load_part(simd, at(lane, step), have),
-                        };
-                        simd.store_part(to.add(lane), len, lanes);
-                        lane += 16;
-                    }
-                }
-                return;
-            }
-            for lane in 0..self.width {
-                let mut step = 0;
-                while step < num_steps {
-                    let len = (num_steps - step).min(16);
-                    let mut values = [0f32; 16];
-                    if lane < num_rows {
-                        let lanes = element.load_part(simd, at(lane, step), len);
-                        simd.store(values.as_mut_ptr(), lanes);
-                    }
-                    let to = self.to.add(step * self.width + lane);
-                    for (i, value) in values.iter().enumerate().take(len) {
-                        *to.add(i * self.width) = *value;
-                    }
-                    step += 16;
-                }
-            }
-        }
-    }
 }
 
 /// The output tiles of one task.
@@ -372,7 +266,7 @@ impl<const MR: usize, const NV: usize> Task for Tiles<'_, MR, NV> {
                         .min(first_row + BLOCK_ROWS.next_multiple_of(MR));
                 for (index, row) in rows.clone().step_by(MR).enumerate() {
                     let pack = Pack {
-                        from: self.product.a,
+                        from: self.product.left(),
                         rows: row..rows.end.min(row + MR),
                         steps: steps.clone(),
                         width: MR,
@@ -563,6 +457,7 @@ mod tests {
                             &Product {
                                 a,
                                 b,
+                                low_rank: None,
                                 scale: 1.0,
                                 bias: None,
                                 mode: Mode::Overwrite,
@@ -576,6 +471,38 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_low_rank_term_is_part_of_the_sum() {
+        let pool = Pool::new(2).unwrap();
+        let [m, n, k, rank] = [37, 70, 650, 5];
+        let (a, b) = (values(m * k, 1), values(n * k, 2));
+        let (x, w) = (values(m * rank, 3), values(n * rank, 4));
+        let mut want = reference(&a, &b, [m, n, k]);
+        for (sum, term) in want.iter_mut().zip(reference(&x, &w, [m, n, rank])) {
+            *sum += term;
+        }
+        for level in levels() {
+            let sum = Product {
+                a: Operand::dense(&a, [m, k]),
+                b: Operand::dense(&b, [n, k]).transposed(),
+                low_rank: Some((
+                    Operand::dense(&x, [m, rank]),
+                    Operand::dense(&w, [n, rank]).transposed(),
+                )),
+                scale: 1.0,
+                bias: None,
+                mode: Mode::Overwrite,
+            };
+            let got = product(Cpu { level, pool: &pool }, &sum);
+            for (got, want) in got.iter().zip(&want) {
+                assert!(
+                    (f64::from(*got) - want).abs() < 1e-4,
+                    "{level:?} {got} {want}"
+                );
             }
         }
     }

@@ -14,9 +14,11 @@ mod cross_entropy;
 mod dense;
 mod elementwise;
 mod gemm;
+mod gemm_pack;
 mod gradients;
 mod kv;
 mod matmul;
+mod memory;
 mod pool;
 mod product_sum;
 mod quant_dot;
@@ -33,6 +35,7 @@ pub(super) use gradients::{
 };
 pub(super) use kv::{CpuKv, KvType, RopeInputs, rope_and_cache};
 pub(super) use matmul::{Cpu, CpuMatrix, embedding, matmul};
+pub use memory::keep_freed_memory;
 pub(super) use product_sum::{ProductSum, dropout, product_of};
 pub use simd::SimdLevel;
 pub(super) use varlen_attention::{

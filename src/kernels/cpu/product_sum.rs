@@ -1,6 +1,6 @@
 //! Sums of products over tensors, and dropout: what a linear layer with adapters is made of.
 
-use super::buffer::for_each_piece;
+use super::buffer::{Output, for_each_piece};
 use super::gemm::{self, Elements, Mode, Operand, Product, Target};
 use super::matmul::{Cpu, CpuMatrix};
 use crate::kernels::check::F32Matrix;
@@ -26,6 +26,7 @@ pub(in crate::kernels) fn product_of(
     let product = Product {
         a: operand(a),
         b: operand(b),
+        low_rank: None,
         scale,
         bias: None,
         mode: Mode::Overwrite,
@@ -33,93 +34,95 @@ pub(in crate::kernels) fn product_of(
     gemm::product(cpu, &product)
 }
 
+/// The factors of a low-rank term.
+pub(in crate::kernels) type LowRankFactors<'a> = (&'a F32Matrix<'a>, &'a F32Matrix<'a>);
+
 /// An output `[rows, width]` that products are written and added to.
 pub(in crate::kernels) struct ProductSum {
-    out: Vec<f32>,
+    out: Output<f32>,
+    rows: usize,
     width: usize,
+    /// Columns that hold numbers, from the first on.
+    num_written: usize,
 }
 
 impl ProductSum {
-    /// Returns zeros, which the system provides when they are first touched.
+    /// Returns an output without numbers.
     pub(in crate::kernels) fn new([rows, width]: [usize; 2]) -> Self {
         Self {
-            out: vec![0.0; rows * width],
+            out: Output::new(rows * width),
+            rows,
             width,
+            num_written: 0,
         }
     }
 
-    /// Writes `x Wᵀ + bias` from column `col` on.
+    /// Writes `x Wᵀ + bias`, with a low-rank term, behind the columns that are written.
     pub(in crate::kernels) fn write_linear(
         &mut self,
         cpu: Cpu<'_>,
         x: &F32Matrix<'_>,
         weight: &CpuMatrix,
         bias: Option<&[f32]>,
-        col: usize,
+        low_rank: Option<LowRankFactors<'_>>,
     ) {
         let product = Product {
             a: operand(x),
             b: weight.operand().transposed(),
+            low_rank: low_rank.map(|(x, w)| (operand(x), operand(w))),
             scale: 1.0,
             bias,
             mode: Mode::Overwrite,
         };
+        let col = self.num_written;
         self.run(cpu, &product, [x.dims()[0], weight.rows], col);
+        self.num_written += weight.rows;
     }
 
-    /// Adds `dy W`.
+    /// Adds `dy W`, with a low-rank term; the first one is written.
     pub(in crate::kernels) fn add_weight(
         &mut self,
         cpu: Cpu<'_>,
         dy: &F32Matrix<'_>,
         weight: &CpuMatrix,
+        low_rank: Option<LowRankFactors<'_>>,
     ) {
         let product = Product {
             a: operand(dy),
             b: weight.operand(),
+            low_rank: low_rank.map(|(x, w)| (operand(x), operand(w))),
             scale: 1.0,
             bias: None,
-            mode: Mode::Add,
+            mode: match self.num_written {
+                0 => Mode::Overwrite,
+                _ => Mode::Add,
+            },
         };
         self.run(cpu, &product, [dy.dims()[0], weight.cols], 0);
+        self.num_written = weight.cols;
     }
 
-    /// Adds `scale * x * w` from column `col` on.
-    pub(in crate::kernels) fn add(
-        &mut self,
-        cpu: Cpu<'_>,
-        x: &F32Matrix<'_>,
-        w: &F32Matrix<'_>,
-        scale: f32,
-        col: usize,
-    ) {
-        let product = Product {
-            a: operand(x),
-            b: operand(w),
-            scale,
-            bias: None,
-            mode: Mode::Add,
-        };
-        self.run(cpu, &product, [x.dims()[0], w.dims()[1]], col);
-    }
-
-    fn run(&mut self, cpu: Cpu<'_>, product: &Product<'_>, [rows, cols]: [usize; 2], col: usize) {
+    fn run(&self, cpu: Cpu<'_>, product: &Product<'_>, [rows, cols]: [usize; 2], col: usize) {
         assert!(
-            rows * self.width == self.out.len() && col + cols <= self.width,
-            "{rows} x {cols} results at column {col} of {}",
+            rows == self.rows && col + cols <= self.width,
+            "{rows} x {cols} results at column {col} of {} x {}",
+            self.rows,
             self.width
         );
         let target = Target {
-            base: self.out[col..].as_mut_ptr(),
+            base: self.out.at(col),
             stride: self.width,
         };
-        // SAFETY: rows and columns lie in the output, as checked above.
+        // SAFETY: rows and columns lie in the output, as checked above, and what is added to was
+        // written before.
         unsafe { gemm::gemm(cpu, product, target) };
     }
 
     /// Returns the numbers.
     pub(in crate::kernels) fn finish(self) -> Vec<f32> {
-        self.out
+        assert_eq!(self.num_written, self.width, "columns that were written");
+        // SAFETY: every column was written.
+        unsafe { self.out.finish() }
     }
 }
 

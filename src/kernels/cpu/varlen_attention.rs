@@ -191,6 +191,7 @@ impl<'a> ScoreTile<'a> {
         let product = Product {
             a: q,
             b: k.transposed(),
+            low_rank: None,
             scale,
             bias: None,
             mode: Mode::Overwrite,
@@ -250,6 +251,7 @@ pub(in crate::kernels) fn varlen_attention(
         let values = Product {
             a: tile.operand(),
             b: args.qkv_head(&keys, args.value_col(kv_head)),
+            low_rank: None,
             scale: 1.0,
             bias: None,
             mode: Mode::Overwrite,
@@ -360,6 +362,7 @@ impl Group<'_> {
         let product = Product {
             a,
             b,
+            low_rank: None,
             scale,
             bias: None,
             mode: Mode::Add,

@@ -9,7 +9,7 @@ pub(super) const READ: &[&str] = &[
     "packing", "neat_packing", "train_on_prompt", "mask_history", "default_system",
     "enable_thinking", "preserve_thinking", "disable_shuffling",
     "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora",
-    "use_dora", "loraplus_lr_ratio", "loraplus_lr_embedding",
+    "use_dora", "loraplus_lr_ratio",
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "dataloader_drop_last",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps",
@@ -22,7 +22,7 @@ pub(super) const READ: &[&str] = &[
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "plot_loss", "report_to",
     "run_name", "logging_dir", "include_num_input_tokens_seen",
     "include_effective_tokens_per_second", "disable_tqdm", "deepspeed",
-    "dry_run", "num_ranks", "recompute", "max_dropped_ratio", "prefer_hf_scheduler", "zero3",
+    "dry_run", "num_ranks", "recompute", "max_dropped_ratio", "prefer_hf_scheduler",
 ];
 
 /// Keys that take several values on the command line.
@@ -79,6 +79,9 @@ pub(super) const NOTED: &[(&str, &[&str])] = &[
     ]),
     ("the mean is always over the target tokens of all ranks and micro-batches", &[
         "loss_norm",
+    ]),
+    ("adapters go on the linears of the layers, there are none on embeddings", &[
+        "loraplus_lr_embedding",
     ]),
     ("set HF_TOKEN or HF_HOME in the environment", &[
         "hf_hub_token", "ms_hub_token", "om_hub_token", "hub_token",

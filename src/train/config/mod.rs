@@ -65,8 +65,6 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// B learns this many times faster than A.
     pub loraplus_lr_ratio: Option<f64>,
-    /// The learning rate of LoRA+ on embeddings.
-    pub loraplus_lr_embedding: f64,
 }
 
 /// Everything that a run was asked for.
@@ -94,8 +92,6 @@ pub struct TrainConfig {
     pub do_train: bool,
     /// The DeepSpeed configuration, checked against this one.
     pub deepspeed: Option<DeepSpeedConfig>,
-    /// Whether ZeRO-3 shards even where it need not (`zero3: strict`).
-    pub zero3_strict: bool,
     /// The seed of everything that is drawn.
     pub seed: u64,
     /// Whether to stop after the plan.
@@ -130,7 +126,6 @@ impl TrainConfig {
         {
             deepspeed.schedule = None;
         }
-        let strict = [("strict", true), ("auto", false)];
         Ok(Self {
             model: model_source(settings)?,
             data: DataConfig::from_settings(settings)?,
@@ -143,7 +138,6 @@ impl TrainConfig {
             output: OutputConfig::from_settings(settings)?,
             do_train: settings.bool("do_train", true)?,
             deepspeed,
-            zero3_strict: settings.choice("zero3", false, &strict)?,
             seed: settings.whole("seed", 42, 0)?,
             dry_run: settings.bool("dry_run", false)?,
             notes: Vec::new(),
@@ -240,11 +234,6 @@ impl LoraConfig {
             use_rslora: settings.bool("use_rslora", false)?,
             use_dora: settings.bool("use_dora", false)?,
             loraplus_lr_ratio: settings.opt_f64("loraplus_lr_ratio")?,
-            loraplus_lr_embedding: settings.f64_in(
-                "loraplus_lr_embedding",
-                1e-6,
-                0.0..=f64::INFINITY,
-            )?,
         })
     }
 }

@@ -152,6 +152,9 @@ impl OutputConfig {
         if self.early_stopping_steps.is_some() && self.eval == Cadence::Never {
             return conflict("`early_stopping_steps` needs `eval_strategy` to be set");
         }
+        if self.eval_on_start && self.eval == Cadence::Never {
+            return conflict("`eval_on_start` needs `eval_strategy` to be set");
+        }
         match self.metric_for_best_model.as_deref() {
             None | Some("loss" | "eval_loss") => Ok(()),
             Some(other) => conflict(&format!(

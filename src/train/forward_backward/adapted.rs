@@ -1,6 +1,6 @@
 //! Linears that read the same input, with their adapters: forward and backward.
 //!
-//! With u = dropout(x) Aᵀ: y = x Wᵀ + b + s u Bᵀ. From dy follow dB = s dyᵀ u, du = s dy B,
+//! With u = s dropout(x) Aᵀ: y = x Wᵀ + b + u Bᵀ. From dy follow dB = dyᵀ u, du = s dy B,
 //! dA = duᵀ dropout(x) and dx = dy W + dropout(du A), the mask being that of the forward pass.
 //! Weights and biases are frozen, so their gradients are never computed.
 
@@ -28,7 +28,7 @@ pub(super) struct AdaptedLinears<'a> {
     pub(super) parts: Vec<(&'a FrozenLinear, Option<Adapter>)>,
 }
 
-/// `dropout(x) Aᵀ` of each part with an adapter, `[tokens, rank]`.
+/// `s dropout(x) Aᵀ` of each part with an adapter, `[tokens, rank]`.
 pub(super) type LowRankInputs = Vec<Option<Tensor>>;
 
 /// Whether the gradient of the input is needed.
@@ -56,15 +56,11 @@ impl AdaptedLinears<'_> {
         let transposed = self.transposed_bs()?;
         let parts = self.parts.iter().zip(us.iter().zip(&transposed));
         let parts: Vec<LinearPart<'_>> = parts
-            .map(|((frozen, adapter), (u, b))| LinearPart {
+            .map(|((frozen, _), (u, b))| LinearPart {
                 weight: &frozen.weight,
                 bias: frozen.bias.as_ref(),
-                low_rank: match (adapter, u, b) {
-                    (Some(adapter), Some(x), Some(w)) => Some(LowRank {
-                        x,
-                        w,
-                        scale: adapter.scale,
-                    }),
+                low_rank: match (u, b) {
+                    (Some(x), Some(w)) => Some(LowRank { x, w }),
                     _ => None,
                 },
             })
@@ -72,14 +68,16 @@ impl AdaptedLinears<'_> {
         Ok((kernels.linear(x, &parts)?, us))
     }
 
-    /// Returns `dropout(x) Aᵀ` of each part.
+    /// Returns `s dropout(x) Aᵀ` of each part.
     pub(super) fn low_rank_inputs(&self, kernels: &Kernels, x: &Tensor) -> Result<LowRankInputs> {
         let input = |(_, adapter): &(&FrozenLinear, Option<Adapter>)| {
             let Some(adapter) = adapter else {
                 return Ok(None);
             };
             let x = adapter.input(kernels, x)?;
-            kernels.product(&x, &adapter.a.t()?, 1.0).map(Some)
+            kernels
+                .product(&x, &adapter.a.t()?, adapter.scale)
+                .map(Some)
         };
         self.parts.iter().map(input).collect()
     }
@@ -110,10 +108,11 @@ impl AdaptedLinears<'_> {
                 dus.push(None);
                 continue;
             };
-            let db = kernels.product(&part_dy.t()?, u, adapter.scale)?;
+            let db = kernels.product(&part_dy.t()?, u, 1.0)?;
             let du = kernels.product(&part_dy, &adapter.b, adapter.scale)?;
-            let da = kernels.product(&du.t()?, &adapter.input(kernels, x)?, 1.0)?;
-            accumulate(gradients, adapter.a_offset, &da)?;
+            // dAᵀ: with the few columns on the right x is read once and not copied.
+            let da = kernels.product(&adapter.input(kernels, x)?.t()?, &du, 1.0)?;
+            accumulate(gradients, adapter.a_offset, &da.t()?)?;
             accumulate(gradients, adapter.b_offset, &db)?;
             dus.push(Some(du));
         }
@@ -135,11 +134,9 @@ impl AdaptedLinears<'_> {
                 weight: &frozen.weight,
                 bias: None,
                 low_rank: match (adapter, du) {
-                    (Some(adapter), Some(x)) if adapter.dropout.is_none() => Some(LowRank {
-                        x,
-                        w: &adapter.a,
-                        scale: 1.0,
-                    }),
+                    (Some(adapter), Some(x)) if adapter.dropout.is_none() => {
+                        Some(LowRank { x, w: &adapter.a })
+                    }
                     _ => None,
                 },
             })

@@ -1,4 +1,4 @@
-//! Letters of five by seven dots for titles and labels.
+//! Letters of five by seven dots, and two below the line, for titles and labels.
 
 use plotters::prelude::*;
 
@@ -8,7 +8,10 @@ use super::{Canvas, Drawn};
 const DOT: i32 = 2;
 /// Dots from one letter to the next.
 const ADVANCE: i32 = 6;
+/// Dots of a capital.
 const HEIGHT: i32 = 7;
+/// Rows of a glyph: those of a capital, and two for what hangs below the line.
+const ROWS: usize = 9;
 
 /// Stands for what has no glyph.
 const BOX: [u8; 7] = [
@@ -26,8 +29,7 @@ pub(super) enum Anchor {
     End,
 }
 
-/// Draws a text, vertically centred; capitals stand for small letters, and a box for what has no
-/// glyph.
+/// Draws a text, its capitals vertically centred; a box stands for what has no glyph.
 pub(super) fn draw_text(
     canvas: &Canvas<'_>,
     text: &str,
@@ -42,10 +44,11 @@ pub(super) fn draw_text(
     };
     let top = y - HEIGHT * DOT / 2;
     for (index, letter) in (0..).zip(text.chars()) {
-        for (row, bits) in (0..).zip(glyph(letter.to_ascii_uppercase())) {
+        for (row, bits) in (0..).zip(glyph(letter)) {
             for col in (0..5).filter(|col| bits >> (4 - col) & 1 == 1) {
                 let corner = (left + (index * ADVANCE + col) * DOT, top + row * DOT);
-                let end = (corner.0 + DOT - 1, corner.1 + DOT - 1);
+                // The far corner is not drawn.
+                let end = (corner.0 + DOT, corner.1 + DOT);
                 canvas.draw(&Rectangle::new([corner, end], BLACK.filled()))?;
             }
         }
@@ -54,8 +57,9 @@ pub(super) fn draw_text(
 }
 
 /// Returns the rows of a letter from the top, five bits each.
-fn glyph(letter: char) -> [u8; 7] {
-    match letter {
+fn glyph(letter: char) -> [u8; ROWS] {
+    let upper = match letter {
+        'a'..='z' => return small(letter),
         ' ' => [0; 7],
         '0'..='9' => digit(letter),
         'A'..='Z' => capital(letter),
@@ -66,7 +70,10 @@ fn glyph(letter: char) -> [u8; 7] {
             0b00001, 0b00001, 0b00010, 0b00100, 0b01000, 0b10000, 0b10000,
         ],
         _ => BOX,
-    }
+    };
+    let mut rows = [0; ROWS];
+    rows[..7].copy_from_slice(&upper);
+    rows
 }
 
 fn digit(digit: char) -> [u8; 7] {
@@ -186,5 +193,63 @@ fn capital(letter: char) -> [u8; 7] {
             0b11111, 0b00001, 0b00010, 0b00100, 0b01000, 0b10000, 0b11111,
         ],
         _ => BOX,
+    }
+}
+
+fn small(letter: char) -> [u8; ROWS] {
+    match letter {
+        'a' => [0, 0, 0b01110, 0b00001, 0b01111, 0b10001, 0b01111, 0, 0],
+        'b' => [
+            0b10000, 0b10000, 0b11110, 0b10001, 0b10001, 0b10001, 0b11110, 0, 0,
+        ],
+        'c' => [0, 0, 0b01110, 0b10001, 0b10000, 0b10001, 0b01110, 0, 0],
+        'd' => [
+            0b00001, 0b00001, 0b01111, 0b10001, 0b10001, 0b10001, 0b01111, 0, 0,
+        ],
+        'e' => [0, 0, 0b01110, 0b10001, 0b11111, 0b10000, 0b01110, 0, 0],
+        'f' => [
+            0b00110, 0b01001, 0b01000, 0b11100, 0b01000, 0b01000, 0b01000, 0, 0,
+        ],
+        'g' => [
+            0, 0, 0b01111, 0b10001, 0b10001, 0b10001, 0b01111, 0b00001, 0b01110,
+        ],
+        'h' => [
+            0b10000, 0b10000, 0b11110, 0b10001, 0b10001, 0b10001, 0b10001, 0, 0,
+        ],
+        'i' => [
+            0b00100, 0, 0b01100, 0b00100, 0b00100, 0b00100, 0b01110, 0, 0,
+        ],
+        'j' => [
+            0b00010, 0, 0b00110, 0b00010, 0b00010, 0b00010, 0b00010, 0b10010, 0b01100,
+        ],
+        'k' => [
+            0b10000, 0b10000, 0b10010, 0b10100, 0b11000, 0b10100, 0b10010, 0, 0,
+        ],
+        'l' => [
+            0b01100, 0b00100, 0b00100, 0b00100, 0b00100, 0b00100, 0b01110, 0, 0,
+        ],
+        'm' => [0, 0, 0b11010, 0b10101, 0b10101, 0b10101, 0b10101, 0, 0],
+        'n' => [0, 0, 0b11110, 0b10001, 0b10001, 0b10001, 0b10001, 0, 0],
+        'o' => [0, 0, 0b01110, 0b10001, 0b10001, 0b10001, 0b01110, 0, 0],
+        'p' => [
+            0, 0, 0b11110, 0b10001, 0b10001, 0b10001, 0b11110, 0b10000, 0b10000,
+        ],
+        'q' => [
+            0, 0, 0b01111, 0b10001, 0b10001, 0b10001, 0b01111, 0b00001, 0b00001,
+        ],
+        'r' => [0, 0, 0b10110, 0b11001, 0b10000, 0b10000, 0b10000, 0, 0],
+        's' => [0, 0, 0b01111, 0b10000, 0b01110, 0b00001, 0b11110, 0, 0],
+        't' => [
+            0b01000, 0b01000, 0b11100, 0b01000, 0b01000, 0b01001, 0b00110, 0, 0,
+        ],
+        'u' => [0, 0, 0b10001, 0b10001, 0b10001, 0b10001, 0b01111, 0, 0],
+        'v' => [0, 0, 0b10001, 0b10001, 0b10001, 0b01010, 0b00100, 0, 0],
+        'w' => [0, 0, 0b10001, 0b10001, 0b10101, 0b10101, 0b01010, 0, 0],
+        'x' => [0, 0, 0b10001, 0b01010, 0b00100, 0b01010, 0b10001, 0, 0],
+        'y' => [
+            0, 0, 0b10001, 0b10001, 0b10001, 0b10001, 0b01111, 0b00001, 0b01110,
+        ],
+        'z' => [0, 0, 0b11111, 0b00010, 0b00100, 0b01000, 0b11111, 0, 0],
+        _ => [0b11111; ROWS],
     }
 }

@@ -76,7 +76,7 @@ fn draw(path: &Path, title: &str, metric: &str, points: &[(u64, f64)]) -> Drawn 
         canvas.draw(&PathElement::new(line, colour.stroke_width(2)))?;
     }
     legend(&canvas)?;
-    draw_text(&canvas, title, (SIZE.0 as i32 / 2, 38), Anchor::Middle)?;
+    draw_text(&canvas, title, (SIZE.0 as i32 / 2, 20), Anchor::Middle)?;
     canvas.present()?;
     Ok(())
 }

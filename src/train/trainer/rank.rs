@@ -50,6 +50,9 @@ pub(super) fn run(
             num_params: recorder.num_params(),
         });
     }
+    if first_step == 0 {
+        rank.evaluate_on_start(&mut recorder)?;
+    }
     let mut stops = false;
     while rank.state.global_step < setup.length.total_updates && !stops {
         let report = rank.update(progress)?;
@@ -307,6 +310,20 @@ impl<'a> Rank<'a> {
         })
     }
 
+    /// Evaluates the adapters as they are before the first update, for the log alone.
+    fn evaluate_on_start(&mut self, recorder: &mut Recorder<'_>) -> Result<(), TrainError> {
+        if !self.setup.evaluation.as_ref().is_some_and(|e| e.on_start) {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let eval_loss = self.evaluate()?;
+        if self.comm.rank() == 0 {
+            recorder.begin_log()?;
+            recorder.evaluated(&mut self.state, eval_loss, started.elapsed())?;
+        }
+        Ok(())
+    }
+
     /// Logs, evaluates and saves where it is time; says whether the run shall stop.
     fn record(
         &mut self,
@@ -322,7 +339,9 @@ impl<'a> Rank<'a> {
         let is_last = self.state.global_step >= self.setup.length.total_updates;
         let (mut stops, mut saves_best) = (false, false);
         if let Some(evaluation) = &self.setup.evaluation
-            && (self.state.global_step.is_multiple_of(evaluation.every) || is_last)
+            && (is_last
+                || self.state.global_step >= evaluation.delay
+                    && self.state.global_step.is_multiple_of(evaluation.every))
         {
             let started = Instant::now();
             let eval_loss = self.evaluate()?;

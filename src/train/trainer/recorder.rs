@@ -13,8 +13,10 @@ use super::super::checkpoint::{
 use super::super::lora::LoraLayout;
 use super::super::plot::plot_losses;
 use super::super::report::{
-    LogLine, RunFacts, TrainerState, cut_log, rounded, tidy, train_metrics, write_results,
+    LogLine, RunFacts, TrainerState, cut_log, remove_log, rounded, tidy, train_metrics,
+    write_results,
 };
+use super::super::tensorboard::EventFile;
 use super::setup::{Progress, TrainEvent, TrainSetup};
 
 /// One update in numbers.
@@ -37,6 +39,8 @@ pub(super) struct Recorder<'a> {
     first_step: u64,
     first_tokens: u64,
     num_params: u64,
+    /// TensorBoard's file, begun with the first entry.
+    events: Option<EventFile>,
 }
 
 impl<'a> Recorder<'a> {
@@ -71,6 +75,7 @@ impl<'a> Recorder<'a> {
             first_step: state.global_step,
             first_tokens: state.num_input_tokens_seen,
             num_params,
+            events: None,
         })
     }
 
@@ -132,6 +137,11 @@ impl<'a> Recorder<'a> {
         )
     }
 
+    /// Makes room for an entry before the first update.
+    pub(super) fn begin_log(&self) -> Result<(), TrainError> {
+        remove_log(&self.setup.output.output_dir)
+    }
+
     /// Logs an evaluation.
     pub(super) fn evaluated(
         &mut self,
@@ -163,7 +173,7 @@ impl<'a> Recorder<'a> {
         });
     }
 
-    fn log(&self, state: &mut TrainerState, entry: Value) -> Result<(), TrainError> {
+    fn log(&mut self, state: &mut TrainerState, entry: Value) -> Result<(), TrainError> {
         let entry = entry.as_object().cloned().unwrap_or_default();
         let elapsed = self.started.elapsed();
         let tokens = state.num_input_tokens_seen;
@@ -176,9 +186,21 @@ impl<'a> Recorder<'a> {
             tokens: (throughput, tokens),
         };
         line.append(&self.setup.output.output_dir)?;
+        self.log_events(&entry)?;
         (self.progress)(&TrainEvent::Log(&entry));
         state.log_history.push(entry);
         Ok(())
+    }
+
+    fn log_events(&mut self, entry: &Map<String, Value>) -> Result<(), TrainError> {
+        let Some(dir) = &self.setup.output.tensorboard_dir else {
+            return Ok(());
+        };
+        let events = match &mut self.events {
+            Some(events) => events,
+            none => none.insert(EventFile::create(dir)?),
+        };
+        events.log(entry)
     }
 
     /// Writes a checkpoint and removes those beyond the limit.
@@ -214,6 +236,7 @@ impl<'a> Recorder<'a> {
         if !state.log_history.last().is_some_and(is_end) {
             let mut entry = metrics.clone();
             entry.insert("step".to_owned(), json!(state.global_step));
+            self.log_events(&entry)?;
             (self.progress)(&TrainEvent::Log(&entry));
             state.log_history.push(entry);
         }

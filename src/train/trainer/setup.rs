@@ -62,6 +62,10 @@ pub struct Evaluation<'a> {
     pub num_batches: u64,
     /// Updates between two evaluations.
     pub every: u64,
+    /// Updates before the first of them.
+    pub delay: u64,
+    /// Whether to evaluate before the first update too.
+    pub on_start: bool,
     /// Evaluations without a better loss after which the run stops.
     pub early_stopping: Option<u64>,
     /// Whether the checkpoint with the lowest loss becomes the result; one is then written at
@@ -106,6 +110,8 @@ pub struct OutputPlan {
     pub save_total_limit: Option<usize>,
     /// Whether the loss is drawn at the end.
     pub plot_loss: bool,
+    /// Where TensorBoard's event files go; none for no such files.
+    pub tensorboard_dir: Option<PathBuf>,
     /// Sequences of a micro-batch, for the logs.
     pub train_batch_size: u64,
     /// Examples of the data set, for the logs.

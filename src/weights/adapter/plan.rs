@@ -103,7 +103,9 @@ fn check_base(base: &Checkpoint, re_export: bool) -> Result<(), WeightsError> {
     };
     if base.format() == Format::Gguf {
         return refuse(
-            "it is a GGUF file; give the Hugging Face directory that it was made from".to_owned(),
+            "it is a GGUF file; give the Hugging Face directory that it was made from, or make one \
+             with infold merge --model FILE.gguf --output DIRECTORY"
+                .to_owned(),
         );
     }
     let quantization = (base.config().get("quantization_config")).filter(|value| !value.is_null());

@@ -40,6 +40,13 @@ macro_rules! memory {
     )*};
 }
 
+/// The same bits as pairs.
+#[inline(always)]
+fn as_pd(a: __m512) -> __m512d {
+    // SAFETY: only values of an `Avx512`, which proves the instructions, come here.
+    unsafe { _mm512_castps_pd(a) }
+}
+
 /// The mask of the first `len` of 16 lanes.
 #[inline(always)]
 fn first(len: usize) -> __mmask16 {
@@ -113,6 +120,44 @@ impl Simd for Avx512 {
             a,
             _mm512_set1_epi8(value.cast_signed())
         );
+    }
+
+    /// Transposes squares of 4 x 4 within 128-bit lanes, then the lanes.
+    #[inline(always)]
+    fn transpose(self, rows: [__m512; 16]) -> [__m512; 16] {
+        // SAFETY: `self` proves that the machine has the instructions; no memory is touched.
+        unsafe {
+            let mut squares = [[_mm512_setzero_pd(); 4]; 4];
+            for (square, rows) in squares.iter_mut().zip(rows.as_chunks::<4>().0) {
+                let [a, b, c, d] = *rows;
+                let low = [_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d)].map(as_pd);
+                let high = [_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d)].map(as_pd);
+                *square = [
+                    _mm512_unpacklo_pd(low[0], low[1]),
+                    _mm512_unpackhi_pd(low[0], low[1]),
+                    _mm512_unpacklo_pd(high[0], high[1]),
+                    _mm512_unpackhi_pd(high[0], high[1]),
+                ];
+            }
+            let mut columns = [_mm512_setzero_ps(); 16];
+            for col in 0..4 {
+                let [a, b, c, d] = squares.map(|square| _mm512_castpd_ps(square[col]));
+                // Lanes 0 and 2 of two squares, then lanes 1 and 3.
+                let even = [
+                    _mm512_shuffle_f32x4::<0x88>(a, b),
+                    _mm512_shuffle_f32x4::<0x88>(c, d),
+                ];
+                let odd = [
+                    _mm512_shuffle_f32x4::<0xdd>(a, b),
+                    _mm512_shuffle_f32x4::<0xdd>(c, d),
+                ];
+                columns[col] = _mm512_shuffle_f32x4::<0x88>(even[0], even[1]);
+                columns[col + 4] = _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]);
+                columns[col + 8] = _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]);
+                columns[col + 12] = _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]);
+            }
+            columns
+        }
     }
 
     #[inline(always)]

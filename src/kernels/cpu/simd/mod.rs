@@ -156,6 +156,23 @@ pub(super) trait Simd: Copy {
     unsafe fn store(self, to: *mut f32, a: Self::F);
     unsafe fn store_part(self, to: *mut f32, len: usize, a: Self::F);
 
+    /// Returns the transpose of a square of 16 rows.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F; 16]) -> [Self::F; 16] {
+        let (mut values, mut columns) = ([[0f32; 16]; 16], [[0f32; 16]; 16]);
+        for (values, row) in values.iter_mut().zip(rows) {
+            // SAFETY: a row of the array has room for 16 elements.
+            unsafe { self.store(values.as_mut_ptr(), row) };
+        }
+        for (row, values) in values.iter().enumerate() {
+            for (column, value) in columns.iter_mut().zip(values) {
+                column[row] = *value;
+            }
+        }
+        // SAFETY: a column of the array has 16 elements.
+        columns.map(|column| unsafe { self.load(column.as_ptr()) })
+    }
+
     fn splat_i32(self, value: i32) -> Self::I;
     /// Rounds to the nearest integer, ties to even.
     fn to_i32(self, a: Self::F) -> Self::I;
