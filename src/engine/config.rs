@@ -66,11 +66,13 @@ pub enum Graphs {
 const MAX_GRAPH_SEQUENCES: usize = 512;
 
 impl Graphs {
-    /// Returns what steps of at most `max_num_seqs` sequences are padded to, ascending.
+    /// Returns what steps of at most `max_num_seqs` sequences are padded to, largest first: the
+    /// first of a class of sizes decides which algorithms the others take.
     pub(super) fn buckets(self, max_num_seqs: usize) -> Vec<usize> {
         let padded = (1..=max_num_seqs.min(MAX_GRAPH_SEQUENCES)).filter_map(|num| self.bucket(num));
         let mut buckets: Vec<usize> = padded.map(|bucket| bucket.min(max_num_seqs)).collect();
         buckets.dedup();
+        buckets.reverse();
         buckets
     }
 
@@ -319,7 +321,7 @@ mod tests {
         let buckets = [1, 2, 3, 5, 9, 256, 257, 512].map(bucket);
         assert_eq!(buckets, [1, 2, 4, 8, 16, 256, 272, 512].map(Some));
         assert_eq!([bucket(0), bucket(513), Graphs::Off.bucket(1)], [None; 3]);
-        assert_eq!(Graphs::Decode.buckets(21), [1, 2, 4, 8, 16, 21]);
+        assert_eq!(Graphs::Decode.buckets(21), [21, 16, 8, 4, 2, 1]);
         assert_eq!(Graphs::Decode.buckets(4096).len(), 51);
     }
 

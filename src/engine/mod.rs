@@ -178,7 +178,6 @@ impl Engine {
         let (ready, started) = mpsc::channel();
         let (commands, receiver) = mpsc::channel();
         let thread = EngineThread {
-            checkpoint,
             model,
             placement,
             kv_dtype,
@@ -186,7 +185,7 @@ impl Engine {
         };
         std::thread::Builder::new()
             .name("engine".to_owned())
-            .spawn(move || thread.run(receiver, &ready))
+            .spawn(move || thread.run(checkpoint, receiver, &ready))
             .map_err(|source| EngineError::Thread { source })?;
         let shared = started
             .recv()
@@ -197,7 +196,6 @@ impl Engine {
 
 /// What the engine thread is made of before it runs.
 struct EngineThread {
-    checkpoint: Arc<dyn ModelSource>,
     model: ModelConfig,
     placement: Placement,
     kv_dtype: DType,
@@ -207,11 +205,15 @@ struct EngineThread {
 impl EngineThread {
     fn run(
         self,
+        checkpoint: Arc<dyn ModelSource>,
         commands: mpsc::Receiver<Command>,
         ready: &mpsc::Sender<Result<Arc<Shared>, EngineError>>,
     ) {
         let start = Instant::now();
-        let (ranks, plan) = match self.load() {
+        let loading = self.load(&checkpoint);
+        // What the model reads it holds itself; on a GPU that is nothing.
+        drop(checkpoint);
+        let (ranks, plan) = match loading {
             Ok(loaded) => loaded,
             Err(error) => {
                 let _ = ready.send(Err(error));
@@ -246,7 +248,7 @@ impl EngineThread {
 
     /// Loads the ranks and gives each its KV cache. On the CPU its size is known before, so that
     /// one too small is found before anything is read.
-    fn load(&self) -> Result<(Ranks, KvPlan), EngineError> {
+    fn load(&self, checkpoint: &Arc<dyn ModelSource>) -> Result<(Ranks, KvPlan), EngineError> {
         let size = self.options.tensor_parallel_size;
         let plan = |budget| {
             plan_kv_cache(
@@ -257,7 +259,7 @@ impl EngineThread {
             )
         };
         let cpu_plan = match self.placement {
-            Placement::Cpu { .. } => Some(plan(cpu_kv_budget(self.checkpoint.size_bytes()))?),
+            Placement::Cpu { .. } => Some(plan(cpu_kv_budget(checkpoint.size_bytes()))?),
             Placement::Gpu { .. } => None,
         };
         let wanted_len = match self.options.max_model_len {
@@ -265,7 +267,6 @@ impl EngineThread {
             MaxModelLen::FromModel | MaxModelLen::Auto => self.model.max_position_embeddings,
         };
         let config = RunnerConfig {
-            checkpoint: Arc::clone(&self.checkpoint),
             model: self.model.clone(),
             max_model_len: cpu_plan.map_or(wanted_len, |plan| plan.max_model_len),
             placement: self.placement,
@@ -275,7 +276,7 @@ impl EngineThread {
             max_num_seqs: self.options.max_num_seqs,
             graphs: self.options.graphs,
         };
-        let mut ranks = Ranks::load(&config, size)?;
+        let mut ranks = Ranks::load(&config, checkpoint, size)?;
         let plan = match cpu_plan {
             Some(plan) => plan,
             None => {
@@ -284,7 +285,7 @@ impl EngineThread {
             }
         };
         log_plan(
-            &*self.checkpoint,
+            &**checkpoint,
             &self.model,
             &plan,
             self.kv_dtype,

@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
@@ -36,7 +35,6 @@ pub(super) enum Placement {
 /// What every rank needs to start.
 #[derive(Clone)]
 pub(super) struct RunnerConfig {
-    pub(super) checkpoint: Arc<dyn ModelSource>,
     pub(super) model: ModelConfig,
     /// The longest sequence that may be asked for.
     pub(super) max_model_len: usize,
@@ -76,6 +74,7 @@ impl ModelRunner {
     /// Loads this rank's part; the KV cache comes with [`Self::allocate_kv_cache`].
     pub(super) fn load(
         config: &RunnerConfig,
+        checkpoint: &dyn ModelSource,
         comm: Comm,
     ) -> std::result::Result<Self, EngineError> {
         let world_size = comm.world_size();
@@ -93,9 +92,9 @@ impl ModelRunner {
                 world_size,
             })?,
         };
-        let num_parameters = config.checkpoint.num_parameters() as usize;
+        let num_parameters = checkpoint.num_parameters() as usize;
         kernels.reserve_weights(2 * num_parameters / world_size + WEIGHTS_SLACK)?;
-        let loader = Loader::new(&*config.checkpoint, &kernels, comm.rank(), world_size);
+        let loader = Loader::new(checkpoint, &kernels, comm.rank(), world_size);
         let decoder = Decoder::load(&loader, &config.model, config.max_model_len)?;
         kernels.synchronize()?;
         Ok(Self {

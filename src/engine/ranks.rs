@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use candle_core::Result;
 
 use crate::distributed::Comm;
+use crate::weights::ModelSource;
 
 use super::EngineError;
 use super::batch::StepInput;
@@ -32,6 +33,7 @@ impl Ranks {
     /// Loads every rank's part, all at once, and measures what memory is left.
     pub(super) fn load(
         config: &RunnerConfig,
+        checkpoint: &Arc<dyn ModelSource>,
         tensor_parallel_size: usize,
     ) -> std::result::Result<Self, EngineError> {
         let mut comms = Comm::local_group(tensor_parallel_size).into_iter();
@@ -45,13 +47,14 @@ impl Ranks {
         for comm in comms {
             let (sender, commands) = mpsc::channel();
             let (config, loaded) = (config.clone(), loaded.clone());
+            let checkpoint = Arc::clone(checkpoint);
             let thread = std::thread::Builder::new()
                 .name(format!("rank-{}", comm.rank()))
-                .spawn(move || run_rank(&config, comm, &loaded, &commands))
+                .spawn(move || run_rank(&config, checkpoint, comm, &loaded, &commands))
                 .map_err(|source| EngineError::Thread { source })?;
             others.push((sender, thread));
         }
-        let (first, memory) = load_and_measure(config, first_comm)?;
+        let (first, memory) = load_and_measure(config, &**checkpoint, first_comm)?;
         let mut memory = vec![memory];
         for _ in &others {
             // Every rank sends exactly once, or ends and leaves the channel short.
@@ -123,21 +126,26 @@ impl Drop for Ranks {
 
 fn load_and_measure(
     config: &RunnerConfig,
+    checkpoint: &dyn ModelSource,
     comm: Comm,
 ) -> std::result::Result<(ModelRunner, Memory), EngineError> {
-    let mut runner = ModelRunner::load(config, comm)?;
+    let mut runner = ModelRunner::load(config, checkpoint, comm)?;
     let memory = runner.measure_memory()?;
     Ok((runner, memory))
 }
 
 fn run_rank(
     config: &RunnerConfig,
+    checkpoint: Arc<dyn ModelSource>,
     comm: Comm,
     loaded: &mpsc::Sender<std::result::Result<Memory, EngineError>>,
     commands: &mpsc::Receiver<RankCommand>,
 ) {
     let rank = comm.rank();
-    let mut runner = match load_and_measure(config, comm) {
+    let loading = load_and_measure(config, &*checkpoint, comm);
+    // Files that nothing reads any more need not stay mapped.
+    drop(checkpoint);
+    let mut runner = match loading {
         Ok((runner, memory)) => {
             let _ = loaded.send(Ok(memory));
             runner

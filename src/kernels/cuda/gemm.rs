@@ -105,7 +105,9 @@ type Key = [usize; 5];
 #[derive(Default)]
 struct Plans {
     by_shape: HashMap<Key, Plan>,
-    /// The fastest algorithm of a class, under the key of its largest number of rows.
+    /// The fastest algorithm of a class, under the key of its largest number of rows. Whoever
+    /// comes first decides, which must be the largest: tiles are made for numbers of rows, and
+    /// one for 200 rows takes twice as long for 256 (measured).
     tuned: HashMap<Key, sys::cublasLtMatmulAlgo_t>,
 }
 
