@@ -73,18 +73,31 @@ gotmpl() { scripts/check_modelfile.sh; }
 # llama.cpp and others read the GGUF files of `infold merge`.
 gguf() { scripts/check_gguf_consumers.sh; }
 
-# The kernels through nvcc for every architecture, then the feature through clippy; candle's own
-# kernels take ten minutes the first time. Whoever has no toolkit gets one from wheels.
-cuda() {
-  if ! [[ -n ${CUDA_HOME:-} ]]; then
-    local exports
+# The kernels through nvcc for every architecture, then the feature through clippy. Whoever has no
+# toolkit gets one from wheels. In a folder of its own: it can run beside the other steps.
+cuda() (
+  if [[ -z ${CUDA_HOME:-} ]]; then
     exports=$(scripts/cuda_toolchain.sh target/cuda-toolkit) || {
       echo 'the CUDA toolkit cannot be installed from wheels'
-      return 77
+      exit 77
     }
     eval "$exports"
   fi
-  cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
+  CARGO_TARGET_DIR=target/cuda cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
+)
+
+# candle's own kernels take ten minutes on one core the first time: begun first, awaited last.
+begin_cuda() {
+  cuda_log=$(mktemp)
+  cuda >"$cuda_log" 2>&1 &
+  cuda_pid=$!
+}
+await_cuda() {
+  local status=0
+  wait "$cuda_pid" || status=$?
+  cat "$cuda_log"
+  rm -f "$cuda_log"
+  return "$status"
 }
 # A real model learns who it is; with a release build, as a user has it.
 quickstart() { scripts/quickstart.sh; }
@@ -111,6 +124,7 @@ start=$SECONDS
 for name in "${@:-all}"; do
   case $name in
     all)
+      begin_cuda
       step fmt fmt
       step clippy clippy
       step test tests
@@ -120,7 +134,7 @@ for name in "${@:-all}"; do
       step gotmpl gotmpl
       step gguf gguf
       step quickstart quickstart
-      step cuda cuda
+      step cuda await_cuda
       ;;
     fmt | clippy | doc | deny | clients | gotmpl | gguf | quickstart | cuda) step "$name" "$name" ;;
     test) step test tests ;;

@@ -75,6 +75,17 @@ pub enum EngineError {
         /// The wanted type.
         found: &'static str,
     },
+    /// A GPU keeps keys and values in the type that it computes in.
+    #[error(
+        "--kv-cache-dtype {found} on a GPU that computes in {computing}: keys and values have the same type \
+         there; use --kv-cache-dtype auto"
+    )]
+    UnsupportedKvCacheDtype {
+        /// The wanted type.
+        found: &'static str,
+        /// What the GPU computes in.
+        computing: &'static str,
+    },
     /// There are fewer GPUs than ranks.
     #[error(
         "--tensor-parallel-size {wanted} from GPU {first} on needs GPUs up to {}, CUDA sees {found} \
@@ -353,7 +364,16 @@ fn placement(
             _ => DType::F16,
         },
     };
-    Ok(Placement::Gpu { first, dtype })
+    let computing = match dtype {
+        DType::F16 => "float16",
+        _ => "bfloat16",
+    };
+    let refused = |found| Err(EngineError::UnsupportedKvCacheDtype { found, computing });
+    match options.kv_cache_dtype {
+        KvCacheDtype::F32 => refused("float32"),
+        KvCacheDtype::F16 if dtype != DType::F16 => refused("float16"),
+        KvCacheDtype::F16 | KvCacheDtype::Auto => Ok(Placement::Gpu { first, dtype }),
+    }
 }
 
 /// Returns the number of cores this process may use.

@@ -25,7 +25,7 @@ pub use chat_template::{
 };
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
-pub use nearest::nearest;
+pub use nearest::{likely, nearest};
 pub use stop_strings::{IncludeStopString, StopOutcome, StopStrings};
 pub use supervised::{
     IGNORE_INDEX, LearnedTurns, PromptLabels, SupervisedExample, SupervisedOptions,

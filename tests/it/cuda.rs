@@ -5,7 +5,9 @@
 
 use std::collections::HashMap;
 
-use infold::engine::{DeviceChoice, Dtype, EngineHandle, EngineOptions, Graphs, SamplingParams};
+use infold::engine::{
+    DeviceChoice, Dtype, EngineHandle, EngineOptions, Graphs, KvCacheDtype, SamplingParams,
+};
 use infold::kernels::Kernels;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -154,6 +156,7 @@ fn on_gpu(dtype: Dtype) -> EngineOptions {
     EngineOptions {
         device: DeviceChoice::Cuda(0),
         dtype,
+        kv_cache_dtype: KvCacheDtype::Auto,
         prefix_caching: false,
         max_num_seqs: 64,
         ..options()

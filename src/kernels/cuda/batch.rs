@@ -8,7 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{Result, bail};
 
 use super::super::{AttentionBatch, check};
-use super::driver::{Address, Buffer, Driver, Pinned};
+use super::driver::{Address, Driver};
+use super::memory::{Buffer, Pinned};
 
 /// Tokens that `attention_decode`'s split takes at least.
 const MIN_SPLIT_TOKENS: usize = 64;

@@ -14,6 +14,8 @@ use candle_core::{CudaDevice, Device, Result, bail};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+use super::memory::Buffer;
+
 /// The compiled kernels: a name and a fat binary for each file of this folder.
 static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
@@ -304,7 +306,7 @@ impl Driver {
         self.bind()?;
         // SAFETY: the pointer is used only as an address until something was written there.
         match unsafe { result::malloc_sync(num_bytes.max(16)) } {
-            Ok(address) => Ok(Buffer { address, num_bytes }),
+            Ok(address) => Ok(Buffer::new(address, num_bytes)),
             Err(error) => {
                 let (free, total) = self.memory().unwrap_or_default();
                 bail!(
@@ -319,7 +321,7 @@ impl Driver {
     pub(super) fn allocate_zeroed(&self, num_bytes: usize) -> Result<Buffer> {
         let buffer = self.allocate(num_bytes)?;
         // SAFETY: just allocated.
-        unsafe { self.zero(buffer.address, num_bytes)? };
+        unsafe { self.zero(buffer.address(), num_bytes)? };
         Ok(buffer)
     }
 
@@ -376,78 +378,6 @@ impl Driver {
         told(name, unsafe {
             result::function::set_function_attribute(function, attribute, num_bytes as i32)
         })
-    }
-}
-
-/// Memory of the GPU that belongs to one owner.
-pub(super) struct Buffer {
-    address: Address,
-    num_bytes: usize,
-}
-
-impl Buffer {
-    /// Returns where it begins.
-    pub(super) fn address(&self) -> Address {
-        self.address
-    }
-
-    /// Returns its length.
-    pub(super) fn num_bytes(&self) -> usize {
-        self.num_bytes
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // Waits for the GPU, so nothing reads it any more. An error has been reported before.
-        // SAFETY: allocated by `Driver::allocate` and freed once.
-        let _ = unsafe { result::free_sync(self.address) };
-    }
-}
-
-/// Host memory that the GPU reads and writes directly, `T` of it.
-pub(super) struct Pinned<T> {
-    start: *mut T,
-    len: usize,
-}
-
-// SAFETY: owned memory, nothing else.
-unsafe impl<T: Send> Send for Pinned<T> {}
-
-impl<T: Copy + Default> Pinned<T> {
-    /// Allocates `len` values.
-    pub(super) fn new(driver: &Driver, len: usize) -> Result<Self> {
-        driver.bind()?;
-        let num_bytes = len.max(1) * size_of::<T>();
-        // SAFETY: filled below before anything reads it.
-        let start = told("allocate pinned memory", unsafe {
-            result::malloc_host(num_bytes, 0)
-        })?;
-        let start: *mut T = start.cast();
-        for i in 0..len {
-            // SAFETY: inside the allocation.
-            unsafe { start.add(i).write(T::default()) };
-        }
-        Ok(Self { start, len })
-    }
-
-    /// Returns the values.
-    pub(super) fn get(&self) -> &[T] {
-        // SAFETY: initialised by `new`, owned by `self`.
-        unsafe { std::slice::from_raw_parts(self.start, self.len) }
-    }
-
-    /// Returns the values for writing.
-    pub(super) fn get_mut(&mut self) -> &mut [T] {
-        // SAFETY: as `get`, borrowed alone.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
-    }
-}
-
-impl<T> Drop for Pinned<T> {
-    fn drop(&mut self) {
-        // SAFETY: allocated by `new`, freed once.
-        let _ = unsafe { result::free_host(self.start.cast()) };
     }
 }
 

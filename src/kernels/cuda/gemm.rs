@@ -15,7 +15,8 @@ use candle_core::{DType, Result, bail};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
-use super::driver::{Address, Arg, Buffer, Driver, Geometry};
+use super::driver::{Address, Arg, Driver, Geometry};
+use super::memory::Buffer;
 use super::weights::type_name;
 
 const WORKSPACE_BYTES: usize = 64 << 20;

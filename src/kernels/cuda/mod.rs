@@ -1,15 +1,16 @@
 //! The kernels on a GPU: our own CUDA kernels (the `.cu` files of this folder, see its README)
 //! and cuBLASLt. Activations are `f16` or `bf16` tensors on candle's device, logits `f32`.
 //!
-//! `driver` is the GPU (streams, launches, memory, graphs), `weights` loads matrices,
-//! `activations` is where results go, `batch`
-//! stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels, `sampler`
-//! draws tokens, `peers` are the collectives of several GPUs. `unsafe` code stays in this folder.
+//! `driver` is the GPU (streams, launches, graphs), `memory` what owns memory, `weights` loads
+//! matrices, `activations` is where results go, `batch` stages a step's integers, `gemm`
+//! multiplies, `paged` is the KV cache with its kernels, `sampler` draws tokens, `peers` are the
+//! collectives of several GPUs. `unsafe` code stays in this folder.
 
 mod activations;
 mod batch;
 mod driver;
 mod gemm;
+mod memory;
 mod paged;
 mod peers;
 mod sampler;

@@ -6,7 +6,8 @@ use candle_core::{Result, Tensor, bail};
 
 use super::super::{RopeAndCache, check};
 use super::batch::Staged;
-use super::driver::{Address, Arg, Buffer, Driver, Geometry, Pinned};
+use super::driver::{Address, Arg, Driver, Geometry};
+use super::memory::{Buffer, Pinned};
 use super::{DType, Gpu};
 
 /// Blocks of `attention_decode` on a multiprocessor at a time (measured: docs/gpu_log.md).

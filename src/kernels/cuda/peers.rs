@@ -11,7 +11,8 @@ use candle_core::{DType, Result, Tensor, bail};
 use cudarc::driver::{result, sys};
 
 use super::super::check;
-use super::driver::{Address, Arg, Buffer, Driver, Geometry, Pinned, told};
+use super::driver::{Address, Arg, Driver, Geometry, told};
+use super::memory::{Buffer, Pinned};
 use super::{Gpu, norm_geometry};
 
 const MAX_RANKS: usize = 8;

@@ -6,7 +6,8 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::super::{Draw, DrawOutcome, Drawn};
 use super::Gpu;
-use super::driver::{Address, Arg, Buffer, Driver, Geometry, Pinned};
+use super::driver::{Address, Arg, Driver, Geometry};
+use super::memory::{Buffer, Pinned};
 
 /// Most likely tokens that a row reports at most: vLLM's `--max-logprobs`.
 pub(in crate::kernels) const MAX_TOP: usize = 20;

@@ -7,7 +7,8 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Result, bail};
 
 use super::super::cpu::{self, Cpu, CpuMatrix};
-use super::driver::{Address, Arg, Buffer, Driver, Geometry};
+use super::driver::{Address, Arg, Driver, Geometry};
+use super::memory::Buffer;
 
 /// Bytes of an arena's chunk when nothing else is asked for.
 const CHUNK_BYTES: usize = 256 << 20;

@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use crate::text::nearest;
+
 use super::tools::ToolFormat;
 use super::{Slot, TextError, Thinking, ThoughtHistory, TrainingTemplate};
 
@@ -148,15 +150,9 @@ pub(super) static TEMPLATES: [TrainingTemplate; 10] = [
 /// Finds a template by name.
 pub(super) fn find(name: &str) -> Result<&'static TrainingTemplate, TextError> {
     let found = TEMPLATES.iter().find(|template| template.name == name);
-    found.ok_or_else(|| {
-        let nearest = TEMPLATES
-            .iter()
-            .map(|template| (strsim::jaro_winkler(name, template.name), template.name))
-            .max_by(|left, right| left.0.total_cmp(&right.0));
-        TextError::UnknownTrainingTemplate {
-            name: name.to_owned(),
-            nearest: nearest.map_or("", |(_, name)| name),
-            known: TrainingTemplate::names().collect::<Vec<_>>().join(", "),
-        }
+    found.ok_or_else(|| TextError::UnknownTrainingTemplate {
+        name: name.to_owned(),
+        nearest: nearest(name, TrainingTemplate::names()).unwrap_or_default(),
+        known: TrainingTemplate::names().collect::<Vec<_>>().join(", "),
     })
 }

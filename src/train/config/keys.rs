@@ -4,7 +4,8 @@
 //! A key that changes what is learned is either read or refused; one that only steers Python,
 //! another stage or another program is accepted with a note.
 
-use super::super::dataset::nearest;
+use crate::text::likely;
+
 use super::settings::{Setting, Settings, as_bool, as_f64};
 use super::{ConfigError, key_table};
 
@@ -69,7 +70,7 @@ pub(super) fn check_keys(settings: &mut Settings) -> Result<Vec<String>, ConfigE
 
 fn unknown(key: &str, setting: &Setting) -> String {
     let origin = &setting.origin;
-    match nearest(key, known_keys()) {
+    match likely(key, known_keys()) {
         Some(near) => format!("`{key}` ({origin}); did you mean `{near}`?"),
         None => format!("`{key}` ({origin})"),
     }

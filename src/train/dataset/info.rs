@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::text::likely;
+
 use super::DataError;
 
 /// How rows spell conversations.
@@ -262,7 +264,7 @@ impl Info {
 
     fn undefined(&self, name: &str) -> DataError {
         let keys: Vec<&str> = self.entries.keys().map(String::as_str).collect();
-        let suggestion = nearest(name, keys.iter().copied())
+        let suggestion = likely(name, keys.iter().copied())
             .map(|near| format!("; did you mean \"{near}\"?"))
             .unwrap_or_default();
         DataError::Undefined {
@@ -428,7 +430,7 @@ fn object<'a>(
 fn check_keys(entry: &Map<String, Value>, known: &[&str], prefix: &str) -> Result<(), String> {
     match entry.keys().find(|key| !known.contains(&key.as_str())) {
         None => Ok(()),
-        Some(key) => Err(match nearest(key, known.iter().copied()) {
+        Some(key) => Err(match likely(key, known.iter().copied()) {
             Some(near) => format!("unknown key `{prefix}{key}`; did you mean `{near}`?"),
             None => format!(
                 "unknown key `{prefix}{key}`; there are {}",
@@ -436,16 +438,4 @@ fn check_keys(entry: &Map<String, Value>, known: &[&str], prefix: &str) -> Resul
             ),
         }),
     }
-}
-
-/// Returns the candidate that `word` is most likely a misspelling of.
-pub(in crate::train) fn nearest<'a>(
-    word: &str,
-    candidates: impl Iterator<Item = &'a str>,
-) -> Option<&'a str> {
-    candidates
-        .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
-        .filter(|(similarity, _)| *similarity > 0.8)
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .map(|(_, candidate)| candidate)
 }

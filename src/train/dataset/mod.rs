@@ -27,7 +27,6 @@ use numpy::{RandomState, default_rng_permutation};
 pub use convert::DropReason;
 pub use error::DataError;
 pub use file::RowId;
-pub(super) use info::nearest;
 pub use report::{DatasetReport, Dropped};
 
 /// Which data sets to read, and how much of them.
