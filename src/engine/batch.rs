@@ -1,6 +1,6 @@
 //! A scheduled batch laid out as the integers that the model reads: plain vectors, no tensor.
 
-use crate::kernels::{AttentionBatch, Draw};
+use crate::kernels::{AttentionBatch, Draw, NO_SLOT};
 
 use super::scheduler::{ScheduledBatch, Scheduler};
 use super::sequence::{Sequence, SequenceId};
@@ -101,7 +101,8 @@ impl StepInput {
                 .cu_blocks
                 .push(attention.block_tables.len() as u32);
             for position in 0..end - start {
-                attention.positions.push((position % block_size) as u32);
+                // The first: a short --max-model-len has no other in its rotary tables.
+                attention.positions.push(0);
                 attention.slot_mapping.push((position % block_size) as u32);
             }
             input.logits_rows.push(end as u32 - 1);
@@ -122,8 +123,7 @@ impl StepInput {
                 block_tables: vec![0; num_sequences],
                 cu_blocks: counts.clone(),
                 positions: vec![0; num_sequences],
-                // No slot: as a bucket's padding.
-                slot_mapping: vec![u32::MAX; num_sequences],
+                slot_mapping: vec![NO_SLOT; num_sequences],
                 staged: None,
             },
             logits_rows: counts[..num_sequences].to_vec(),

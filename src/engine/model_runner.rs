@@ -212,8 +212,11 @@ impl ModelRunner {
             .and_then(|num| self.config.graphs.bucket(num))
             .map(|bucket| bucket.min(self.config.max_num_seqs));
         let mut batch = input.attention.clone();
+        let Some(kv) = self.kv_cache.first() else {
+            candle_core::bail!("a step before the KV cache");
+        };
         self.kernels
-            .stage(&input.input_ids, &mut batch, &input.logits_rows, bucket)?;
+            .stage(&input.input_ids, &mut batch, &input.logits_rows, bucket, kv)?;
         if let Some(bucket) = bucket {
             let logits = self.run_bucket(bucket, input, &batch)?;
             return self.read_rows(&logits, 0..num_rows, input, &mut on_row);

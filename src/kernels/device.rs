@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::cuda::{self, Gpu};
-use super::{AttentionBatch, Kernels, KvBlocks, KvData, Matrix, MatrixData};
+use super::{AttentionBatch, Kernels, KvBlocks, KvData, Matrix, MatrixData, check, check_batch};
 
 /// What [`Kernels::cuda`] opens a GPU for.
 #[derive(Debug, Clone, Copy)]
@@ -129,7 +129,10 @@ pub struct Staged(pub(super) cuda::Staged);
 /// A recorded run of kernels.
 pub struct Graph(cuda::Graph);
 
-/// Most alternatives that a [`Draw`] can report.
+/// A slot of no block: on a GPU the token's keys and values are not kept.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// Most alternatives that a [`Draw`] can report: vLLM's `--max-logprobs`.
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
 impl Kernels {
@@ -230,20 +233,34 @@ impl Kernels {
     }
 
     /// Uploads a step's integers, after the step before has run; with a `bucket`, padded to that
-    /// many sequences of one token each. On the CPU nothing happens.
+    /// many sequences of one token each. `kv` is any layer of the cache that the step works on; a
+    /// token whose slot is [`NO_SLOT`] writes nothing there. On the CPU nothing happens.
     ///
     /// # Errors
-    /// When the step exceeds the [`DeviceOptions`].
+    /// When the step exceeds the [`DeviceOptions`], lists do not fit together, or a block, slot or
+    /// position does not exist.
     pub fn stage(
         &self,
         input_ids: &[u32],
         batch: &mut AttentionBatch,
         logits_rows: &[u32],
         bucket: Option<usize>,
+        kv: &KvBlocks,
     ) -> Result<()> {
         let Some(gpu) = &self.gpu else {
             return Ok(());
         };
+        let num_tokens = input_ids.len();
+        let cache = [kv.num_blocks(), kv.block_size()];
+        check_batch(batch, cache, num_tokens)?;
+        check::has_len("slot_mapping", batch.slot_mapping.len(), num_tokens)?;
+        let mut slots = batch.slot_mapping.iter();
+        if let Some(slot) =
+            slots.find(|&&slot| slot != NO_SLOT && slot as usize >= cache[0] * cache[1])
+        {
+            bail!("slot {slot} in a cache of {cache:?} blocks and tokens of a block");
+        }
+        check::all_below("row of logits", logits_rows, num_tokens)?;
         let staged = gpu.stage(&cuda::StepArrays {
             input_ids,
             attention: batch,
@@ -361,22 +378,14 @@ impl Kernels {
         }
     }
 
-    /// Copies the first `num_rows` rows of `f32 [rows, width]` to the host, flat.
+    /// Copies the first `num_rows` rows of `f32 [rows, width]` from the GPU to the host, flat.
     ///
     /// # Errors
-    /// When the tensor is of another type.
+    /// On the CPU, or when the tensor is of another type.
     pub fn read_rows(&self, tensor: &Tensor, num_rows: usize) -> Result<Vec<f32>> {
         match &self.gpu {
             Some(gpu) => gpu.read_rows(tensor, num_rows),
-            None => {
-                let (storage, layout) = tensor.storage_and_layout();
-                match (&*storage, layout.contiguous_offsets()) {
-                    (Storage::Cpu(CpuStorage::F32(values)), Some((start, _))) => {
-                        Ok(values[start..start + num_rows * tensor.dims()[1]].to_vec())
-                    }
-                    _ => bail!("expected contiguous f32 rows, got {tensor:?}"),
-                }
-            }
+            None => bail!("rows on the CPU need no copy"),
         }
     }
 

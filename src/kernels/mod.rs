@@ -37,7 +37,8 @@ use std::sync::Arc;
 
 pub use cpu::{SimdLevel, keep_freed_memory};
 pub use device::{
-    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, Staged, vocab_part_len,
+    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, NO_SLOT, Staged,
+    vocab_part_len,
 };
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 
@@ -525,7 +526,7 @@ impl Kernels {
         }
         let width = num_heads * kv.head_dim;
         let num_tokens = check::rows_of("q", q, width)?;
-        check_batch(batch, kv, num_tokens)?;
+        check_batch(batch, [kv.num_blocks, kv.block_size], num_tokens)?;
         let q = F32View::new("q", q)?;
         let inputs = AttentionInputs {
             q: q.get(),
@@ -545,7 +546,12 @@ fn norm_weight(weight: &Tensor, width: usize) -> Result<F32View<'_>> {
     F32View::shaped("the norm's weight", weight, &[width])
 }
 
-fn check_batch(batch: &AttentionBatch, kv: &CpuKv, num_tokens: usize) -> Result<()> {
+/// Checks a batch of `num_tokens` tokens against a cache of `[blocks, tokens of a block]`.
+fn check_batch(
+    batch: &AttentionBatch,
+    [num_blocks, block_size]: [usize; 2],
+    num_tokens: usize,
+) -> Result<()> {
     let num_sequences = batch.context_lens.len();
     let num_table_blocks = batch.block_tables.len();
     check::is_offsets(
@@ -561,13 +567,13 @@ fn check_batch(batch: &AttentionBatch, kv: &CpuKv, num_tokens: usize) -> Result<
         num_table_blocks,
     )?;
     check::has_len("positions", batch.positions.len(), num_tokens)?;
-    check::all_below("block", &batch.block_tables, kv.num_blocks)?;
+    check::all_below("block", &batch.block_tables, num_blocks)?;
     let tokens = batch.cu_seqlens_q.windows(2);
     let blocks = batch.cu_blocks.windows(2);
     for ((tokens, blocks), &context_len) in tokens.zip(blocks).zip(&batch.context_lens) {
         let positions = &batch.positions[tokens[0] as usize..tokens[1] as usize];
         check::all_below("position", positions, context_len as usize)?;
-        let num_slots = (blocks[1] - blocks[0]) as usize * kv.block_size;
+        let num_slots = (blocks[1] - blocks[0]) as usize * block_size;
         if num_slots < context_len as usize {
             bail!("a context of {context_len} tokens in blocks of {num_slots}");
         }

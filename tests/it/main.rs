@@ -10,6 +10,7 @@ mod chat_templates;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod engine_invariance;
+mod fake_hub;
 mod gguf_export;
 mod hub;
 mod merge;

@@ -38,6 +38,7 @@ pub(in crate::kernels) struct Staged {
     /// Sequences of more than one token.
     pub(super) num_prefills: usize,
     pub(super) num_splits: usize,
+    pub(super) max_position: usize,
     pub(super) ids: Address,
     pub(super) positions: Address,
     pub(super) slots: Address,
@@ -124,6 +125,7 @@ impl Stage {
             num_prefill_tokens: lens.clone().filter(|&len| len > 1).sum(),
             num_prefills: lens.filter(|&len| len > 1).count(),
             num_splits,
+            max_position: batch.positions.iter().copied().max().unwrap_or(0) as usize,
             ids: writer.put(step.input_ids, num_tokens, 0)?,
             positions: writer.put(&batch.positions, num_tokens, 0)?,
             slots: writer.put(&batch.slot_mapping, num_tokens, -1)?,

@@ -26,7 +26,7 @@ use half::{bf16, f16};
 
 use super::check;
 use super::cpu::Cpu;
-use super::{DeviceOptions, RopeAndCache, vocab_part_len};
+use super::{DeviceOptions, vocab_part_len};
 use activations::{Activations, Lifetime};
 use batch::{Limits, Stage};
 use driver::{Address, Arg, Driver, Geometry};
@@ -377,17 +377,6 @@ impl Gpu {
         ];
         self.by_columns("gather_rows", width, rows.len(), &args)?;
         Ok(tensor)
-    }
-
-    /// Rotates, caches and returns the queries of the staged step.
-    pub(super) fn rope_and_cache(
-        &self,
-        qkv: &Tensor,
-        args: &RopeAndCache<'_>,
-        staged: &Staged,
-        kv: &GpuKv,
-    ) -> Result<Tensor> {
-        self.rope(qkv, args, staged, kv)
     }
 
     /// Launches a kernel whose threads take 8 columns of a row each.

@@ -152,7 +152,8 @@ impl Gpu {
         Ok(())
     }
 
-    pub(super) fn rope(
+    /// Norms, rotates and caches the staged step's keys, and returns its queries.
+    pub(in crate::kernels) fn rope_and_cache(
         &self,
         qkv: &Tensor,
         args: &RopeAndCache<'_>,
@@ -169,6 +170,13 @@ impl Gpu {
         }
         let num_tokens = check::rows_of("qkv", qkv, all_heads * head_dim)?;
         check::has_len("the staged step", staged.num_tokens, num_tokens)?;
+        if staged.max_position >= args.cos.dims()[0] {
+            bail!(
+                "position {} is not below {}",
+                staged.max_position,
+                args.cos.dims()[0]
+            );
+        }
         let (tensor, out) = self.new_tensor([num_tokens, num_heads * head_dim])?;
         let norm = |weight: Option<&Tensor>| match weight {
             Some(weight) => self.address("a head's norm", weight, self.dtype),

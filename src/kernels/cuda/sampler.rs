@@ -4,13 +4,11 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::super::{Draw, DrawOutcome, Drawn};
+use super::super::{Draw, DrawOutcome, Drawn, MAX_TOP_LOGPROBS as MAX_TOP};
 use super::Gpu;
 use super::driver::{Address, Arg, Driver, Geometry};
 use super::memory::{Buffer, Pinned};
 
-/// Most likely tokens that a row reports at most: vLLM's `--max-logprobs`.
-pub(in crate::kernels) const MAX_TOP: usize = 20;
 /// Words of `SamplingParams` in sampler.cu.
 const PARAMS_WORDS: usize = 18;
 /// Biases of all rows of a step.
