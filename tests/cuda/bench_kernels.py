@@ -11,9 +11,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from driver import Kernels, int64, median_us
-from test_kernels import DEFAULTS, GEMM_FORMS, LOG2E, Batch, SamplerRun, ints, random
+from test_kernels import (DEFAULTS, GEMM_FORMS, LOG2E, Batch, Prefill, SamplerRun, ints,
+                          prefill_forms, random)
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, LAYERS = 3584, 28, 4, 128, 18944, 152064, 28
 QKV = (HEADS + 2 * KV_HEADS) * DIM
@@ -109,23 +111,29 @@ def decode(kernels, ceilings):
 
 
 def prefill(kernels, ceilings):
-    print("prefill attention: sequences × tokens: µs, TFLOP/s; torch SDPA (contiguous)")
-    for count, tokens in [(1, 2048), (4, 1024), (16, 512), (1, 8192)]:
-        batch = Batch([(tokens, tokens)] * count, HEADS, KV_HEADS, DIM, DTYPE, 4)
+    print("prefill attention: sequences × new tokens (+ cached): µs, TFLOP/s of each form; "
+          "torch SDPA (contiguous)")
+    for count, tokens, cached in [(1, 2048, 0), (4, 1024, 0), (8, 512, 0), (1, 8192, 0),
+                                  (1, 512, 4096)]:
+        batch = Batch([(tokens, cached + tokens)] * count, HEADS, KV_HEADS, DIM, DTYPE, 4)
         out = torch.empty_like(batch.q)
-        tiles = -(-tokens * 7 // 128) * count
-        run = lambda: kernels.launch(
-            f"attention_prefill_{NAME}_128", [KV_HEADS, tiles], 128, out, batch.q, *batch.caches,
-            *batch.tables(), DIM**-0.5 * LOG2E, count, 2, HEADS, KV_HEADS, 4,
-            shared_bytes=768 * DIM)
-        time = median_us([run] * 5)
-        flops = 2 * count * tokens * tokens * HEADS * DIM
+        flops = 4 * count * (tokens * cached + tokens * tokens // 2) * HEADS * DIM
+        cells = []
+        for form in prefill_forms(kernels, NAME):
+            job = Prefill(kernels, form, NAME, batch, 2)
+            time = median_us([lambda: job.run(out, batch.q)] * 5)
+            cells.append(f"{form.strip('_') or 'mma.sync'} {time:.0f} {flops / time / 1e6:.0f}")
         q = random(count, HEADS, tokens, DIM, dtype=DTYPE)
-        k, v = (random(count, KV_HEADS, tokens, DIM, dtype=DTYPE) for _ in range(2))
-        base = median_us([lambda: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True)] * 5)
-        print(f"{count:2} × {tokens}: {time:.0f} {flops / time / 1e6:.0f} | torch {base:.0f} "
-              f"{flops / base / 1e6:.0f}", flush=True)
+        k, v = (random(count, KV_HEADS, cached + tokens, DIM, dtype=DTYPE) for _ in range(2))
+        if cached:
+            # The flash kernel takes this mask, but not with fewer heads of keys.
+            k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+            mask = dict(attn_mask=causal_lower_right(tokens, cached + tokens))
+        else:
+            mask = dict(is_causal=True, enable_gqa=True)
+        base = median_us([lambda: F.scaled_dot_product_attention(q, k, v, **mask)] * 5)
+        print(f"{count:2} × {tokens} + {cached}: " + " | ".join(cells) +
+              f" | torch {base:.0f} {flops / base / 1e6:.0f}", flush=True)
 
 
 def small(kernels, ceilings):

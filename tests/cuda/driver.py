@@ -41,6 +41,28 @@ def int64(value):
     return ctypes.c_int64(value)
 
 
+class TensorMap(ctypes.Structure):
+    """A CUtensorMap, which kernels take by value."""
+
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
+def tensor_map(matrix, box):
+    """Describes a row-major matrix of 16-bit elements whose boxes [rows, columns] TMA copies with
+    the 128-byte swizzle; zeros beyond the matrix."""
+    assert matrix.element_size() == 2 and matrix.is_contiguous() and matrix.dim() == 2
+    rows, columns = matrix.shape
+    uint16, no_interleave, swizzle_128b, promote_256b, fill_zero = 1, 0, 3, 3, 0
+    room = ctypes.create_string_buffer(256)
+    start = -(-ctypes.addressof(room) // 128) * 128
+    check(cuda.cuTensorMapEncodeTiled(
+        ctypes.c_void_p(start), uint16, 2, ctypes.c_void_p(matrix.data_ptr()),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns),
+        (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1), no_interleave,
+        swizzle_128b, promote_256b, fill_zero), "cuTensorMapEncodeTiled")
+    return TensorMap.from_buffer_copy(ctypes.string_at(start, 128))
+
+
 def _argument(value):
     if value is None:
         return ctypes.c_void_p(0)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import reference
-from driver import Kernels, int64, relative_error
+from driver import Kernels, int64, relative_error, tensor_map
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # Twice the rounding of the output, relative to the norm of the whole.
@@ -209,6 +209,7 @@ class Batch:
 
     def __init__(self, lens, heads, kv_heads, dim, dtype, shift, scale=1.0):
         self.lens = lens  # (query_len, context_len)
+        self.heads, self.kv_heads, self.dim, self.shift = heads, kv_heads, dim, shift
         size = 1 << shift
         num_blocks = [-(-context // size) for _, context in lens]
         total = sum(num_blocks) + 3
@@ -279,36 +280,114 @@ def test_attention_decode(kernels, name, dtype):
             assert_steady(run, [out], f"decode {dim}")
 
 
+class Prefill:
+    """Launches of a prefill attention: `form` is "" or "_wgmma" (compute capability 9.0)."""
+
+    def __init__(self, kernels, form, name, batch, min_query, num_blocks=None):
+        self.kernels, self.form, self.batch, self.min_query = kernels, form, batch, min_query
+        self.name = f"attention_prefill{form}_{name}_{batch.dim}"
+        tokens, group = batch.q.shape[0], batch.heads // batch.kv_heads
+        tiles = -(-tokens * group // 128) + len(batch.lens)
+        if form:
+            multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+            self.grid = [num_blocks or min(multiprocessors, tiles * batch.kv_heads)]
+            self.cache = [tensor_map(cache.view(-1, batch.dim), (16, 64)) for cache in batch.caches]
+            self.counters = torch.zeros(2, device="cuda", dtype=torch.int32)
+        else:
+            self.grid = [batch.kv_heads, tiles]
+            self.cache = batch.caches
+
+    def run(self, out, q):
+        batch, dim = self.batch, self.batch.dim
+        self.kernels.launch(
+            self.name, self.grid, 384 if self.form else 128, out, q, *self.cache, *batch.tables(),
+            *([self.counters] if self.form else []), dim**-0.5 * LOG2E, len(batch.lens),
+            self.min_query, batch.heads, batch.kv_heads, batch.shift,
+            shared_bytes=1536 * dim + 1024 if self.form else 768 * dim)
+
+
+def prefill_forms(kernels, name):
+    """The forms that this folder of cubins and GPU have."""
+    forms = [form for form in ["", "_wgmma"]
+             if f"attention_prefill{form}_{name}_128" in kernels.functions]
+    assert forms, "no attention_prefill among the cubins"
+    return forms
+
+
+def check_prefill(batch, out, want, name, min_query, what):
+    start = 0
+    for query, context in batch.lens:
+        rows = slice(start, start + query)
+        if query >= min_query:
+            assert_close(out[rows], want[rows], name, f"{what} {query} of {context}")
+        elif query:
+            assert out[rows].isnan().all(), f"{what} wrote a decode's row"
+        start += query
+
+
+PREFILL_LENS = [
+    [(1, 1), (64, 64), (33, 500), (1, 700), (0, 0), (200, 200), (5, 5)],
+    [(700, 700)],
+    [(130, 1500), (300, 301)] + [(2, 40)] * 40 + [(19, 19)],
+    [(128, 128), (1, 128), (129, 256), (127, 127), (16, 144), (2, 129)],
+    [(300, 4200), (1, 4096), (17, 4097)],
+]
+
+
 def test_attention_prefill(kernels, name, dtype):
-    groups = [(28, 4), (4, 4), (12, 1)]
-    for dim, (heads, kv_heads), shift in shapes_of([128, 64], groups, [4, 6]):
-        for lens, min_query in shapes_of([
-            [(1, 1), (64, 64), (33, 500), (1, 700), (0, 0), (200, 200), (5, 5)],
-            [(700, 700)],
-            [(130, 1500), (300, 301)] + [(2, 40)] * 40 + [(19, 19)],
-        ], [1, 2]):
+    caches = [(28, 4, 4), (28, 4, 5), (28, 4, 6), (4, 4, 4), (12, 1, 5), (16, 4, 4), (16, 1, 6)]
+    for dim, (heads, kv_heads, shift) in shapes_of([128, 64], caches):
+        for lens, min_query in shapes_of(PREFILL_LENS, [1, 2]):
             batch = Batch(lens, heads, kv_heads, dim, dtype, shift, scale=2.0)
+            want = batch.want(dim**-0.5)
+            for form in prefill_forms(kernels, name):
+                job = Prefill(kernels, form, name, batch, min_query)
+                out = poisoned(*batch.q.shape, dtype=dtype)
+                job.run(out, batch.q)
+                what = f"prefill{form} {heads}/{kv_heads} x {dim}, block {1 << shift},"
+                check_prefill(batch, out, want, name, min_query, what)
+                assert_steady(lambda: job.run(out, batch.q), [out], what,
+                              100 if shift == 4 else 10)
+
+
+def test_prefill_wgmma_gives_the_same_on_any_grid(kernels, name, dtype):
+    if "_wgmma" not in prefill_forms(kernels, name):
+        return
+    for dim, lens in shapes_of([128, 64], PREFILL_LENS):
+        batch = Batch(lens, 28, 4, dim, dtype, 4, scale=2.0)
+        want = None
+        for num_blocks in [None, 1, 3, 50, 1000]:
+            job = Prefill(kernels, "_wgmma", name, batch, 1, num_blocks)
             out = poisoned(*batch.q.shape, dtype=dtype)
-            tokens = batch.q.shape[0]
-            tiles = -(-tokens * (heads // kv_heads) // 128) + len(lens)
-            scale = dim**-0.5
+            job.run(out, batch.q)
+            want = out if want is None else want
+            assert torch.equal(out, want), f"prefill_wgmma {dim} on {num_blocks} blocks"
+            assert (job.counters == 0).all(), "prefill_wgmma left its counters"
 
-            def run():
-                kernels.launch(f"attention_prefill_{name}_{dim}", [kv_heads, tiles], 128, out,
-                               batch.q, *batch.caches, *batch.tables(), scale * LOG2E,
-                               len(lens), min_query, heads, kv_heads, shift,
-                               shared_bytes=768 * dim)
 
-            run()
-            want, start = batch.want(scale), 0
-            for query, context in lens:
-                rows = slice(start, start + query)
-                if query >= min_query:
-                    assert_close(out[rows], want[rows], name, f"prefill {dim} {query}")
-                elif query:
-                    assert out[rows].isnan().all(), "prefill wrote a decode's row"
-                start += query
-            assert_steady(run, [out], f"prefill {dim}", 100 if shift == 4 else 10)
+def test_overlapped_prefills_change_nothing(kernels, name, dtype):
+    """Each launch's queries are the one's before results."""
+    batch = Batch([(300, 700), (2, 9), (128, 128)], 28, 4, 128, dtype, 4)
+    for form in prefill_forms(kernels, name):
+        job = Prefill(kernels, form, name, batch, 1)
+        outs = [poisoned(*batch.q.shape, dtype=dtype) for _ in range(6)]
+
+        def chain():
+            for q, out in zip([batch.q] + outs, outs):
+                job.run(out, q)
+
+        chain()
+        want = outs[-1].clone()
+        assert want.isfinite().all(), "the chain's result"
+        graph = torch.cuda.CUDAGraph()
+        kernels.overlap = True
+        try:
+            with torch.cuda.graph(graph):
+                chain()
+        finally:
+            kernels.overlap = False
+        assert_steady(graph.replay, outs, f"overlapped prefill{form}")
+        assert torch.equal(outs[-1], want), f"overlapped launches change prefill{form}"
 
 
 def test_overlapped_launches_change_nothing(kernels, name, dtype):

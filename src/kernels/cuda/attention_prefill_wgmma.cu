@@ -422,7 +422,6 @@ __device__ __forceinline__ void release(const uint64_t &barrier) {
 template <typename T, int D>
 __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &step,
                                        const Job &job, int slot, int num_used, int multiplier) {
-    constexpr int PANEL_BYTES = Shared<D>::PANEL_BYTES;
     constexpr int TILE_BYTES = Shared<D>::TILE_BYTES;
     Barriers &barriers = *shared.barriers;
     const int first_position = job.context_len - job.query_len;
@@ -430,10 +429,10 @@ __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &s
     // From here on a row may not see all keys of a tile.
     const int first_masked = (first_position + step.token_of(job.tile, 0) + 1) / KEYS;
     const uint64_t queries = matrix_descriptor(
-        shared_address(shared.queries(slot)) + multiplier * MULTIPLIER_ROWS * PANEL_ROW_BYTES,
-        PANEL_BYTES);
-    const uint64_t keys = matrix_descriptor(shared_address(shared.keys(0)), PANEL_BYTES);
-    const uint64_t values = matrix_descriptor(shared_address(shared.values(0)), PANEL_BYTES);
+        shared_address(shared.queries(slot)) + multiplier * MULTIPLIER_ROWS * PANEL_ROW_BYTES, 16);
+    const uint64_t keys = matrix_descriptor(shared_address(shared.keys(0)), 16);
+    const uint64_t values =
+        matrix_descriptor(shared_address(shared.values(0)), Shared<D>::PANEL_BYTES);
 
     Rows rows;
 #pragma unroll
@@ -589,7 +588,8 @@ __device__ __forceinline__ void attention_prefill_wgmma(const Step<T> &step) {
 }
 
 #define ENTRY(T, SUFFIX, D)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_wgmma_##SUFFIX##_##D( \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                       \
+        attention_prefill_wgmma_##SUFFIX##_##D(                                                    \
         T *out, const T *q, const __grid_constant__ TensorMap key_map,                             \
         const __grid_constant__ TensorMap value_map, const int *cu_seqlens_q,                      \
         const int *context_lens, const int *block_tables, const int *cu_blocks,                    \

@@ -18,7 +18,7 @@ constexpr int PANEL_COLUMNS = 64;
 constexpr int SWIZZLE_BYTES = 8 * PANEL_ROW_BYTES;
 
 // CUtensorMap, passed by value as __grid_constant__.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
     char bytes[128];
 };
 
@@ -41,7 +41,8 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
 }
 // Arrives and lets the phase wait for `num_bytes` that TMA brings.
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int num_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     barrier),
                  "r"(num_bytes)
                  : "memory");
 }
@@ -112,8 +113,9 @@ __device__ __forceinline__ void copy_box(uint32_t target, const TensorMap *map, 
                  : "memory");
 }
 
-// Describes a matrix of panels: 8 rows further on are SWIZZLE_BYTES, and where rows are the
-// product's inner dimension (values) the next panel is `panel_bytes` away.
+// Describes a matrix of panels: 8 rows further on are SWIZZLE_BYTES. Where rows are the product's
+// inner dimension (values) the next panel is `panel_bytes` away; elsewhere that has no meaning
+// and is 16 by convention.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t panel_bytes) {
     constexpr uint64_t SWIZZLE_128 = 1;
     return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel_bytes >> 4) << 16 |

@@ -1,12 +1,13 @@
 //! The paged KV cache on a GPU and the kernels that write and read it.
 
+use std::ptr::from_ref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, bail};
 
 use super::super::{RopeAndCache, check};
 use super::batch::Staged;
-use super::driver::{Address, Arg, Driver, Geometry};
+use super::driver::{Address, Arg, Driver, Geometry, TensorMap};
 use super::memory::{Buffer, Pinned};
 use super::{DType, Gpu};
 
@@ -14,6 +15,8 @@ use super::{DType, Gpu};
 const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Rows (token, head) of a tile of `attention_prefill`.
 const PREFILL_TILE_ROWS: usize = 128;
+/// Tokens and elements of a box that `attention_prefill_wgmma` copies of the cache.
+const PREFILL_BOX: [u32; 2] = [16, 64];
 /// Pairs of blocks copied by one launch.
 const MAX_COPIES: usize = 1024;
 
@@ -25,6 +28,8 @@ pub(in crate::kernels) struct GpuKv {
     pub(in crate::kernels) head_dim: usize,
     keys: Address,
     values: Address,
+    /// Keys and values for `attention_prefill_wgmma`, where the GPU has it.
+    maps: Option<[TensorMap; 2]>,
     _memory: Arc<Buffer>,
 }
 
@@ -47,6 +52,9 @@ pub(super) struct Scratch {
     /// Pairs of blocks to copy, and where they come from.
     copies: Buffer,
     pairs: Mutex<Pinned<i32>>,
+    /// `attention_prefill_wgmma`'s, zero between launches.
+    prefill_counters: Buffer,
+    has_wgmma_prefill: bool,
 }
 
 impl Scratch {
@@ -57,7 +65,10 @@ impl Scratch {
                 driver.allow_shared(&name, 512 * dim)?;
             }
             driver.allow_shared(&format!("attention_prefill_{type_name}_{dim}"), 768 * dim)?;
+            let name = format!("attention_prefill_wgmma_{type_name}_{dim}");
+            driver.allow_shared(&name, wgmma_shared_bytes(dim))?;
         }
+        let wgmma_name = format!("attention_prefill_wgmma_{type_name}_128");
         // Splits come in only while few sequences leave the GPU idle, so their number times the
         // sequences times the kv heads stays near the blocks in flight.
         let num_partials = 4 * DECODE_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors;
@@ -66,6 +77,8 @@ impl Scratch {
             counters: driver.allocate_zeroed(4 * MAX_COUNTERS)?,
             copies: driver.allocate(8 * MAX_COPIES)?,
             pairs: Mutex::new(Pinned::new(driver, 2 * MAX_COPIES)?),
+            prefill_counters: driver.allocate_zeroed(8)?,
+            has_wgmma_prefill: driver.capability == (9, 0) && driver.has_kernel(&wgmma_name),
         })
     }
 
@@ -73,6 +86,11 @@ impl Scratch {
     pub(super) fn decode_blocks(&self, driver: &Driver) -> usize {
         DECODE_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors
     }
+}
+
+/// Returns the dynamic shared memory of `attention_prefill_wgmma`.
+fn wgmma_shared_bytes(head_dim: u32) -> u32 {
+    1536 * head_dim + 1024
 }
 
 /// Query heads that share a kv head, at most.
@@ -97,16 +115,32 @@ impl Gpu {
         }
         let half = num_blocks * num_kv_heads * block_size * head_dim * 2;
         let memory = Arc::new(self.driver.allocate_zeroed(2 * half * num_layers)?);
-        let layer = |index: usize| GpuKv {
-            num_blocks,
-            block_size,
-            num_kv_heads,
-            head_dim,
-            keys: memory.address() + (2 * index * half) as Address,
-            values: memory.address() + ((2 * index + 1) * half) as Address,
-            _memory: Arc::clone(&memory),
+        let num_rows = num_blocks * num_kv_heads * block_size;
+        let has_boxes = num_rows > 0 && block_size >= PREFILL_BOX[0] as usize;
+        let map = |address| {
+            self.driver
+                .tensor_map(address, [num_rows, head_dim], PREFILL_BOX)
         };
-        Ok((0..num_layers).map(layer).collect())
+        let layer = |index: usize| {
+            let keys = memory.address() + (2 * index * half) as Address;
+            let values = keys + half as Address;
+            let maps = if self.scratch.has_wgmma_prefill && has_boxes {
+                Some([map(keys)?, map(values)?])
+            } else {
+                None
+            };
+            Ok(GpuKv {
+                num_blocks,
+                block_size,
+                num_kv_heads,
+                head_dim,
+                keys,
+                values,
+                maps,
+                _memory: Arc::clone(&memory),
+            })
+        };
+        (0..num_layers).map(layer).collect()
     }
 
     /// Copies blocks in all layers of a cache, in the given order.
@@ -289,17 +323,42 @@ impl Gpu {
         scale: f32,
     ) -> Result<()> {
         let group = num_heads / kv.num_kv_heads;
-        let args = [
-            out,
-            q,
-            kv.keys,
-            kv.values,
+        let tiles =
+            (staged.num_prefill_tokens * group).div_ceil(PREFILL_TILE_ROWS) + staged.num_prefills;
+        let (form, cache, geometry) = match &kv.maps {
+            Some(maps) => {
+                let num_blocks = self.driver.num_multiprocessors.min(tiles * kv.num_kv_heads);
+                let geometry = Geometry {
+                    grid: [num_blocks, 1, 1],
+                    block: 384,
+                    shared_bytes: wgmma_shared_bytes(kv.head_dim as u32),
+                };
+                let cache = maps
+                    .each_ref()
+                    .map(|map| Arg::Structure(from_ref(map).cast()));
+                ("_wgmma", cache, geometry)
+            }
+            None => {
+                let geometry = Geometry {
+                    grid: [kv.num_kv_heads, tiles, 1],
+                    block: 128,
+                    shared_bytes: 768 * kv.head_dim as u32,
+                };
+                ("", [kv.keys, kv.values].map(Arg::Pointer), geometry)
+            }
+        };
+        let mut args = vec![Arg::Pointer(out), Arg::Pointer(q)];
+        args.extend(cache);
+        let tables = [
             staged.cu_seqlens_q,
             staged.context_lens,
             staged.block_tables,
             staged.cu_blocks,
         ];
-        let mut args: Vec<Arg> = args.into_iter().map(Arg::Pointer).collect();
+        args.extend(tables.map(Arg::Pointer));
+        if kv.maps.is_some() {
+            args.push(Arg::Pointer(self.scratch.prefill_counters.address()));
+        }
         args.push(Arg::F32(scale * std::f32::consts::LOG2_E));
         // Sequences of one token are attention_decode's.
         let numbers = [
@@ -307,17 +366,10 @@ impl Gpu {
             2,
             num_heads as i32,
             kv.num_kv_heads as i32,
+            kv.block_shift(),
         ];
         args.extend(numbers.map(Arg::I32));
-        args.push(Arg::I32(kv.block_shift()));
-        let tiles =
-            (staged.num_prefill_tokens * group).div_ceil(PREFILL_TILE_ROWS) + staged.num_prefills;
-        let name = format!("attention_prefill_{}_{}", self.type_name, kv.head_dim);
-        let geometry = Geometry {
-            grid: [kv.num_kv_heads, tiles, 1],
-            block: 128,
-            shared_bytes: 768 * kv.head_dim as u32,
-        };
+        let name = format!("attention_prefill{form}_{}_{}", self.type_name, kv.head_dim);
         self.driver.launch(&name, geometry, &args)
     }
 }
