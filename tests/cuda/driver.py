@@ -41,6 +41,33 @@ def int64(value):
     return ctypes.c_int64(value)
 
 
+class _TensorMap(ctypes.Structure):
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+def tensor_map(tensor, sizes, strides, box):
+    """A CUtensorMap of a 16-bit tensor for swizzled copies: sizes and box innermost first, strides
+    of all dimensions but the innermost, in elements."""
+    types = {torch.float16: 6, torch.bfloat16: 9}
+    memory = ctypes.create_string_buffer(192)
+    aligned = -(-ctypes.addressof(memory) // 64) * 64
+    rank = len(sizes)
+    result = cuda.cuTensorMapEncodeTiled(
+        ctypes.c_void_p(aligned), types[tensor.dtype], ctypes.c_uint(rank),
+        ctypes.c_void_p(tensor.data_ptr()), (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * max(1, rank - 1))(*[2 * stride for stride in strides]),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
+        0, 3, 3, 0)  # Not interleaved, 128-byte swizzle, 256 bytes into L2, zeros outside.
+    check(result, f"cuTensorMapEncodeTiled {sizes} {box}")
+    return _TensorMap.from_buffer_copy(ctypes.string_at(aligned, 128))
+
+
+def matrix_map(matrix, rows):
+    """The map of a row-major matrix whose boxes are 64 columns of `rows` rows."""
+    height, width = matrix.shape
+    return tensor_map(matrix, (width, height), (width,), (64, rows))
+
+
 def _argument(value):
     if value is None:
         return ctypes.c_void_p(0)
