@@ -2,9 +2,10 @@
 
     python3 tests/cuda/bench_kernels.py FOLDER_OF_CUBINS [sections]
 
-Sections: memory gemm decode prefill small sampler step (all when none is named). Calls are
-captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are medians of 7
-replays. The percentage is of the read bandwidth that `read_all` reaches in the same run.
+Sections: memory gemm stream tile decode prefill small sampler step (all when none is named).
+Calls are captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are
+medians of 7 replays. The percentage is of the read bandwidth that `read_all` reaches in the same
+run.
 """
 
 import sys
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from driver import Kernels, int64, median_us
-from test_kernels import (DEFAULTS, GEMM_FORMS, LOG2E, Batch, Prefill, SamplerRun, ints,
-                          prefill_forms, random)
+from test_kernels import (DEFAULTS, GEMM_FORMS, LOG2E, Batch, Prefill, SamplerRun, gemm_stream,
+                          gemm_tile, ints, prefill_forms, random)
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, LAYERS = 3584, 28, 4, 128, 18944, 152064, 28
 QKV = (HEADS + 2 * KV_HEADS) * DIM
@@ -50,10 +51,8 @@ def multiply(kernels, kind, form, out, x, w, *others):
 
 
 def gemm(kernels, ceilings):
-    shapes = [("qkv", QKV, HIDDEN), ("o", HIDDEN, HIDDEN), ("gate_up", 2 * FFN, HIDDEN),
-              ("down", HIDDEN, FFN), ("head", VOCAB, HIDDEN)]
     print("GEMM: torch µs | form: plain µs, overlapped µs, TB/s, % of read")
-    for label, n, k in shapes:
+    for label, n, k in SHAPES:
         count = max(2, -(-(400 << 20) // (n * k * 2)))
         weights = [random(n, k, dtype=DTYPE, scale=k**-0.5) for _ in range(count)]
         repeats = 20 if n < 10000 else 2
@@ -74,6 +73,68 @@ def gemm(kernels, ceilings):
                 cells.append(f"{form} {plain:5.1f} {time:5.1f} {speed:.2f} "
                              f"{100 * speed / ceilings['read']:2.0f}%")
             print(f"{label:8} M {tokens:2}: " + " | ".join(cells), flush=True)
+
+
+SHAPES = [("qkv", QKV, HIDDEN), ("o", HIDDEN, HIDDEN), ("gate_up", 2 * FFN, HIDDEN),
+          ("down", HIDDEN, FFN), ("head", VOCAB, HIDDEN)]
+
+
+def stream(kernels, ceilings):
+    """Up to 64 tokens: gemm_stream beside cuBLAS; overlapped launches."""
+    print("gemm_stream, overlapped: torch µs | blocks: µs TB/s, % of read")
+    for label, n, k in SHAPES:
+        count = max(2, -(-(400 << 20) // (n * k * 2)))
+        weights = [random(n, k, dtype=DTYPE, scale=k**-0.5) for _ in range(count)]
+        repeats = 20 if n < 10000 else 2
+        for tokens in [8, 16, 32, 64]:
+            limit = max(16, tokens)
+            x = random(tokens, k, dtype=DTYPE)
+            out = torch.empty(tokens, n, dtype=DTYPE, device="cuda")
+            base = median_us([lambda w=w: torch.mm(x, w.T, out=out) for w in weights] * repeats)
+            kind = {"gate_up": "_silu", "head": "_f32out"}.get(label, "")
+            half = torch.empty(tokens, n // 2 if label == "gate_up" else n, device="cuda",
+                               dtype=torch.float32 if label == "head" else DTYPE)
+            cells = []
+            kernels.overlap = True
+            for blocks in [132, 264]:
+                time = median_us([lambda w=w: gemm_stream(kernels, NAME, limit, half, x, w, None,
+                                                          kind, blocks)
+                                  for w in weights] * repeats)
+                speed = n * k * 2 / time / 1e6
+                cells.append(f"{blocks}: {time:.1f} {speed:.2f} "
+                             f"{100 * speed / ceilings['read']:.0f}%")
+            kernels.overlap = False
+            print(f"{label:8} M {tokens:3}: {base:.1f} | " + " | ".join(cells), flush=True)
+
+
+def tile(kernels, ceilings):
+    """From 128 tokens on: gemm_tile beside cuBLAS."""
+    print("gemm_tile: torch µs TFLOP/s (gate_up: and silu_and_mul µs) | columns: µs TFLOP/s")
+    for label, n, k in SHAPES[:4]:
+        count = max(1, -(-(200 << 20) // (n * k * 2)))
+        weights = [random(n, k, dtype=DTYPE, scale=k**-0.5) for _ in range(count)]
+        repeats = max(1, 6 // count)
+        for tokens in [128, 192, 256, 512, 2048, 8192]:
+            x = random(tokens, k, dtype=DTYPE)
+            out = torch.empty(tokens, n, dtype=DTYPE, device="cuda")
+            base = median_us([lambda w=w: torch.mm(x, w.T, out=out) for w in weights] * repeats)
+            flops = 2 * tokens * n * k
+            head = f"{base:.0f} {flops / base / 1e6:.0f}"
+            kernels.overlap = True
+            is_silu = label == "gate_up"
+            half = out
+            if is_silu:
+                half = torch.empty(tokens, n // 2, dtype=DTYPE, device="cuda")
+                extra = median_us([lambda: kernels.launch(
+                    f"silu_and_mul_{NAME}", [-(-FFN // 2048), tokens], 256, half, out, FFN)] * 5)
+                head += f" (+ {extra:.0f})"
+            cells = []
+            for columns in [128, 192, 256] if is_silu else [128, 192, 224, 256]:
+                time = median_us([lambda w=w: gemm_tile(kernels, NAME, columns, half, x, w, None,
+                                                        is_silu) for w in weights] * repeats)
+                cells.append(f"n{columns}: {time:.0f} {flops / time / 1e6:.0f}")
+            kernels.overlap = False
+            print(f"{label:8} M {tokens:4}: {head} | " + " | ".join(cells), flush=True)
 
 
 def decode(kernels, ceilings):
@@ -247,7 +308,7 @@ def step(kernels, ceilings):
 def main():
     kernels = Kernels(sys.argv[1])
     ceilings = {"read": 4.5}
-    sections = [memory, gemm, decode, prefill, small, sampler, step]
+    sections = [memory, gemm, stream, tile, decode, prefill, small, sampler, step]
     for section in sections:
         if len(sys.argv) == 2 or section.__name__ in sys.argv[2:]:
             try:

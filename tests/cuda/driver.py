@@ -44,23 +44,31 @@ def int64(value):
 class TensorMap(ctypes.Structure):
     """A CUtensorMap, which kernels take by value."""
 
-    _fields_ = [("words", ctypes.c_uint64 * 16)]
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
-def tensor_map(matrix, box):
-    """Describes a row-major matrix of 16-bit elements whose boxes [rows, columns] TMA copies with
-    the 128-byte swizzle; zeros beyond the matrix."""
-    assert matrix.element_size() == 2 and matrix.is_contiguous() and matrix.dim() == 2
-    rows, columns = matrix.shape
+def tensor_map(tensor, sizes, strides, box):
+    """Describes a tensor of 16-bit elements for copies with the 128-byte swizzle: sizes and box
+    innermost first, strides of all dimensions but the innermost, in elements; zeros outside."""
+    assert tensor.element_size() == 2
     uint16, no_interleave, swizzle_128b, promote_256b, fill_zero = 1, 0, 3, 3, 0
+    rank = len(sizes)
     room = ctypes.create_string_buffer(256)
     start = -(-ctypes.addressof(room) // 128) * 128
     check(cuda.cuTensorMapEncodeTiled(
-        ctypes.c_void_p(start), uint16, 2, ctypes.c_void_p(matrix.data_ptr()),
-        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * columns),
-        (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1), no_interleave,
-        swizzle_128b, promote_256b, fill_zero), "cuTensorMapEncodeTiled")
+        ctypes.c_void_p(start), uint16, ctypes.c_uint(rank), ctypes.c_void_p(tensor.data_ptr()),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*[2 * stride for stride in strides]),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), no_interleave,
+        swizzle_128b, promote_256b, fill_zero), f"cuTensorMapEncodeTiled {sizes} {box}")
     return TensorMap.from_buffer_copy(ctypes.string_at(start, 128))
+
+
+def matrix_map(matrix, rows):
+    """Describes a row-major matrix in boxes of 64 columns of `rows` rows."""
+    assert matrix.is_contiguous()
+    height, width = matrix.shape
+    return tensor_map(matrix, (width, height), (width,), (64, rows))
 
 
 def _argument(value):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import reference
-from driver import Kernels, int64, relative_error, tensor_map
+from driver import Kernels, int64, matrix_map, relative_error, tensor_map
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 # Twice the rounding of the output, relative to the norm of the whole.
@@ -66,6 +66,92 @@ def assert_steady(run, outputs, what, repeats=100):
         for output, want in zip(outputs, first):
             same = torch.equal(output.nan_to_num(-7), want.nan_to_num(-7))
             assert same, f"{what}: repeat {i} differs"
+
+
+def tile_bytes(columns):
+    """Dynamic shared memory of gemm_tile."""
+    stage = 128 * (128 + columns)
+    return 1024 + min(6, 220_000 // stage) * stage
+
+
+def gemm_tile(kernels, name, columns, out, x, w, bias=None, is_silu=False):
+    """Launches gemm_tile for whole tensors."""
+    (tokens, k), n = x.shape, out.shape[1]
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count // 2 * 2
+    args = [matrix_map(x, 128), matrix_map(w, columns // 2), out] + [bias] * (not is_silu)
+    kernels.launch(f"gemm_tile{'_silu' * is_silu}_{name}_n{columns}", [blocks], 384, *args, tokens,
+                   n, k, shared_bytes=tile_bytes(columns))
+
+
+def gemm_stream(kernels, name, limit, out, x, w, bias=None, kind="", blocks=None):
+    """Launches gemm_stream; kind "", "_silu" or "_f32out"."""
+    (tokens, k), n = x.shape, out.shape[1]
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    blocks = min(blocks or processors, -(-w.shape[0] // 64) * -(-k // 64))
+    key = limit, blocks
+    if key not in _stream_memory:
+        _stream_memory[key] = (torch.full([blocks, 64 * limit], float("nan"), device="cuda"),
+                               torch.zeros(blocks, dtype=torch.int32, device="cuda"))
+    if kind == "_silu":
+        w_map = tensor_map(w, (k, 8, 2, n // 8), (k, n * k, 8 * k), (64, 8, 2, 4))
+    else:
+        w_map = matrix_map(w, 64)
+    args = [matrix_map(x, limit), w_map, out] + [bias] * (kind != "_silu")
+    infix = f"_silu_{name}" if kind == "_silu" else f"_{name}{kind}"
+    stage = 128 * (64 + limit)
+    stages = 98_304 // stage
+    kernels.launch(f"gemm_stream{infix}_t{limit}", [blocks], 160, *args,
+                   *_stream_memory[key], tokens, n, k,
+                   shared_bytes=1024 + 272 * limit + stages * stage)
+
+
+_stream_memory = {}
+
+
+def test_gemm_hopper(kernels, name, dtype):
+    """gemm_tile and gemm_stream: every form, tails of every dimension, all launches overlapped."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+
+    def product(out, call, want, what, repeats):
+        kernels.overlap = True
+        call()
+        kernels.overlap = False
+        assert_close(out, want, name, what)
+        kernels.overlap = True
+        assert_steady(call, [out], what, repeats)
+        kernels.overlap = False
+
+    def operands(tokens, n, k, is_silu):
+        x = random(tokens, k, dtype=dtype)
+        w = random(2 * n if is_silu else n, k, dtype=dtype, scale=k**-0.5)
+        want = x.double() @ w.double().T
+        if is_silu:
+            gate, up = want.chunk(2, -1)
+            want = torch.nn.functional.silu(gate) * up
+        return x, w, want
+
+    for tokens, n, k in [(300, 1000, 520), (1, 8, 8), (256, 4608, 3584), (2100, 1160, 256),
+                         (129, 512, 18944)]:
+        for is_silu in [False, True]:
+            x, w, want = operands(tokens, n, k, is_silu)
+            bias = None if is_silu else random(n, dtype=dtype)
+            if bias is not None:
+                want = want + bias.double()
+            for columns in [128, 192, 256] if is_silu else [128, 192, 224, 256]:
+                out = poisoned(tokens, n, dtype=dtype)
+                product(out, lambda: gemm_tile(kernels, name, columns, out, x, w, bias, is_silu),
+                        want, f"gemm_tile n{columns} {'silu ' * is_silu}{tokens} {n} {k}", 5)
+    for limit, kind in itertools.product([16, 32, 64], ["", "_silu", "_f32out"]):
+        for tokens, n, k, blocks in [(limit, 1000, 520, None), (limit // 2 + 1, 4608, 3584, None),
+                                     (1, 8, 8, None), (limit, 520, 18944, 264)]:
+            x, w, want = operands(tokens, n, k, kind == "_silu")
+            bias = None if kind == "_silu" else random(n, dtype=dtype)
+            if bias is not None:
+                want = want + bias.double()
+            out = poisoned(tokens, n, dtype=torch.float32 if kind == "_f32out" else dtype)
+            product(out, lambda: gemm_stream(kernels, name, limit, out, x, w, bias, kind, blocks),
+                    want, f"gemm_stream{kind} t{limit} {tokens} {n} {k}", REPEATS)
 
 
 def test_norm(kernels, name, dtype):
@@ -291,7 +377,7 @@ class Prefill:
         if form:
             multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
             self.grid = [num_blocks or min(multiprocessors, tiles * batch.kv_heads)]
-            self.cache = [tensor_map(cache.view(-1, batch.dim), (16, 64)) for cache in batch.caches]
+            self.cache = [matrix_map(cache.view(-1, batch.dim), 16) for cache in batch.caches]
             self.counters = torch.zeros(2, device="cuda", dtype=torch.int32)
         else:
             self.grid = [batch.kv_heads, tiles]

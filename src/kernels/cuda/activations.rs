@@ -103,6 +103,17 @@ impl Activations {
         region.chunks[chunk].narrow(0, start, len)?.reshape(dims)
     }
 
+    /// Makes sure that [`Self::settle`] leaves room for a tensor of `len` elements by itself.
+    pub(super) fn expect(&self, len: usize, life: Lifetime) {
+        let mut state = self.lock();
+        let State { halves, call, .. } = &mut *state;
+        let region = match life {
+            Lifetime::Layer => &mut halves[0],
+            Lifetime::Call => call,
+        };
+        region.peak = region.peak.max(len.next_multiple_of(ALIGNMENT));
+    }
+
     /// Gives each region the size that it needed at most so far, in one piece, for good. Nothing
     /// may be running or be read later.
     pub(super) fn settle(&self, device: &Device) -> Result<()> {

@@ -18,256 +18,9 @@
 //          weights · values together and turns scores into weights meanwhile; the two take turns
 //          to start products, so that one multiplies while the other has exponentials to compute.
 // Guard:   a barrier that is not passed for 17 s ends the launch with an illegal access.
-#include "hopper.cuh"
-#include "prefill_work.cuh"
+#include "attention_prefill_wgmma.cuh"
 
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// Elsewhere the image has this name alone: an image without kernels may not load.
-extern "C" __global__ void attention_prefill_wgmma_is_for_sm_90a() {}
-
-#elif defined(__CUDA_ARCH__)
-
-// Tokens of a tile of keys or values, and of a box.
-constexpr int KEYS = 128;
-constexpr int BOX_TOKENS = 16;
-constexpr int NUM_BOXES = KEYS / BOX_TOKENS;   // Of a panel.
-constexpr int STAGES = 2;
-constexpr int MULTIPLIERS = 2;             // Warpgroups that multiply; one more brings data.
-constexpr int THREADS = (MULTIPLIERS + 1) * WARPGROUP_SIZE;
-constexpr int MULTIPLIER_ROWS = ROWS / MULTIPLIERS;
-constexpr int MULTIPLIER_WARPS = MULTIPLIERS * WARPGROUP_SIZE / WARP_SIZE;
-constexpr int QUERY_THREADS = WARPGROUP_SIZE - WARP_SIZE;
-static_assert(MULTIPLIER_ROWS == 64, "wgmma has 64 rows");
-// 65,536 registers in all.
-constexpr int BRINGER_REGISTERS = 40;
-constexpr int MULTIPLIER_REGISTERS = 232;
-// Outside of any tensor: boxes there are zeros.
-constexpr int NO_ROW = -BOX_TOKENS;
-
-// Barriers of sync_threads.
-constexpr int ALL_MULTIPLIERS = 1;
-constexpr int TURN = 2;                    // + multiplier.
-constexpr int MULTIPLIER = 4;              // + multiplier.
-
-// A tile of queries. num_keys is how many its last row sees; 0 when there are no more tiles.
-struct Job {
-    int kv_head;
-    int tile;
-    int query_start;
-    int query_len;
-    int context_len;
-    int num_keys;
-};
-
-// Barriers in shared memory, each for two slots or stages.
-struct Barriers {
-    uint64_t job_full[2];
-    uint64_t query_full[2];
-    // The slot's queries and job have been used.
-    uint64_t query_empty[2];
-    uint64_t key_full[STAGES];
-    uint64_t key_empty[STAGES];
-    uint64_t value_full[STAGES];
-    uint64_t value_empty[STAGES];
-};
-
-// Shared memory of a block.
-template <int D> struct Shared {
-    static constexpr int PANELS = D / PANEL_COLUMNS;
-    static constexpr int PANEL_BYTES = KEYS * PANEL_ROW_BYTES;
-    static constexpr int TILE_BYTES = PANELS * PANEL_BYTES;
-    static_assert(KEYS == ROWS, "tiles of queries are as large as those of keys");
-
-    char *tiles;
-    Barriers *barriers;
-    Job *jobs;
-
-    __device__ __forceinline__ char *queries(int slot) const { return tiles + slot * TILE_BYTES; }
-    __device__ __forceinline__ char *keys(int stage) const {
-        return tiles + (2 + stage) * TILE_BYTES;
-    }
-    __device__ __forceinline__ char *values(int stage) const {
-        return tiles + (2 + STAGES + stage) * TILE_BYTES;
-    }
-};
-
-// What a launch works on.
-template <typename T> struct Step {
-    T *out;
-    const T *q;
-    const TensorMap *key_map;
-    const TensorMap *value_map;
-    const int *cu_seqlens_q;
-    const int *context_lens;
-    const int *block_tables;
-    const int *cu_blocks;
-    uint32_t *counters;
-    float scale_log2;
-    int num_sequences;
-    int min_query_len;
-    int num_heads;
-    int num_kv_heads;
-    int block_shift;
-    int group_size;
-    // ⌈2^31 / group_size⌉.
-    uint32_t reciprocal;
-
-    // Returns the token of row `row` of tile `tile`: the quotient by group_size, exact below
-    // 2^27 rows for groups up to 16. 2^31 + e = reciprocal · group_size with e < group_size, so
-    // the product is over the quotient by rows · e / group_size / 2^31 < 1 / group_size.
-    __device__ __forceinline__ int token_of(int tile, int row) const {
-        return __umulhi(2 * (tile * ROWS + row), reciprocal);
-    }
-    // Returns the offset of the row's first element, of queries or results, given its token.
-    template <int D>
-    __device__ __forceinline__ int64_t offset_of(int tile, int row, int token) const {
-        return (int64_t)token * (num_heads * D) + (tile * ROWS + row - token * group_size) * D;
-    }
-    // Returns the same of the job's first token and head.
-    template <int D> __device__ __forceinline__ int64_t origin_of(const Job &job) const {
-        return (int64_t)job.query_start * (num_heads * D) + job.kv_head * group_size * D;
-    }
-};
-
-// A running count of uses of two slots: slot and parity of the barriers' phase of use `count`.
-__device__ __forceinline__ int slot_of(int count) { return count % 2; }
-__device__ __forceinline__ uint32_t parity_of(int count) { return count / 2 % 2; }
-
-// Has TMA bring a tile of keys or values once its stage is free. Each lane has a box, the same
-// panel's one after another; `row` is its first row in the cache.
-template <int D>
-__device__ __forceinline__ void bring_tile(char *target, const TensorMap *map, int row,
-                                           const uint64_t &full, const uint64_t &empty,
-                                           int count) {
-    constexpr int PANELS = Shared<D>::PANELS;
-    const int lane = threadIdx.x % WARP_SIZE;
-    const uint32_t barrier = shared_address(&full);
-    wait_for(shared_address(&empty), parity_of(count) ^ 1);
-    if (lane == 0) {
-        arrive_expecting(barrier, Shared<D>::TILE_BYTES);
-    }
-    __syncwarp();
-    if (lane < NUM_BOXES * PANELS) {
-        const int panel = lane / NUM_BOXES;
-        const uint32_t offset = lane % NUM_BOXES * BOX_TOKENS * PANEL_ROW_BYTES;
-        copy_box(shared_address(target) + panel * Shared<D>::PANEL_BYTES + offset, map,
-                 panel * PANEL_COLUMNS, row, barrier);
-    }
-}
-
-// Finds the job numbered `index` and publishes it. Returns it and its place in the block tables.
-template <typename T, int D>
-__device__ __forceinline__ Job publish_job(const Shared<D> &shared, const Step<T> &step,
-                                           int index, int count, const int *&block_table) {
-    wait_for(shared_address(&shared.barriers->query_empty[slot_of(count)]), parity_of(count) ^ 1);
-    const Work work = find_work(index / step.num_kv_heads, step.cu_seqlens_q, step.num_sequences,
-                                max(step.min_query_len, 1), step.group_size);
-    Job job = {index % step.num_kv_heads, work.tile, work.query_start, work.query_len, 0, 0};
-    if (work.sequence >= 0) {
-        job.context_len = step.context_lens[work.sequence];
-        const int last_token = min(step.token_of(work.tile, ROWS - 1), work.query_len - 1);
-        job.num_keys = job.context_len - work.query_len + last_token + 1;
-        block_table = step.block_tables + step.cu_blocks[work.sequence];
-    }
-    if (threadIdx.x % WARP_SIZE == 0) {
-        shared.jobs[slot_of(count)] = job;
-        arrive(shared_address(&shared.barriers->job_full[slot_of(count)]));
-    }
-    return job;
-}
-
-// What the first warp does: finds jobs and brings their keys and values.
-template <typename T, int D>
-__device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T> &step) {
-    const int lane = threadIdx.x % WARP_SIZE;
-    Barriers &barriers = *shared.barriers;
-    const int *block_table = nullptr;
-    int index = blockIdx.x;
-    int num_brought = 0;
-    for (int count = 0;; count++) {
-        const Job job = publish_job(shared, step, index, count, block_table);
-        if (job.num_keys == 0) {
-            break;
-        }
-        const int num_tiles = (job.num_keys + KEYS - 1) / KEYS;
-        const int box_token = lane % NUM_BOXES * BOX_TOKENS;
-        // The block of the lane's box; looked up one tile ahead.
-        const auto block_of = [&](int tile) {
-            const int token = tile * KEYS + box_token;
-            return token < job.num_keys ? block_table[token >> step.block_shift] : -1;
-        };
-        int next_index = 0;
-        int value_row = NO_ROW;
-        int block = block_of(0);
-        // In the order in which they are used: keys of a tile, values of the tile before.
-        for (int tile = 0; tile <= num_tiles; tile++) {
-            const int slot = (tile * KEYS + box_token) & ((1 << step.block_shift) - 1);
-            const int row =
-                block >= 0
-                    ? ((block * step.num_kv_heads + job.kv_head) << step.block_shift) + slot
-                    : NO_ROW;
-            block = block_of(tile + 1);
-            if (tile == max(num_tiles - 2, 0) && lane == 0) {
-                next_index = gridDim.x + atomicAdd(step.counters, 1u);
-            }
-            if (tile < num_tiles) {
-                const int key = num_brought + tile;
-                bring_tile<D>(shared.keys(slot_of(key)), step.key_map, row,
-                              barriers.key_full[slot_of(key)], barriers.key_empty[slot_of(key)],
-                              key);
-            }
-            if (tile > 0) {
-                const int value = num_brought + tile - 1;
-                bring_tile<D>(shared.values(slot_of(value)), step.value_map, value_row,
-                              barriers.value_full[slot_of(value)],
-                              barriers.value_empty[slot_of(value)], value);
-            }
-            value_row = row;
-        }
-        num_brought += num_tiles;
-        index = __shfl_sync(FULL_MASK, next_index, 0);
-    }
-    // The last block to come here has seen all others' requests.
-    if (lane == 0) {
-        __threadfence();
-        if (atomicAdd(step.counters + 1, 1u) == gridDim.x - 1) {
-            step.counters[0] = 0;
-            step.counters[1] = 0;
-        }
-    }
-}
-
-// What the other warps of the first warpgroup do: bring queries.
-template <typename T, int D>
-__device__ __forceinline__ void bring_queries(const Shared<D> &shared, const Step<T> &step) {
-    constexpr int COLUMNS = D / 8;
-    const int thread = threadIdx.x - WARP_SIZE;
-    for (int count = 0;; count++) {
-        const int slot = slot_of(count);
-        // The slot is free too: the job was published after that.
-        wait_for(shared_address(&shared.barriers->job_full[slot]), parity_of(count));
-        const Job job = shared.jobs[slot];
-        if (job.num_keys == 0) {
-            break;
-        }
-        const T *q = step.q + step.template origin_of<D>(job);
-        const uint32_t target = shared_address(shared.queries(slot));
-        for (int i = thread; i < ROWS * COLUMNS; i += QUERY_THREADS) {
-            const int row = i / COLUMNS;
-            const int column = i % COLUMNS;
-            const int token = step.token_of(job.tile, row);
-            const bool is_there = token < job.query_len;
-            const int64_t offset =
-                is_there ? step.template offset_of<D>(job.tile, row, token) + 8 * column : 0;
-            copy16_async(target + panel_offset(ROWS, row, column), q + offset, is_there);
-        }
-        commit_copies();
-        wait_for_copies<0>();
-        fence_for_async();
-        arrive(shared_address(&shared.barriers->query_full[slot]));
-    }
-}
+#ifdef HAS_HOPPER
 
 // A thread's two rows, lane / 4 and 8 further on.
 struct Rows {
@@ -281,9 +34,10 @@ template <typename T, int D>
 __device__ __forceinline__ void start_scores(float (&scores)[KEYS / 2], uint64_t queries,
                                              uint64_t keys) {
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        const uint32_t offset = i / 4 * Shared<D>::PANEL_BYTES + i % 4 * 32;
-        multiply_transposed<T>(scores, advance(queries, offset), advance(keys, offset), i > 0);
+    for (int i = 0; i < D / PRODUCT_COLUMNS; i++) {
+        const uint32_t offset = i / 4 * Shared<D>::PANEL_BYTES + i % 4 * PRODUCT_BYTES;
+        multiply_transposed<T, KEYS>(scores, advance(queries, offset), advance(keys, offset),
+                                     i > 0);
     }
 }
 
@@ -293,7 +47,7 @@ __device__ __forceinline__ void start_values(float (&out)[D / 2],
                                              uint64_t values) {
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
-        multiply<T>(out, weights[i], advance(values, i * 16 * PANEL_ROW_BYTES));
+        multiply<T, D>(out, weights[i], advance(values, i * 16 * PANEL_ROW_BYTES));
     }
 }
 
@@ -428,11 +182,11 @@ __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &s
     const int num_tiles = (job.num_keys + KEYS - 1) / KEYS;
     // From here on a row may not see all keys of a tile.
     const int first_masked = (first_position + step.token_of(job.tile, 0) + 1) / KEYS;
-    const uint64_t queries = matrix_descriptor(
-        shared_address(shared.queries(slot)) + multiplier * MULTIPLIER_ROWS * PANEL_ROW_BYTES, 16);
-    const uint64_t keys = matrix_descriptor(shared_address(shared.keys(0)), 16);
+    const uint64_t queries = describe_panels(shared_address(shared.queries(slot)) +
+                                             multiplier * MULTIPLIER_ROWS * PANEL_ROW_BYTES);
+    const uint64_t keys = describe_panels(shared_address(shared.keys(0)));
     const uint64_t values =
-        matrix_descriptor(shared_address(shared.values(0)), Shared<D>::PANEL_BYTES);
+        describe_panels(shared_address(shared.values(0)), Shared<D>::PANEL_BYTES);
 
     Rows rows;
 #pragma unroll
@@ -455,7 +209,7 @@ __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &s
     }
 
     int key = num_used;
-    wait_for(shared_address(&barriers.key_full[slot_of(key)]), parity_of(key));
+    wait_barrier(shared_address(&barriers.key_full[slot_of(key)]), parity_of(key));
     begin_products();
     start_scores<T, D>(scores, queries, advance(keys, slot_of(key) * TILE_BYTES));
     commit_products();
@@ -467,12 +221,12 @@ __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &s
     }
     soften(scores, rows, rescale, step.scale_log2);
     pack_weights<T>(weights, scores);
-    wait_for(shared_address(&barriers.value_full[slot_of(key)]), parity_of(key));
+    wait_barrier(shared_address(&barriers.value_full[slot_of(key)]), parity_of(key));
 
     for (int tile = 1; tile < num_tiles; tile++) {
         const int value = key;
         key++;
-        wait_for(shared_address(&barriers.key_full[slot_of(key)]), parity_of(key));
+        wait_barrier(shared_address(&barriers.key_full[slot_of(key)]), parity_of(key));
         sync_threads(TURN + multiplier, MULTIPLIERS * WARPGROUP_SIZE);
         pin(out);
         begin_products();
@@ -492,7 +246,7 @@ __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &s
         // the compiler from putting the products' wait before it.
         pin(scores);
         pin(rows.sum);
-        wait_for(shared_address(&barriers.value_full[slot_of(key)]), parity_of(key));
+        wait_barrier(shared_address(&barriers.value_full[slot_of(key)]), parity_of(key));
         wait_for_products<0>();
         pin(out);
         release(barriers.value_empty[slot_of(value)]);
@@ -529,12 +283,12 @@ __device__ __forceinline__ void multiply_tiles(const Shared<D> &shared, const St
     int num_used = 0;
     for (int count = 0;; count++) {
         const int slot = slot_of(count);
-        wait_for(shared_address(&shared.barriers->job_full[slot]), parity_of(count));
+        wait_barrier(shared_address(&shared.barriers->job_full[slot]), parity_of(count));
         const Job job = shared.jobs[slot];
         if (job.num_keys == 0) {
             break;
         }
-        wait_for(shared_address(&shared.barriers->query_full[slot]), parity_of(count));
+        wait_barrier(shared_address(&shared.barriers->query_full[slot]), parity_of(count));
         attend<T, D>(shared, step, job, slot, num_used, multiplier);
         num_used += (job.num_keys + KEYS - 1) / KEYS;
     }
@@ -545,13 +299,13 @@ __device__ __forceinline__ void multiply_tiles(const Shared<D> &shared, const St
 
 __device__ __forceinline__ void init_barriers(Barriers &barriers) {
     for (int i = 0; i < 2; i++) {
-        barrier_init(shared_address(&barriers.job_full[i]), 1);
-        barrier_init(shared_address(&barriers.query_full[i]), QUERY_THREADS);
-        barrier_init(shared_address(&barriers.query_empty[i]), MULTIPLIER_WARPS);
-        barrier_init(shared_address(&barriers.key_full[i]), 1);
-        barrier_init(shared_address(&barriers.key_empty[i]), MULTIPLIER_WARPS);
-        barrier_init(shared_address(&barriers.value_full[i]), 1);
-        barrier_init(shared_address(&barriers.value_empty[i]), MULTIPLIER_WARPS);
+        init_barrier(shared_address(&barriers.job_full[i]), 1);
+        init_barrier(shared_address(&barriers.query_full[i]), QUERY_THREADS);
+        init_barrier(shared_address(&barriers.query_empty[i]), MULTIPLIER_WARPS);
+        init_barrier(shared_address(&barriers.key_full[i]), 1);
+        init_barrier(shared_address(&barriers.key_empty[i]), MULTIPLIER_WARPS);
+        init_barrier(shared_address(&barriers.value_full[i]), 1);
+        init_barrier(shared_address(&barriers.value_empty[i]), MULTIPLIER_WARPS);
     }
     fence_barrier_init();
 }
@@ -561,11 +315,11 @@ __device__ __forceinline__ void attention_prefill_wgmma(const Step<T> &step) {
     extern __shared__ __align__(128) char dynamic[];
     __shared__ Barriers barriers;
     __shared__ Job jobs[2];
-    const uint32_t padding = -shared_address(dynamic) % SWIZZLE_BYTES;
-    const Shared<D> shared = {dynamic + padding, &barriers, jobs};
+    const uint32_t start = shared_address(dynamic);
+    const Shared<D> shared = {dynamic + (panel_address(start) - start), &barriers, jobs};
     if (threadIdx.x == 0) {
-        prefetch_map(step.key_map);
-        prefetch_map(step.value_map);
+        prefetch_map(*step.key_map);
+        prefetch_map(*step.value_map);
         init_barriers(barriers);
     }
     __syncthreads();
@@ -575,14 +329,14 @@ __device__ __forceinline__ void attention_prefill_wgmma(const Step<T> &step) {
     const int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP_SIZE, 0);
     const int warpgroup = warp / (WARPGROUP_SIZE / WARP_SIZE);
     if (warpgroup == 0) {
-        shrink_registers<BRINGER_REGISTERS>();
+        give_registers<BRINGER_REGISTERS>();
         if (warp == 0) {
             bring_keys<T, D>(shared, step);
         } else {
             bring_queries<T, D>(shared, step);
         }
     } else {
-        grow_registers<MULTIPLIER_REGISTERS>();
+        take_registers<MULTIPLIER_REGISTERS>();
         multiply_tiles<T, D>(shared, step, warpgroup - 1);
     }
 }
@@ -606,5 +360,9 @@ ENTRY(__half, f16, 64)
 ENTRY(__half, f16, 128)
 ENTRY(__nv_bfloat16, bf16, 64)
 ENTRY(__nv_bfloat16, bf16, 128)
+
+#else
+
+WITHOUT_HOPPER(attention_prefill_wgmma)
 
 #endif

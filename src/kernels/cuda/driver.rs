@@ -25,9 +25,6 @@ const DEFAULT_SHARED_BYTES: u32 = 48 * 1024;
 /// An address on the GPU.
 pub(super) type Address = sys::CUdeviceptr;
 
-/// A matrix as the tensor memory accelerator sees it; kernels take it by value.
-pub(super) type TensorMap = sys::CUtensorMap;
-
 /// One parameter of a kernel.
 #[derive(Clone, Copy)]
 pub(super) enum Arg {
@@ -156,44 +153,6 @@ impl Driver {
     /// Returns whether the GPU's image has kernel `name`.
     pub(super) fn has_kernel(&self, name: &str) -> bool {
         self.functions.contains_key(name)
-    }
-
-    /// Describes a row-major matrix `[rows, columns]` of 16-bit elements at `address`, of which
-    /// kernels for compute capability 9.0 copy boxes `[rows, columns]` with the 128-byte swizzle;
-    /// they find zeros beyond the matrix.
-    ///
-    /// # Errors
-    /// When `address` is not on 16 bytes or a size is over the driver's limits.
-    pub(super) fn tensor_map(
-        &self,
-        address: Address,
-        [rows, columns]: [usize; 2],
-        [box_rows, box_columns]: [u32; 2],
-    ) -> Result<TensorMap> {
-        self.bind()?;
-        let mut map = TensorMap { opaque: [0; 16] };
-        let dims = [columns as u64, rows as u64];
-        let strides = [2 * columns as u64];
-        // SAFETY: the arrays have the lengths that rank 2 asks for, and the driver only writes
-        // `map`; whether there is memory at `address` counts when a kernel copies from there.
-        let encoded = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &raw mut map,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                2,
-                address as *mut c_void,
-                dims.as_ptr(),
-                strides.as_ptr(),
-                [box_columns, box_rows].as_ptr(),
-                [1, 1].as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        told("describe a matrix for TMA", encoded.result())?;
-        Ok(map)
     }
 
     /// Makes the GPU's context current on the calling thread.

@@ -14,6 +14,7 @@ mod memory;
 mod paged;
 mod peers;
 mod sampler;
+mod tensor_map;
 mod weights;
 
 use std::ops::Range;
@@ -228,10 +229,14 @@ impl Gpu {
     /// Returns `silu(gate) · up` of the two halves of `x Wᵀ`.
     pub(super) fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor> {
         let num_rows = check::rows_of("x", x, weight.cols)?;
-        if num_rows > gemm::MAX_SMALL_ROWS {
-            return self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?);
-        }
         let n = weight.rows / 2;
+        let Some(form) = self.gemm.silu_form(num_rows, n, weight.cols) else {
+            return self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?);
+        };
+        // A later step of fewer rows may need room for gates and ups.
+        let plain_rows = num_rows.min(gemm::MAX_PLAIN_SILU_ROWS);
+        self.activations
+            .expect(plain_rows * weight.rows, Lifetime::Call);
         let (tensor, out) = self.new_tensor([num_rows, n])?;
         let product = Product {
             out,
@@ -243,10 +248,8 @@ impl Gpu {
             k: weight.cols,
             out_dtype: self.dtype,
         };
-        if self.gemm.multiply_silu(&self.driver, &product)? {
-            return Ok(tensor);
-        }
-        self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?)
+        self.gemm.multiply_silu(&self.driver, &product, form)?;
+        Ok(tensor)
     }
 
     /// Returns logits `f32 [rows, vocabulary]` in the sampler's buffer, which the next call

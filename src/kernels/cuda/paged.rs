@@ -1,22 +1,22 @@
 //! The paged KV cache on a GPU and the kernels that write and read it.
 
-use std::ptr::from_ref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, bail};
 
 use super::super::{RopeAndCache, check};
 use super::batch::Staged;
-use super::driver::{Address, Arg, Driver, Geometry, TensorMap};
+use super::driver::{Address, Arg, Driver, Geometry};
 use super::memory::{Buffer, Pinned};
+use super::tensor_map::TensorMap;
 use super::{DType, Gpu};
 
 /// Blocks of `attention_decode` on a multiprocessor at a time (measured: docs/gpu_log.md).
 const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Rows (token, head) of a tile of `attention_prefill`.
 const PREFILL_TILE_ROWS: usize = 128;
-/// Tokens and elements of a box that `attention_prefill_wgmma` copies of the cache.
-const PREFILL_BOX: [u32; 2] = [16, 64];
+/// Tokens of a box that `attention_prefill_wgmma` copies of the cache.
+const PREFILL_BOX_TOKENS: usize = 16;
 /// Pairs of blocks copied by one launch.
 const MAX_COPIES: usize = 1024;
 
@@ -78,7 +78,7 @@ impl Scratch {
             copies: driver.allocate(8 * MAX_COPIES)?,
             pairs: Mutex::new(Pinned::new(driver, 2 * MAX_COPIES)?),
             prefill_counters: driver.allocate_zeroed(8)?,
-            has_wgmma_prefill: driver.capability == (9, 0) && driver.has_kernel(&wgmma_name),
+            has_wgmma_prefill: driver.has_kernel(&wgmma_name),
         })
     }
 
@@ -116,10 +116,10 @@ impl Gpu {
         let half = num_blocks * num_kv_heads * block_size * head_dim * 2;
         let memory = Arc::new(self.driver.allocate_zeroed(2 * half * num_layers)?);
         let num_rows = num_blocks * num_kv_heads * block_size;
-        let has_boxes = num_rows > 0 && block_size >= PREFILL_BOX[0] as usize;
+        let has_boxes = num_rows > 0 && block_size >= PREFILL_BOX_TOKENS;
         let map = |address| {
             self.driver
-                .tensor_map(address, [num_rows, head_dim], PREFILL_BOX)
+                .matrix_map(address, [num_rows, head_dim], PREFILL_BOX_TOKENS)
         };
         let layer = |index: usize| {
             let keys = memory.address() + (2 * index * half) as Address;
@@ -333,9 +333,7 @@ impl Gpu {
                     block: 384,
                     shared_bytes: wgmma_shared_bytes(kv.head_dim as u32),
                 };
-                let cache = maps
-                    .each_ref()
-                    .map(|map| Arg::Structure(from_ref(map).cast()));
+                let cache = maps.each_ref().map(Arg::map);
                 ("_wgmma", cache, geometry)
             }
             None => {

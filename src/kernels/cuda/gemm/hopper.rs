@@ -1,0 +1,290 @@
+//! `gemm_stream` and `gemm_tile`: products through Hopper's tensor copies and warpgroups.
+
+use candle_core::{DType, Result};
+
+use super::super::driver::{Arg, Driver, Geometry};
+use super::super::memory::Buffer;
+use super::super::tensor_map::TensorMap;
+use super::super::weights::type_name;
+use super::Product;
+
+/// Columns of `gemm_tile`'s tiles, and those whose halves also make whole octets for SiLU.
+const TILE_COLUMNS: [usize; 4] = [128, 192, 224, 256];
+const SILU_COLUMNS: [usize; 3] = [128, 192, 256];
+/// Rows of x that the two blocks of a cluster take.
+const PAIR_ROWS: usize = 256;
+/// What a tile costs beside its products, in columns; estimated from times on an H200.
+const TILE_OVERHEAD: usize = 24;
+/// Fewer rows leave too much of a pair of tiles empty (measured: from 192 on ahead of cuBLASLt).
+pub(super) const MIN_TILE_ROWS: usize = 192;
+/// Numbers of rows that `gemm_stream` is compiled for.
+const STREAM_ROWS: [usize; 3] = [16, 32, 64];
+/// Rows of W and elements of K of `gemm_stream`'s steps.
+const STREAM_STEP: usize = 64;
+/// Dynamic shared memory of `gemm_stream`'s and `gemm_tile`'s rings, at most.
+const STREAM_RING_BYTES: usize = 98_304;
+const TILE_RING_BYTES: usize = 220_000;
+
+/// How one of these kernels is launched.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) enum Form {
+    /// `gemm_tile` with so many columns.
+    Tile(usize),
+    /// `gemm_stream` with so many blocks a multiprocessor.
+    Stream(usize),
+}
+
+/// What the kernels need between calls.
+pub(super) struct Hopper {
+    dtype: DType,
+    num_multiprocessors: usize,
+    /// Sums that a block leaves for another one, and whether they are there.
+    partial: Buffer,
+    flags: Buffer,
+}
+
+impl Hopper {
+    /// Returns none where the GPU's image lacks the kernels: it has them for compute capability 9.0.
+    pub(super) fn new(driver: &Driver, dtype: DType) -> Result<Option<Self>> {
+        let name = type_name(dtype)?;
+        if !driver.has_kernel(&format!("gemm_tile_{name}_n{}", TILE_COLUMNS[0])) {
+            return Ok(None);
+        }
+        for columns in TILE_COLUMNS {
+            for kernel in ["gemm_tile", "gemm_tile_silu"] {
+                let kernel = format!("{kernel}_{name}_n{columns}");
+                driver.allow_shared(&kernel, tile_bytes(columns))?;
+            }
+        }
+        for rows in STREAM_ROWS {
+            for kernel in [
+                format!("gemm_stream_{name}_t{rows}"),
+                format!("gemm_stream_{name}_f32out_t{rows}"),
+                format!("gemm_stream_silu_{name}_t{rows}"),
+            ] {
+                driver.allow_shared(&kernel, stream_bytes(rows))?;
+            }
+        }
+        let max_blocks = 2 * driver.num_multiprocessors;
+        let max_rows = STREAM_ROWS[STREAM_ROWS.len() - 1];
+        Ok(Some(Self {
+            dtype,
+            num_multiprocessors: driver.num_multiprocessors,
+            partial: driver.allocate(max_blocks * max_rows * STREAM_STEP * size_of::<f32>())?,
+            flags: driver.allocate_zeroed(max_blocks * size_of::<u32>())?,
+        }))
+    }
+
+    /// Returns the forms that may be fastest for a product.
+    pub(super) fn candidates(&self, product: &Product) -> Vec<Form> {
+        if !product.n.is_multiple_of(8) {
+            return Vec::new();
+        }
+        match product.num_rows {
+            0..=64 => vec![Form::Stream(1), Form::Stream(2)],
+            MIN_TILE_ROWS.. if product.out_dtype == self.dtype => vec![self.tile_of(product)],
+            _ => Vec::new(),
+        }
+    }
+
+    /// Returns the form of `gemm_tile` whose waves of tiles waste least.
+    pub(super) fn tile_of(&self, product: &Product) -> Form {
+        let cost = |columns| self.tiles_cost(product.num_rows, product.n, columns, columns);
+        Form::Tile(cheapest(&TILE_COLUMNS, cost))
+    }
+
+    /// Returns the form that computes `silu(x Gᵀ) · (x Uᵀ)` for `n` outputs, or none where two
+    /// kernels are faster.
+    pub(super) fn silu_form(&self, num_rows: usize, n: usize) -> Option<Form> {
+        if !n.is_multiple_of(8) {
+            return None;
+        }
+        match num_rows {
+            0..=32 => Some(Form::Stream(2)),
+            33..=64 => Some(Form::Stream(1)),
+            MIN_TILE_ROWS.. => {
+                let cost = |columns| self.tiles_cost(num_rows, n, columns / 2, columns);
+                Some(Form::Tile(cheapest(&SILU_COLUMNS, cost)))
+            }
+            _ => None,
+        }
+    }
+
+    /// Estimates the time of a product in tiles of `columns`, `out_columns` of the output.
+    fn tiles_cost(&self, num_rows: usize, n: usize, out_columns: usize, columns: usize) -> usize {
+        let num_tiles = num_rows.div_ceil(PAIR_ROWS) * n.div_ceil(out_columns);
+        num_tiles.div_ceil(self.num_multiprocessors / 2) * (columns + TILE_OVERHEAD)
+    }
+
+    /// Computes `x Wᵀ + bias`; a form of [`Self::candidates`] or [`Self::tile_of`].
+    pub(super) fn multiply(&self, driver: &Driver, product: &Product, form: Form) -> Result<()> {
+        let name = type_name(self.dtype)?;
+        let weight_rows = product.n;
+        let bias = Arg::Pointer(product.bias.unwrap_or(0));
+        match form {
+            Form::Tile(columns) => {
+                let kernel = format!("gemm_tile_{name}_n{columns}");
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &[bias])
+            }
+            Form::Stream(blocks) => {
+                let rows = stream_rows(product.num_rows);
+                let kind = if product.out_dtype == DType::F32 {
+                    "_f32out"
+                } else {
+                    ""
+                };
+                let kernel = format!("gemm_stream_{name}{kind}_t{rows}");
+                let weight = weight_map(driver, product, weight_rows, STREAM_STEP)?;
+                self.launch_stream(
+                    driver,
+                    product,
+                    &kernel,
+                    blocks,
+                    &weight,
+                    weight_rows,
+                    &[bias],
+                )
+            }
+        }
+    }
+
+    /// Computes `silu(x Gᵀ) · (x Uᵀ)` for `n` outputs, G's rows before U's.
+    pub(super) fn multiply_silu(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        form: Form,
+    ) -> Result<()> {
+        let name = type_name(self.dtype)?;
+        let weight_rows = 2 * product.n;
+        match form {
+            Form::Tile(columns) => {
+                let kernel = format!("gemm_tile_silu_{name}_n{columns}");
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &[])
+            }
+            Form::Stream(blocks) => {
+                let kernel = format!("gemm_stream_silu_{name}_t{}", stream_rows(product.num_rows));
+                // Octets of gates and of ups in turn.
+                let (n, k) = (product.n as u64, product.k as u64);
+                let weight = driver.tensor_map(
+                    product.weight,
+                    [k, 8, 2, n / 8],
+                    &[k, n * k, 8 * k],
+                    [64, 8, 2, STREAM_STEP as u32 / 16],
+                )?;
+                self.launch_stream(driver, product, &kernel, blocks, &weight, weight_rows, &[])
+            }
+        }
+    }
+
+    fn launch_tile(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        kernel: &str,
+        columns: usize,
+        weight_rows: usize,
+        bias: &[Arg],
+    ) -> Result<()> {
+        let x = rows_map(driver, product, PAIR_ROWS / 2)?;
+        let weight = weight_map(driver, product, weight_rows, columns / 2)?;
+        let mut args = vec![Arg::map(&x), Arg::map(&weight), Arg::Pointer(product.out)];
+        args.extend(bias);
+        args.extend(product.sizes());
+        let geometry = Geometry {
+            grid: [self.num_multiprocessors / 2 * 2, 1, 1],
+            block: 384,
+            shared_bytes: tile_bytes(columns),
+        };
+        driver.launch(kernel, geometry, &args)
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "what differs between the kernels"
+    )]
+    fn launch_stream(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        kernel: &str,
+        blocks: usize,
+        weight: &TensorMap,
+        weight_rows: usize,
+        bias: &[Arg],
+    ) -> Result<()> {
+        let rows = stream_rows(product.num_rows);
+        let x = rows_map(driver, product, rows)?;
+        let num_steps = weight_rows.div_ceil(STREAM_STEP) * product.k.div_ceil(STREAM_STEP);
+        let mut args = vec![Arg::map(&x), Arg::map(weight), Arg::Pointer(product.out)];
+        args.extend(bias);
+        args.extend([&self.partial, &self.flags].map(|buffer| Arg::Pointer(buffer.address())));
+        args.extend(product.sizes());
+        let geometry = Geometry {
+            grid: [num_steps.min(blocks * self.num_multiprocessors), 1, 1],
+            block: 160,
+            shared_bytes: stream_bytes(rows),
+        };
+        driver.launch(kernel, geometry, &args)
+    }
+}
+
+/// Describes x in boxes of `box_rows` rows.
+fn rows_map(driver: &Driver, product: &Product, box_rows: usize) -> Result<TensorMap> {
+    driver.matrix_map(product.x, [product.num_rows, product.k], box_rows)
+}
+
+/// Describes W, which has `rows` rows, in boxes of `box_rows` rows.
+fn weight_map(
+    driver: &Driver,
+    product: &Product,
+    rows: usize,
+    box_rows: usize,
+) -> Result<TensorMap> {
+    driver.matrix_map(product.weight, [rows, product.k], box_rows)
+}
+
+/// Returns the choice of least cost, the first of equals.
+fn cheapest(choices: &[usize], cost: impl Fn(usize) -> usize) -> usize {
+    let cheapest = choices.iter().copied().min_by_key(|&choice| cost(choice));
+    cheapest.unwrap_or(choices[0])
+}
+
+/// Returns the rows that the kernel for `num_rows` is compiled for.
+fn stream_rows(num_rows: usize) -> usize {
+    let fits = STREAM_ROWS.into_iter().find(|&rows| num_rows <= rows);
+    fits.unwrap_or(STREAM_ROWS[STREAM_ROWS.len() - 1])
+}
+
+fn stream_bytes(rows: usize) -> u32 {
+    let stage = 128 * (STREAM_STEP + rows);
+    (1024 + 272 * rows + STREAM_RING_BYTES / stage * stage) as u32
+}
+
+fn tile_bytes(columns: usize) -> u32 {
+    let stage = 128 * (128 + columns);
+    (1024 + (TILE_RING_BYTES / stage).min(6) * stage) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_memory_is_what_the_kernels_have() {
+        // 227 KiB a block; two rings of gemm_stream fit a multiprocessor's 228 KiB.
+        for columns in TILE_COLUMNS {
+            assert!(tile_bytes(columns) <= 227 << 10, "{columns}");
+        }
+        for rows in STREAM_ROWS {
+            assert!(stream_bytes(rows) <= 113 << 10, "{rows}");
+        }
+        assert_eq!(tile_bytes(256), 1024 + 4 * 49_152);
+        assert_eq!(stream_bytes(32), 1024 + 272 * 32 + 8 * 12_288);
+    }
+
+    #[test]
+    fn rows_take_the_smallest_kernel_that_holds_them() {
+        assert_eq!([1, 16, 17, 33, 64].map(stream_rows), [16, 16, 32, 64, 64]);
+    }
+}

@@ -1,0 +1,256 @@
+// gemm_tile: y = x Wᵀ (+ bias) for many rows of x, as fast as Hopper's tensor cores go.
+//
+// Shapes:  x [num_tokens, K], W [N, K] as checkpoints store it, bias [N] or null, out
+//          [num_tokens, N]; type T, row-major.
+//          gemm_tile_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
+//          silu(x Gᵀ) · (x Uᵀ); without bias.
+// Names:   gemm_tile_{f16,bf16}_n{128,192,224,256}, gemm_tile_silu_{f16,bf16}_n{128,192,256}:
+//          columns of a tile of 128 tokens; for silu half of them are gates, half their ups.
+// Maps:    of x, boxes of 64 × 128 elements; of W (2 N rows for silu), boxes of 64 × n / 2.
+// Launch:  any even grid, best one block a multiprocessor; clusters of 2; block 384; dynamic shared
+//          memory 1,024 + stages · (16,384 + 128 n) bytes, stages = min(6, 220,000 / stage).
+// Limits:  sm_90a. N and K multiples of 8; pointers on 16 bytes.
+// Method:  own, after the designs of CUTLASS's warp-specialised kernels: one warp brings tiles of
+//          K = 64 through a ring of stages, two warpgroups multiply 64 tokens each. The two blocks
+//          of a cluster take tokens one after the other and the same columns: each brings half of
+//          W's tile for both. Blocks take one tile after another; while x waits for its producer
+//          the first stages of W are brought. Groups of 16 tiles of tokens share W in the L2 cache.
+#include "hopper.cuh"
+
+#ifdef HAS_HOPPER
+
+constexpr int TILE_TOKENS = 128;
+constexpr int STEP = PANEL_COLUMNS;  // Elements of K of a stage.
+constexpr int GROUP = 8;             // Pairs of tiles of tokens that are taken together.
+constexpr int WARPGROUPS = 3;        // Two multiply, the last one brings.
+
+template <int COLUMNS> struct Ring {
+    static constexpr int X_BYTES = TILE_TOKENS * PANEL_ROW_BYTES;
+    static constexpr int W_BYTES = COLUMNS * PANEL_ROW_BYTES;
+    static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+    static constexpr int STAGES = 220000 / STAGE_BYTES < 6 ? 220000 / STAGE_BYTES : 6;
+};
+
+// Tile `index` of the cluster: a pair of tiles of tokens, and which columns.
+struct Place {
+    int pair;
+    int column;
+};
+__device__ __forceinline__ Place place_of(int index, int num_pairs, int num_columns) {
+    const int group = index / (GROUP * num_columns);
+    const int first = group * GROUP;
+    const int size = min(GROUP, num_pairs - first);
+    const int rest = index - group * GROUP * num_columns;
+    return {first + rest % size, rest / size};
+}
+
+// A ring's stage and how often it went round, odd or even.
+template <int STAGES> struct Turn {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Gives each of four lanes one octet of columns of a row, of which each lane had two columns.
+__device__ __forceinline__ uint4 gather_octet(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const bool is_odd = threadIdx.x & 1;
+    const uint32_t ab = __shfl_xor_sync(FULL_MASK, is_odd ? a : b, 1);
+    const uint32_t cd = __shfl_xor_sync(FULL_MASK, is_odd ? c : d, 1);
+    (is_odd ? a : b) = ab;
+    (is_odd ? c : d) = cd;
+    const bool is_high = threadIdx.x & 2;
+    const uint32_t ac = __shfl_xor_sync(FULL_MASK, is_high ? a : c, 2);
+    const uint32_t bd = __shfl_xor_sync(FULL_MASK, is_high ? b : d, 2);
+    (is_high ? a : c) = ac;
+    (is_high ? b : d) = bd;
+    return make_uint4(a, b, c, d);
+}
+
+template <typename T, int COLUMNS, bool IS_SILU>
+__device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMap &w_map, T *out,
+                                          const T *bias, int num_tokens, int n, int k) {
+    using Ring = Ring<COLUMNS>;
+    constexpr int STAGES = Ring::STAGES;
+    constexpr int OUT_COLUMNS = IS_SILU ? COLUMNS / 2 : COLUMNS;
+    static_assert(OUT_COLUMNS % 32 == 0, "four lanes store an octet of columns each");
+    extern __shared__ char shared[];
+    __shared__ uint64_t barriers[2 * STAGES];
+    const uint32_t ring = panel_address(shared_address(shared));
+    const uint32_t full = shared_address(barriers);
+    const uint32_t empty = full + 8 * STAGES;
+    const uint32_t rank = cluster_rank();
+    const int warpgroup = threadIdx.x / WARPGROUP_SIZE;
+
+    if (threadIdx.x == 0) {
+        prefetch_map(x_map);
+        prefetch_map(w_map);
+        for (int stage = 0; stage < STAGES; stage++) {
+            init_barrier(full + 8 * stage, 1);
+            init_barrier(empty + 8 * stage, 4);  // Two warpgroups of each block.
+        }
+        fence_barrier_init();
+    }
+    release_consumer();
+    __syncthreads();
+    sync_cluster();
+
+    const int num_pairs = (num_tokens + 2 * TILE_TOKENS - 1) / (2 * TILE_TOKENS);
+    const int num_columns = (n + OUT_COLUMNS - 1) / OUT_COLUMNS;
+    const int num_tiles = num_pairs * num_columns;
+    const int num_steps = (k + STEP - 1) / STEP;
+    const int first_tile = blockIdx.x / 2;
+    const int num_clusters = gridDim.x / 2;
+    Turn<STAGES> turn;
+
+    if (warpgroup == WARPGROUPS - 1) {
+        give_registers<40>();
+        if (threadIdx.x == WARPGROUP_SIZE * (WARPGROUPS - 1)) {
+            const auto bring_w = [&](const Place &place, int step) {
+                const int row = IS_SILU ? rank * n + place.column * OUT_COLUMNS
+                                        : place.column * COLUMNS + rank * (COLUMNS / 2);
+                const uint32_t target = ring + turn.stage * Ring::STAGE_BYTES + Ring::X_BYTES +
+                                        rank * (Ring::W_BYTES / 2);
+                arrive_expecting(full + 8 * turn.stage, Ring::STAGE_BYTES);
+                copy_box_to_all(target, w_map, full + 8 * turn.stage, step * STEP, row, 3);
+            };
+            const auto bring_x = [&](const Place &place, int step) {
+                const int row = (2 * place.pair + rank) * TILE_TOKENS;
+                copy_box(ring + turn.stage * Ring::STAGE_BYTES, x_map, full + 8 * turn.stage,
+                         step * STEP, row, EVICT_NORMAL);
+            };
+            // The first stages of W before x is there.
+            const int ahead = first_tile < num_tiles ? min(STAGES, num_steps) : 0;
+            const Place first = place_of(first_tile, num_pairs, num_columns);
+            for (int step = 0; step < ahead; step++, turn.next()) {
+                bring_w(first, step);
+            }
+            wait_for_producer();
+            turn = {};
+            for (int step = 0; step < ahead; step++, turn.next()) {
+                bring_x(first, step);
+            }
+            for (int tile = first_tile; tile < num_tiles; tile += num_clusters) {
+                const Place place = place_of(tile, num_pairs, num_columns);
+                for (int step = tile == first_tile ? ahead : 0; step < num_steps;
+                     step++, turn.next()) {
+                    wait_barrier(empty + 8 * turn.stage, turn.parity ^ 1);
+                    bring_w(place, step);
+                    bring_x(place, step);
+                }
+            }
+        }
+    } else {
+        take_registers<232>();
+        const int lane = threadIdx.x % WARP_SIZE;
+        const int warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
+        const int quarter = lane % 4;
+        // One thread tells each block of the cluster that a stage may be filled again.
+        const int told_rank = lane == 0 && warp < 2 ? warp : -1;
+        const auto release = [&](int stage) {
+            if (told_rank >= 0) {
+                arrive_at(empty + 8 * stage, told_rank);
+            }
+        };
+        for (int tile = first_tile; tile < num_tiles; tile += num_clusters) {
+            float sums[COLUMNS / 2];
+            int last_stage = 0;
+            for (int step = 0; step < num_steps; step++, turn.next()) {
+                wait_barrier(full + 8 * turn.stage, turn.parity);
+                const uint32_t stage = ring + turn.stage * Ring::STAGE_BYTES;
+                const uint64_t x = describe_panels(stage + warpgroup * 64 * PANEL_ROW_BYTES);
+                const uint64_t w = describe_panels(stage + Ring::X_BYTES);
+                begin_products();
+#pragma unroll
+                for (int part = 0; part < STEP / PRODUCT_COLUMNS; part++) {
+                    multiply_transposed<T, COLUMNS>(sums, advance(x, part * PRODUCT_BYTES),
+                                                    advance(w, part * PRODUCT_BYTES),
+                                                    step > 0 || part > 0);
+                }
+                commit_products();
+                if (step > 0) {
+                    wait_for_products<1>();
+                    release(last_stage);
+                }
+                last_stage = turn.stage;
+            }
+            wait_for_products<0>();
+            pin(sums);
+            release(last_stage);
+
+            const Place place = place_of(tile, num_pairs, num_columns);
+            const int first_column = place.column * OUT_COLUMNS;
+            const int first_row = (2 * place.pair + rank) * TILE_TOKENS + warpgroup * 64 +
+                                  warp * 16 + lane / 4;
+#pragma unroll
+            for (int octet = 0; octet < OUT_COLUMNS / 8; octet += 4) {
+                const int column = first_column + 8 * (octet + quarter);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint32_t words[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        float values[2];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            float value = sums[4 * (octet + i) + 2 * half + j];
+                            if (IS_SILU) {
+                                const float up =
+                                    sums[4 * (octet + i + OUT_COLUMNS / 8) + 2 * half + j];
+                                value = __fdividef(up * value, 1.0f + __expf(-value));
+                            } else if (bias != nullptr) {
+                                const int at = first_column + 8 * (octet + i) + 2 * quarter + j;
+                                value += at < n ? to_float(bias[at]) : 0.0f;
+                            }
+                            values[j] = value;
+                        }
+                        words[i] = pack<T>(values[0], values[1]);
+                    }
+                    const uint4 packed = gather_octet(words[0], words[1], words[2], words[3]);
+                    const int row = first_row + 8 * half;
+                    if (row < num_tokens && column < n) {
+                        store16(out + (int64_t)row * n + column, packed);
+                    }
+                }
+            }
+        }
+    }
+    // No block may go while another one's copies or arrivals are still under way to it.
+    sync_cluster();
+}
+
+#define ENTRY(T, SUFFIX, COLUMNS)                                                                  \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
+        gemm_tile_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                       \
+                                        const __grid_constant__ TensorMap w, T *out,               \
+                                        const T *bias, int num_tokens, int n, int k) {             \
+        gemm_tile<T, COLUMNS, false>(x, w, out, bias, num_tokens, n, k);                           \
+    }
+#define ENTRY_SILU(T, SUFFIX, COLUMNS)                                                             \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
+        gemm_tile_silu_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                  \
+                                             const __grid_constant__ TensorMap w, T *out,          \
+                                             int num_tokens, int n, int k) {                       \
+        gemm_tile<T, COLUMNS, true>(x, w, out, nullptr, num_tokens, n, k);                         \
+    }
+#define ENTRIES(T, SUFFIX)                                                                         \
+    ENTRY(T, SUFFIX, 128)                                                                          \
+    ENTRY(T, SUFFIX, 192)                                                                          \
+    ENTRY(T, SUFFIX, 224)                                                                          \
+    ENTRY(T, SUFFIX, 256)                                                                          \
+    ENTRY_SILU(T, SUFFIX, 128)                                                                     \
+    ENTRY_SILU(T, SUFFIX, 192)                                                                     \
+    ENTRY_SILU(T, SUFFIX, 256)
+
+ENTRIES(__half, f16)
+ENTRIES(__nv_bfloat16, bf16)
+
+#else
+
+WITHOUT_HOPPER(gemm_tile)
+
+#endif
