@@ -36,6 +36,9 @@ struct Shape {
     kv_heads: usize,
     head_dim: usize,
     tied: bool,
+    /// What rows 3 and 90 of the down projections are multiplied by: two elements of the residual
+    /// stream that grow large, as in Qwen2.5.
+    outliers: f32,
 }
 
 const SHAPES: [Shape; 3] = [
@@ -46,6 +49,7 @@ const SHAPES: [Shape; 3] = [
         kv_heads: 2,
         head_dim: 64,
         tied: true,
+        outliers: 1.0,
     },
     Shape {
         model_type: "qwen3",
@@ -54,6 +58,7 @@ const SHAPES: [Shape; 3] = [
         kv_heads: 1,
         head_dim: 128,
         tied: false,
+        outliers: 1.0,
     },
     Shape {
         model_type: "llama",
@@ -62,6 +67,7 @@ const SHAPES: [Shape; 3] = [
         kv_heads: 3,
         head_dim: 64,
         tied: true,
+        outliers: 1.0,
     },
 ];
 
@@ -85,10 +91,15 @@ impl Shape {
         let mut random = StdRng::seed_from_u64(self.hidden as u64);
         let mut tensors = HashMap::new();
         let mut add = |name: String, dims: &[usize], mean: f32, spread: f32| {
-            let values = (0..dims.iter().product::<usize>())
-                .map(|_| half::bf16::from_f32(mean + spread * random.random_range(-1.0..1.0f32)));
+            let cols = dims.last().copied().unwrap_or(1);
+            let values = (0..dims.iter().product::<usize>()).map(|i| {
+                let is_outlier = name.contains("down_proj") && [3, 90].contains(&(i / cols));
+                let scale = if is_outlier { self.outliers } else { 1.0 };
+                let value = mean + spread * random.random_range(-1.0..1.0f32);
+                half::bf16::from_f32(scale * value)
+            });
             let bytes: Vec<u8> = values.flat_map(half::bf16::to_le_bytes).collect();
-            tensors.insert(name, (dims.to_vec(), bytes));
+            tensors.insert(name.clone(), (dims.to_vec(), bytes));
         };
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         add(
@@ -276,6 +287,22 @@ fn a_gpu_answers_as_the_cpu() {
             assert_all_near(&what, &got, &want, tolerance);
         }
     }
+}
+
+/// Qwen2.5's residual stream has elements of some ten thousands, near float16's end at 65,504.
+#[test]
+fn large_activations_stay_right_in_float16() {
+    if !has_gpu() {
+        return;
+    }
+    let shape = Shape {
+        outliers: 6000.0,
+        ..SHAPES[0]
+    };
+    let folder = shape.write();
+    let want = run_alone(&start(folder.path(), &options()), &params(24));
+    let got = run_alone(&start(folder.path(), &on_gpu(Dtype::Float16)), &params(24));
+    assert_all_near("outliers", &got, &want, F16_TOLERANCE);
 }
 
 #[test]

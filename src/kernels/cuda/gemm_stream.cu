@@ -166,6 +166,8 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
 
     release_consumer();
     if (threadIdx.x == 0) {
+        prefetch_map(x_map);
+        prefetch_map(w_map);
         for (int stage = 0; stage < STAGES; stage++) {
             init_barrier(full + 8 * stage, 1);
             init_barrier(empty + 8 * stage, 1);
