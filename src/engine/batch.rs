@@ -45,6 +45,13 @@ pub(super) enum LogitsUse {
 }
 
 impl LogitsUse {
+    /// Returns whose logits these are.
+    pub(super) fn id(&self) -> SequenceId {
+        match *self {
+            Self::Sample { id, .. } | Self::PromptLogprob { id, .. } => id,
+        }
+    }
+
     /// Returns whether a token is drawn.
     pub(super) fn is_sample(&self) -> bool {
         matches!(self, Self::Sample { .. })
@@ -162,13 +169,7 @@ impl StepInput {
         self.draws.iter().all(Option::is_some)
     }
 
-    fn push(
-        &mut self,
-        sequence: &Sequence,
-        num_tokens: usize,
-        block_size: usize,
-        pending_id: u32,
-    ) {
+    fn push(&mut self, sequence: &Sequence, num_tokens: usize, block_size: usize, pending_id: u32) {
         let start = sequence.num_computed_tokens;
         let end = start + num_tokens;
         let first_row = self.input_ids.len();

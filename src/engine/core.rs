@@ -254,20 +254,24 @@ impl EngineCore {
             next_ids: HashMap::new(),
             may_stay: self.launches_ahead && draws_all,
         };
-        if self.ranks.draws_on_device() {
-            let ids = step.uses.iter().zip(0..).filter_map(|(logits_use, row)| {
-                let LogitsUse::Sample { id, .. } = *logits_use else {
-                    return None;
-                };
-                Some((id, drawn_id(row)))
-            });
-            step.next_ids = ids.collect();
-        } else {
-            // The CPU is done, and only the engine draws.
+        if !self.ranks.draws_on_device() {
+            // The CPU is done, and the engine draws.
             self.read(&mut step)?;
-            step.next_ids = step.outcome.sampled.iter().copied().collect();
+        }
+        if step.may_stay {
+            step.next_ids = self.next_ids(&step);
         }
         Ok(Some(step))
+    }
+
+    /// Returns the input ids that stand for the tokens that a step draws, which are its only rows.
+    fn next_ids(&self, step: &InFlight) -> HashMap<SequenceId, u32> {
+        if !self.ranks.draws_on_device() {
+            return step.outcome.sampled.iter().copied().collect();
+        }
+        let rows = step.uses.iter().zip(0..);
+        rows.map(|(logits_use, row)| (logits_use.id(), drawn_id(row)))
+            .collect()
     }
 
     /// Waits for a step and takes what came of its rows.
@@ -294,8 +298,11 @@ impl EngineCore {
             }
             self.scheduler.abort(id);
         }
+        let updates = self.scheduler.update(&batch, &outcome.sampled);
+        // Before anybody hears of it: who reads a last token finds its blocks free.
+        self.publish_stats();
         let mut num_tokens = 0;
-        for update in self.scheduler.update(&batch, &outcome.sampled) {
+        for update in updates {
             num_tokens += usize::from(update.token_id.is_some());
             if update.prompt_done {
                 num_tokens += self.prompt_len(update.id);
@@ -432,7 +439,7 @@ fn read_row(
     vocab_size: usize,
     outcome: &mut StepOutcome,
 ) {
-    let (LogitsUse::PromptLogprob { id, .. } | LogitsUse::Sample { id, .. }) = logits_use;
+    let id = logits_use.id();
     let Some(active) = active.get_mut(&id) else {
         return;
     };

@@ -30,9 +30,7 @@ use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
 
 pub use args::{Dtype, EngineArgs, parse_size};
-pub use config::{
-    AsyncScheduling, DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen,
-};
+pub use config::{AsyncScheduling, DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
 pub use scheduler::SchedulingPolicy;

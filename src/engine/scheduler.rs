@@ -235,7 +235,12 @@ impl Scheduler {
             sequence.token_ids.extend(token_id);
             // The next step, launched already, may have filled a block with the token.
             let num_filled = sequence.num_computed_tokens;
-            register_filled(&mut self.blocks, sequence, num_filled.min(num_known), num_filled);
+            register_filled(
+                &mut self.blocks,
+                sequence,
+                num_filled.min(num_known),
+                num_filled,
+            );
             updates.push(Update {
                 id: entry.id,
                 token_id,
@@ -348,10 +353,6 @@ impl Scheduler {
             let Some((&key, &id)) = self.waiting.first_key_value() else {
                 break;
             };
-            // It was preempted while a step drew its next token: it waits for that one, too.
-            if self.sequences[&id].num_pending_tokens > 0 {
-                break;
-            }
             let Ok(num_tokens) = self.admit(id, budget, &mut batch.copies) else {
                 break;
             };
@@ -377,6 +378,12 @@ impl Scheduler {
     ) -> Result<usize, OutOfBlocks> {
         let block_size = self.config.block_size;
         let sequence = known(&mut self.sequences, id);
+        // The step that preempts a sequence admits nobody, and before the next one is scheduled
+        // the token is known that was pending then.
+        debug_assert_eq!(
+            sequence.num_pending_tokens, 0,
+            "a token to be computed is not known"
+        );
         let reads_cache = self.config.prefix_caching == PrefixCaching::Enabled
             && sequence.may_read_prefix_cache();
         let num_cached_blocks = if reads_cache {

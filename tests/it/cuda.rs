@@ -467,13 +467,20 @@ fn assert_same_in_both_orders(what: &str, model: &std::path::Path, options: &Eng
         let (got, want) = (run_alone(&ahead, case), run_alone(&in_turn, case));
         if case.temperature > 0.0 {
             // A bit of a logit seldom tips a random draw.
-            let num_equal = got.iter().zip(&want).filter(|(got, want)| got.token_ids == want.token_ids);
+            let num_equal = got
+                .iter()
+                .zip(&want)
+                .filter(|(got, want)| got.token_ids == want.token_ids);
             assert!(num_equal.count() > want.len() / 2, "{what}, case {i}");
         } else {
             assert_all_near(&format!("{what}, case {i}"), &got, &want, BATCH_TOLERANCE);
         }
         for round in 0..3 {
-            assert_eq!(run_alone(&ahead, case), got, "{what}, case {i}, round {round}");
+            assert_eq!(
+                run_alone(&ahead, case),
+                got,
+                "{what}, case {i}, round {round}"
+            );
         }
     }
     // What the rows of ended and abandoned neighbours leave must not show.
@@ -495,7 +502,11 @@ fn assert_same_in_both_orders(what: &str, model: &std::path::Path, options: &Eng
             let answer = collect(stream);
             let last = answer.token_ids.last().copied();
             let is_end = |token: &u32| *token < 200;
-            let num_ends = answer.token_ids.iter().filter(|token| is_end(token)).count();
+            let num_ends = answer
+                .token_ids
+                .iter()
+                .filter(|token| is_end(token))
+                .count();
             match answer.finish {
                 FinishReason::StopToken(token) => assert_eq!((last, num_ends), (Some(token), 1)),
                 other => assert_eq!((other, num_ends), (FinishReason::Length, 0)),

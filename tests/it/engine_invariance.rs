@@ -392,7 +392,10 @@ fn a_sequence_that_ends_unforeseen_ends_there(order: AsyncScheduling) {
             stop_token_ids: vec![whole.token_ids[11]],
             ..greedy(30)
         };
-        let first = whole.token_ids.iter().position(|&id| id == whole.token_ids[11]);
+        let first = whole
+            .token_ids
+            .iter()
+            .position(|&id| id == whole.token_ids[11]);
         let want = first.expect("it is one of them") + 1;
         // Neighbours go on meanwhile.
         let neighbour = submit(&engine, &prompt(33, salt), greedy(60));

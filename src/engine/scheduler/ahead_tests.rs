@@ -1,8 +1,10 @@
 //! What holds while a step is launched before the one before it is read. Blocks hold 4 tokens.
 
-use super::tests::{add_with_priority, config, finish_step, launch, prompt, request, scheduled, step};
+use super::super::request::FinishReason;
+use super::tests::{
+    add_with_priority, config, finish_step, launch, prompt, request, scheduled, step,
+};
 use super::*;
-use crate::engine::request::FinishReason;
 
 const TOKEN: u32 = 1000;
 
@@ -39,19 +41,19 @@ fn a_sequence_whose_last_token_is_pending_leaves_its_place_and_blocks_at_once() 
     scheduler.add(1, request(&prompt(100, 30), 1)).unwrap();
     scheduler.add(2, request(&prompt(200, 30), 0)).unwrap();
     scheduler.add(3, request(&prompt(300, 30), 9)).unwrap();
-    let batches = [1, 2, 3].map(|id| {
-        let batch = launch(&mut scheduler);
-        assert_eq!(scheduled(&batch), [(id, 30)]);
-        batch
-    });
-    assert_eq!(scheduler.counters().num_blocks_used, 8);
-    assert_eq!((scheduler.num_running(), scheduler.num_waiting()), (3, 0));
-    for (batch, token_id) in batches.iter().zip([Some(TOKEN), None]) {
-        let updates = finish_step(&mut scheduler, batch, TOKEN);
+    let mut before = launch(&mut scheduler);
+    for (id, token_id) in [(1, Some(TOKEN)), (2, None)] {
+        assert_eq!(scheduled(&before), [(id, 30)]);
+        let next = launch(&mut scheduler);
+        assert_eq!(scheduled(&next), [(id + 1, 30)]);
+        assert_eq!(scheduler.counters().num_blocks_used, 8);
+        assert_eq!(scheduler.num_running(), 2);
+        let updates = finish_step(&mut scheduler, &before, TOKEN);
         assert_eq!(updates[0].token_id, token_id);
         assert_eq!(updates[0].finish, Some(FinishReason::Length));
+        assert_eq!(scheduler.num_running(), 1);
+        before = next;
     }
-    assert_eq!(scheduler.num_running(), 1);
     assert_eq!(scheduler.counters().num_preemptions, 0);
 }
 
@@ -99,14 +101,17 @@ fn a_block_that_a_pending_token_fills_is_cached_once_it_is_known() {
     let first = launch(&mut scheduler);
     launch(&mut scheduler);
     let first_hash = BlockHash::of(None, &prompt(100, 4));
-    let hashes = [first_hash, BlockHash::of(Some(&first_hash), &[104, 105, 106, TOKEN])];
+    let hashes = [
+        first_hash,
+        BlockHash::of(Some(&first_hash), &[104, 105, 106, TOKEN]),
+    ];
     assert_eq!(scheduler.blocks.num_cached_blocks(&hashes), 1);
     finish_step(&mut scheduler, &first, TOKEN);
     assert_eq!(scheduler.blocks.num_cached_blocks(&hashes), 2);
 }
 
 #[test]
-fn a_preempted_sequence_waits_for_its_pending_token_and_nobody_overtakes_it() {
+fn a_preempted_sequence_gets_its_pending_token_before_it_is_admitted_again() {
     let mut scheduler = Scheduler::new(SchedulerConfig {
         num_blocks: 8,
         ..config()
@@ -122,10 +127,14 @@ fn a_preempted_sequence_waits_for_its_pending_token_and_nobody_overtakes_it() {
     let preempted = scheduler.sequence(2);
     assert_eq!(preempted.status, SequenceStatus::Waiting);
     assert_eq!(preempted.num_pending_tokens, 1);
-    // Sequence 1 has given its blocks back: there is room for all.
-    assert_eq!(scheduler.schedule().sequences, []);
+    assert_eq!(
+        scheduler.num_waiting(),
+        2,
+        "a step that preempts admits nobody"
+    );
     finish_step(&mut scheduler, &first, TOKEN);
-    assert_eq!(scheduler.sequence(2).output_token_ids(), [1000, TOKEN]);
+    assert_eq!(scheduler.sequence(2).output_token_ids(), [TOKEN, TOKEN]);
+    // Sequence 1 has given its blocks back: there is room for all.
     let third = launch(&mut scheduler);
     let ids: Vec<_> = scheduled(&third).iter().map(|&(id, _)| id).collect();
     assert_eq!(ids, [2, 3]);

@@ -77,8 +77,8 @@ struct Simulation {
     num_copies: usize,
     /// Tokens drawn for sequences that had ended meanwhile.
     num_wasted: usize,
-    /// Steps launched while a sequence waited for the token of the one before.
-    num_held_back: usize,
+    /// Steps before which a sequence was preempted whose token was pending.
+    num_preempted_pending: usize,
 }
 
 impl Simulation {
@@ -112,7 +112,7 @@ impl Simulation {
             num_finished: 0,
             num_copies: 0,
             num_wasted: 0,
-            num_held_back: 0,
+            num_preempted_pending: 0,
         }
     }
 
@@ -129,7 +129,9 @@ impl Simulation {
     fn expected(&self, request: &GenerateRequest) -> Expected {
         let params = &request.sampling_params;
         let prompt = &request.prompt_token_ids;
-        let mut prefix = prompt.iter().fold(0, |prefix, &token| extend_prefix(prefix, token));
+        let mut prefix = prompt
+            .iter()
+            .fold(0, |prefix, &token| extend_prefix(prefix, token));
         let longest = self.config.max_model_len - prompt.len();
         let (mut output, mut finish) = (Vec::new(), FinishReason::Length);
         while output.len() < params.max_tokens.min(longest) {
@@ -237,7 +239,11 @@ impl Simulation {
         if batch.sequences.is_empty() {
             return None;
         }
-        let pending: HashMap<_, _> = previous.iter().flat_map(|step| &step.sampled).copied().collect();
+        let pending: HashMap<_, _> = previous
+            .iter()
+            .flat_map(|step| &step.sampled)
+            .copied()
+            .collect();
         let pending = |id: SequenceId| pending.get(&id).copied();
         // One by one is stricter than a real step, which writes all before it reads any.
         let mut written = HashSet::new();
@@ -263,8 +269,8 @@ impl Simulation {
         assert!(num_tokens > 0 || may_be_empty, "a step must advance");
         assert!(num_tokens == 0 || !self.live.is_empty());
         let waiting = self.scheduler.waiting.values().next();
-        let is_held_back = |id| self.scheduler.sequences[id].num_pending_tokens > 0;
-        self.num_held_back += usize::from(waiting.is_some_and(is_held_back));
+        let is_pending = |id| self.scheduler.sequences[id].num_pending_tokens > 0;
+        self.num_preempted_pending += usize::from(waiting.is_some_and(is_pending));
         for entry in &batch.sequences {
             let sequence = self.scheduler.sequence(entry.id);
             assert!(entry.num_tokens > 0);
@@ -345,7 +351,10 @@ impl Simulation {
         let ending: Vec<_> = ending
             .filter(|sequence| sequence.status == SequenceStatus::Ending)
             .collect();
-        assert_eq!(running.len() + waiting.len() + ending.len(), sequences.len());
+        assert_eq!(
+            running.len() + waiting.len() + ending.len(),
+            sequences.len()
+        );
         for sequence in ending {
             assert!(sequence.block_table.is_empty());
             assert!(sequence.is_launched_to_its_end(self.config.max_model_len));
@@ -399,7 +408,7 @@ impl Simulation {
 fn run_all(order: Order) {
     let mut counters = SchedulerCounters::default();
     let (mut num_finished, mut num_copies) = (0, 0);
-    let (mut num_wasted, mut num_held_back) = (0, 0);
+    let (mut num_wasted, mut num_preempted_pending) = (0, 0);
     for seed in 0..100 {
         let mut simulation = Simulation::new(seed, order);
         simulation.run(1_200);
@@ -409,7 +418,7 @@ fn run_all(order: Order) {
         num_finished += simulation.num_finished;
         num_copies += simulation.num_copies;
         num_wasted += simulation.num_wasted;
-        num_held_back += simulation.num_held_back;
+        num_preempted_pending += simulation.num_preempted_pending;
     }
     // The run is worth something only if what it is about did happen.
     assert!(counters.num_preemptions > 1_000, "{counters:?}");
@@ -418,7 +427,10 @@ fn run_all(order: Order) {
     assert!(num_finished > 10_000, "{num_finished} finished");
     if let Order::LaunchAhead = order {
         assert!(num_wasted > 500, "{num_wasted} wasted");
-        assert!(num_held_back > 100, "{num_held_back} held back");
+        assert!(
+            num_preempted_pending > 100,
+            "{num_preempted_pending} preempted while a token was pending"
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! One test a rule. Blocks hold 4 tokens unless a test says otherwise.
 
-use super::super::request::SamplingParams;
+use super::super::request::{FinishReason, SamplingParams};
 use super::*;
 
 pub(super) fn config() -> SchedulerConfig {
@@ -59,7 +59,11 @@ pub(super) fn launch(scheduler: &mut Scheduler) -> ScheduledBatch {
 }
 
 /// Draws `token` for each sequence of the batch that may want one.
-pub(super) fn finish_step(scheduler: &mut Scheduler, batch: &ScheduledBatch, token: u32) -> Vec<Update> {
+pub(super) fn finish_step(
+    scheduler: &mut Scheduler,
+    batch: &ScheduledBatch,
+    token: u32,
+) -> Vec<Update> {
     let drawing = batch.sequences.iter().filter(|entry| entry.is_last);
     let sampled: Vec<_> = drawing.map(|entry| (entry.id, token)).collect();
     scheduler.update(batch, &sampled)

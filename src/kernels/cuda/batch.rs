@@ -103,7 +103,8 @@ impl Stage {
         }
         let is_drawn = |id: i32| id < 0;
         let mut rows = step.input_ids.iter().map(|&id| id as i32);
-        if let Some(id) = rows.find(|&id| is_drawn(id) && !id as usize >= self.limits.num_sequences) {
+        if let Some(id) = rows.find(|&id| is_drawn(id) && !id as usize >= self.limits.num_sequences)
+        {
             bail!(
                 "an input id stands for row {} of the step before; a step has at most {} rows",
                 !id,

@@ -57,9 +57,9 @@ pub(super) struct Turns<T> {
 impl<T: Copy + Default> Turns<T> {
     /// Allocates twice `len` values.
     pub(super) fn new(driver: &Driver, len: usize) -> Result<Self> {
-        let buffer = || Ok((Pinned::new(driver, len)?, Event::new(driver)?));
+        let (first, second) = (Pinned::new(driver, len)?, Pinned::new(driver, len)?);
         Ok(Self {
-            buffers: [buffer()?, buffer()?],
+            buffers: [(first, Event::new(driver)?), (second, Event::new(driver)?)],
             next: 0,
         })
     }
