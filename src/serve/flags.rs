@@ -139,8 +139,10 @@ fn push_yaml(arguments: &mut Vec<OsString>, flag: String, value: Yaml) -> anyhow
         Yaml::Bool(true) => arguments.push(flag.into()),
         Yaml::Bool(false) => {
             // Only switches that are on by default have an off form; the others stay unset.
-            if flag == "--enable-prefix-caching" {
-                arguments.push("--no-enable-prefix-caching".into());
+            match flag.as_str() {
+                "--enable-prefix-caching" => arguments.push("--no-enable-prefix-caching".into()),
+                "--async-scheduling" => arguments.push("--no-async-scheduling".into()),
+                _ => {}
             }
         }
         Yaml::Sequence(values) if takes_json(&flag) => {
