@@ -273,7 +273,7 @@ mod tests {
         let path = folder.path().join("serve.yaml");
         std::fs::write(
             &path,
-            "model: other\nport: 12\nserved_model_name: [a, b]\nenable_prefix_caching: false\n\
+            "model: other\nport: 12\nserved_model_name: [a, b]\nenable_prefix_caching: false\nasync-scheduling: false\n\
              allowed-origins: [x]\noverride-generation-config: {top_k: 3}\nswap-space: 1\n\
              dtype: half\n",
         )
@@ -292,6 +292,7 @@ mod tests {
                 "a",
                 "b",
                 "--no-enable-prefix-caching",
+                "--no-async-scheduling",
                 "--allowed-origins=[\"x\"]",
                 "--override-generation-config={\"top_k\":3}",
                 "--dtype=half",
