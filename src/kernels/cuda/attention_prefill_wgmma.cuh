@@ -15,7 +15,8 @@ constexpr int STAGES = 2;
 constexpr int MULTIPLIERS = 2;             // Warpgroups that multiply; one more brings data.
 constexpr int THREADS = (MULTIPLIERS + 1) * WARPGROUP_SIZE;
 constexpr int MULTIPLIER_ROWS = ROWS / MULTIPLIERS;
-constexpr int MULTIPLIER_WARPS = MULTIPLIERS * WARPGROUP_SIZE / WARP_SIZE;
+constexpr int MULTIPLIER_THREADS = MULTIPLIERS * WARPGROUP_SIZE;
+constexpr int MULTIPLIER_WARPS = MULTIPLIER_THREADS / WARP_SIZE;
 constexpr int QUERY_THREADS = WARPGROUP_SIZE - WARP_SIZE;
 static_assert(MULTIPLIER_ROWS == 64, "wgmma has 64 rows");
 // 65,536 registers in all.
@@ -27,7 +28,6 @@ constexpr int NO_ROW = -BOX_TOKENS;
 // Barriers of sync_threads.
 constexpr int ALL_MULTIPLIERS = 1;
 constexpr int TURN = 2;                    // + multiplier.
-constexpr int MULTIPLIER = 4;              // + multiplier.
 
 // A tile of queries. num_keys is how many its last row sees; 0 when there are no more tiles.
 struct Job {
@@ -43,7 +43,7 @@ struct Job {
 struct Barriers {
     uint64_t job_full[2];
     uint64_t query_full[2];
-    // The slot's queries and job have been used.
+    // The slot's queries and job are not needed any more.
     uint64_t query_empty[2];
     uint64_t key_full[STAGES];
     uint64_t key_empty[STAGES];
