@@ -25,9 +25,14 @@
 
 // A thread's two rows, lane / 4 and 8 further on.
 struct Rows {
+    // About the largest score so far (MAX_EXCESS), which weights are relative to.
     float max[2];
     float sum[2];
 };
+
+// A row's maximum stays while scores are over it by no more than this, as powers of two: sums so far
+// are rescaled seldom, and weights stay below 2^8.
+constexpr float MAX_EXCESS = 8.0f;
 
 constexpr Rows FRESH_ROWS = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
 
@@ -83,8 +88,8 @@ template <int COUNT> __device__ __forceinline__ void clear(float (&registers)[CO
     }
 }
 
-// Turns scores into weights; `rescale` is what sums so far are to be multiplied by. Every row
-// sees key 0, so that its maximum is a number from the first tile on.
+// Turns scores into weights; `rescale` is what sums so far are to be multiplied by, if not 1. Every
+// row sees key 0, so that its maximum is a number from the first tile on.
 __device__ __forceinline__ void soften(float (&scores)[KEYS / 2], Rows &rows, float (&rescale)[2],
                                        float scale_log2) {
 #pragma unroll
@@ -103,10 +108,10 @@ __device__ __forceinline__ void soften(float (&scores)[KEYS / 2], Rows &rows, fl
         float max = fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3]));
         max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 1));
         max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 2));
-        max = fmaxf(max, rows.max[half]);
-        rescale[half] = exp2_fast((rows.max[half] - max) * scale_log2);
-        rows.max[half] = max;
-        const float offset = max * scale_log2;
+        const float excess = (max - rows.max[half]) * scale_log2;
+        rescale[half] = excess > MAX_EXCESS ? exp2_fast(-excess) : 1.0f;
+        rows.max[half] = excess > MAX_EXCESS ? max : rows.max[half];
+        const float offset = rows.max[half] * scale_log2;
         float sums[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++) {
@@ -308,6 +313,8 @@ __device__ __forceinline__ void multiply_tiles(const Shared<D> &shared, const St
             mask(scores, task, tile * KEYS);
         }
         soften(scores, rows, rescale, step.scale_log2);
+        const bool is_rescaled =
+            __any_sync(FULL_MASK, rescale[0] != 1.0f || rescale[1] != 1.0f);
         // All of it while the products run: the pins and the loop of the next values' wait keep
         // the compiler from putting the products' wait before it.
         pin(scores);
@@ -319,7 +326,7 @@ __device__ __forceinline__ void multiply_tiles(const Shared<D> &shared, const St
         if (is_end) {
             write_rows<T, D>(step.out, out, target, sums);
             clear<D / 2>(out);
-        } else {
+        } else if (is_rescaled) {
 #pragma unroll
             for (int i = 0; i < D / 2; i++) {
                 out[i] *= rescale[i % 4 / 2];
