@@ -12,8 +12,8 @@
 //          are none, so any grid gives the same result.
 // Scale:   scale_log2 = scale · log2(e).
 // Method:  "FlashAttention-3" (Shah et al., 2024), sections 3.1 and 3.2; own code. A warp finds
-//          tiles of 128 (token, head) rows and has TMA bring keys and values, 128 tokens a tile,
-//          into two stages each; three warps bring the next tile's queries; two warpgroups of 64
+//          tiles of 128 (token, head) rows, one has TMA bring keys and values, 128 tokens a tile,
+//          into two stages each; two warps bring the next tile's queries; two warpgroups of 64
 //          rows multiply with wgmma. A warpgroup starts a tile's scores and the last tile's
 //          weights · values together and turns scores into weights meanwhile, from one tile of
 //          queries to the next without a pause; the two take turns to start products, so that one
@@ -382,6 +382,8 @@ __device__ __forceinline__ void attention_prefill_wgmma(const Step<T> &step) {
         give_registers<BRINGER_REGISTERS>();
         if (warp == 0) {
             bring_keys<T, D>(shared, step);
+        } else if (warp == 1) {
+            find_jobs<T, D>(shared, step);
         } else {
             bring_queries<T, D>(shared, step);
         }

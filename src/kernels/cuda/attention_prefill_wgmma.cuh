@@ -22,7 +22,7 @@ constexpr int THREADS = (MULTIPLIERS + 1) * WARPGROUP_SIZE;
 constexpr int MULTIPLIER_ROWS = ROWS / MULTIPLIERS;
 constexpr int MULTIPLIER_THREADS = MULTIPLIERS * WARPGROUP_SIZE;
 constexpr int MULTIPLIER_WARPS = MULTIPLIER_THREADS / WARP_SIZE;
-constexpr int QUERY_THREADS = WARPGROUP_SIZE - WARP_SIZE;
+constexpr int QUERY_THREADS = WARPGROUP_SIZE - 2 * WARP_SIZE;
 static_assert(MULTIPLIER_ROWS == 64, "wgmma has 64 rows");
 // 65,536 registers in all.
 constexpr int BRINGER_REGISTERS = 40;
@@ -41,6 +41,8 @@ struct Job {
     int query_start;
     int query_len;
     int context_len;
+    // Where the sequence's blocks begin in block_tables.
+    int first_block;
     int num_keys;
 };
 
@@ -217,8 +219,8 @@ template <typename T> struct Queue {
         next_level = __reduce_max_sync(FULL_MASK, below);
     }
 
-    // Finds the tile numbered `index`, not smaller than in the call before. Returns false when there
-    // is none.
+    // Finds the tile numbered `index`, not smaller than in the call before. Returns false when
+    // there is none.
     __device__ __forceinline__ bool find(int index, Sequence &found, int &tile) {
         while (level > 0 && index >= num_before + num_here) {
             num_before += num_here;
@@ -256,43 +258,61 @@ template <typename T> struct Queue {
     }
 };
 
-// Finds the job numbered `index` and publishes it. Returns it and its place in the block tables.
+// What the second warp does: finds the block's jobs and publishes each once its slot is free, while
+// the job before is worked on.
 template <typename T, int D>
-__device__ __forceinline__ Job publish_job(const Shared<D> &shared, const Step<T> &step,
-                                           Queue<T> &queue, int index, int count,
-                                           const int *&block_table) {
-    wait_barrier(shared_address(&shared.barriers->query_empty[slot_of(count)]), parity_of(count) ^ 1);
-    Job job = {index % step.num_kv_heads, 0, 0, 0, 0, 0};
-    Sequence sequence;
-    if (queue.find(index / step.num_kv_heads, sequence, job.tile)) {
-        job.query_start = sequence.query_start;
-        job.query_len = sequence.query_len;
-        job.context_len = sequence.context_len;
-        const int last_token = min(step.token_of(job.tile, ROWS - 1), job.query_len - 1);
-        job.num_keys = job.context_len - job.query_len + last_token + 1;
-        block_table = step.block_tables + sequence.first_block;
+__device__ __forceinline__ void find_jobs(const Shared<D> &shared, const Step<T> &step) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    Queue<T> queue(step);
+    int index = blockIdx.x;
+    for (int count = 0;; count++) {
+        Job job = {index % step.num_kv_heads, 0, 0, 0, 0, 0, 0};
+        Sequence sequence;
+        if (queue.find(index / step.num_kv_heads, sequence, job.tile)) {
+            job.query_start = sequence.query_start;
+            job.query_len = sequence.query_len;
+            job.context_len = sequence.context_len;
+            job.first_block = sequence.first_block;
+            const int last_token = min(step.token_of(job.tile, ROWS - 1), job.query_len - 1);
+            job.num_keys = job.context_len - job.query_len + last_token + 1;
+        }
+        if (lane == 0) {
+            shared.jobs[slot_of(count)] = job;
+            arrive(shared_address(&shared.barriers->job_full[slot_of(count)]));
+        }
+        if (job.num_keys == 0) {
+            break;
+        }
+        wait_barrier(shared_address(&shared.barriers->query_empty[slot_of(count + 1)]),
+                     parity_of(count + 1) ^ 1);
+        if (lane == 0) {
+            index = gridDim.x + atomicAdd(step.counters, 1u);
+        }
+        index = __shfl_sync(FULL_MASK, index, 0);
     }
-    if (threadIdx.x % WARP_SIZE == 0) {
-        shared.jobs[slot_of(count)] = job;
-        arrive(shared_address(&shared.barriers->job_full[slot_of(count)]));
+    // The last block to come here has seen all others' requests.
+    if (lane == 0) {
+        __threadfence();
+        if (atomicAdd(step.counters + 1, 1u) == gridDim.x - 1) {
+            step.counters[0] = 0;
+            step.counters[1] = 0;
+        }
     }
-    return job;
 }
 
-// What the first warp does: finds jobs and brings their keys and values.
+// What the first warp does: brings keys and values.
 template <typename T, int D>
 __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T> &step) {
     const int lane = threadIdx.x % WARP_SIZE;
     Barriers &barriers = *shared.barriers;
-    const int *block_table = nullptr;
-    Queue<T> queue(step);
-    int index = blockIdx.x;
     int num_brought = 0;
     for (int count = 0;; count++) {
-        const Job job = publish_job(shared, step, queue, index, count, block_table);
+        wait_barrier(shared_address(&barriers.job_full[slot_of(count)]), parity_of(count));
+        const Job job = shared.jobs[slot_of(count)];
         if (job.num_keys == 0) {
             break;
         }
+        const int *block_table = step.block_tables + job.first_block;
         const int num_tiles = (job.num_keys + KEYS - 1) / KEYS;
         const int box_token = lane % NUM_BOXES * BOX_TOKENS;
         // The block of the lane's box; looked up one tile ahead.
@@ -300,7 +320,6 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
             const int token = tile * KEYS + box_token;
             return token < job.num_keys ? block_table[token >> step.block_shift] : -1;
         };
-        int next_index = 0;
         int value_row = NO_ROW;
         int block = block_of(0);
         // In the order in which they are used: keys of a tile, values of the tile before.
@@ -311,9 +330,6 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
                     ? ((block * step.num_kv_heads + job.kv_head) << step.block_shift) + slot
                     : NO_ROW;
             block = block_of(tile + 1);
-            if (tile == max(num_tiles - 2, 0) && lane == 0) {
-                next_index = gridDim.x + atomicAdd(step.counters, 1u);
-            }
             if (tile < num_tiles) {
                 const int key = num_brought + tile;
                 bring_tile<D>(shared.keys(slot_of(key)), *step.key_map, row,
@@ -329,15 +345,6 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
             value_row = row;
         }
         num_brought += num_tiles;
-        index = __shfl_sync(FULL_MASK, next_index, 0);
-    }
-    // The last block to come here has seen all others' requests.
-    if (lane == 0) {
-        __threadfence();
-        if (atomicAdd(step.counters + 1, 1u) == gridDim.x - 1) {
-            step.counters[0] = 0;
-            step.counters[1] = 0;
-        }
     }
 }
 
@@ -345,7 +352,7 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
 template <typename T, int D>
 __device__ __forceinline__ void bring_queries(const Shared<D> &shared, const Step<T> &step) {
     constexpr int COLUMNS = D / 8;
-    const int thread = threadIdx.x - WARP_SIZE;
+    const int thread = threadIdx.x - (WARPGROUP_SIZE - QUERY_THREADS);
     for (int count = 0;; count++) {
         const int slot = slot_of(count);
         // The slot is free too: the job was published after that.
