@@ -197,7 +197,7 @@ impl Gemm {
         let class = match rows {
             rows if rows == self.max_rows => rows,
             ..=32 => 32,
-            ..=MAX_TUNED_ROWS => rows.next_multiple_of(CLASS_ROWS),
+            33..=MAX_TUNED_ROWS => rows.next_multiple_of(CLASS_ROWS),
             _ => {
                 let largest = tuned.get(&[self.max_rows, n, k, bias, is_f32]);
                 return match (largest, &self.hopper) {
