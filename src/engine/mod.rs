@@ -29,7 +29,7 @@ use crate::layers::LayerError;
 use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
 
-pub use args::{Dtype, EngineArgs, parse_size};
+pub use args::{Dtype, EngineArgs, LoadFormat, parse_size};
 pub use config::{DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
