@@ -248,9 +248,11 @@ pub(crate) fn stepping_engine(
                 });
             }
             sequences.retain(|(_, left)| *left > 0);
-            let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-            let nanos = schedstat.split(' ').next().unwrap().parse().unwrap();
-            cpu_nanos.store(nanos, Ordering::Relaxed);
+            let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat");
+            let nanos = schedstat
+                .ok()
+                .and_then(|text| text.split(' ').next()?.parse().ok());
+            cpu_nanos.store(nanos.unwrap_or(0), Ordering::Relaxed);
             std::thread::sleep(step_time.saturating_sub(started.elapsed()));
         }
     });
