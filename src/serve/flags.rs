@@ -260,7 +260,7 @@ mod tests {
         insta::assert_snapshot!(message("m --quantization awq"), @"--quantization awq is not supported (only auto, none, None, gguf): weights are computed as stored; serve a GGUF file for quantized weights");
         insta::assert_snapshot!(message("m --lora-modules a=b c=d"), @"--lora-modules is not supported: merge the adapter into the model first");
         assert!(
-            prepare("m --load-format auto -pp 1")
+            prepare("m --config-format auto -pp 1")
                 .unwrap()
                 .warnings
                 .is_empty()
