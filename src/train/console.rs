@@ -97,10 +97,20 @@ impl Console {
             }
             TrainEvent::Skipped {
                 global_step,
+                attempted,
                 loss_scale,
-            } => self.line(&format!(
-                "step {global_step} skipped: gradients overflowed, the loss scale is now {loss_scale}"
-            )),
+                hysteresis_left,
+            } => {
+                // DeepSpeed's words.
+                let what = if loss_scale < attempted {
+                    format!("reducing to {loss_scale}")
+                } else {
+                    format!("which stays; overflows until it is halved: {hysteresis_left}")
+                };
+                self.line(&format!(
+                    "OVERFLOW! Skipping step {global_step}. Attempted loss scale: {attempted}, {what}"
+                ));
+            }
             TrainEvent::EarlyStop {
                 global_step,
                 num_worse,

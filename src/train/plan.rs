@@ -5,6 +5,7 @@
 //! no weight is read.
 
 mod memory;
+mod numbers;
 #[cfg(test)]
 mod tests;
 
@@ -14,9 +15,12 @@ use crate::models::ModelConfig;
 use crate::text::TrainingTemplate;
 
 use super::{
-    DatasetReport, EncodeSummary, Linear, LoraLayout, LrSchedule, Packing, Precision, StepCounts,
-    TrainConfig, TrainError,
+    DatasetReport, EncodeSummary, Linear, LoraLayout, LrSchedule, Packing, StepCounts, TrainConfig,
+    TrainError,
 };
+
+use super::modules::names;
+use numbers::numbers;
 
 pub use memory::MemoryPlan;
 
@@ -105,7 +109,6 @@ impl Plan {
                 found: format!("{} examples", train.num_examples),
             });
         }
-        check_supported(config)?;
         check_steps(config, &counts)?;
         let lora = LoraLayout::new(model, config.lora_options())?;
         let mut plan = Self {
@@ -137,7 +140,7 @@ impl Plan {
         line("batches", batches(inputs));
         line("updates", self.updates_line());
         line("learning rate", self.learning_rate_line(config));
-        line("numbers", numbers(config.precision).to_owned());
+        line("numbers", numbers(config, &self.lora));
         line("memory", self.memory.to_string());
         for effect in config.deepspeed.iter().flat_map(|config| &config.effects) {
             let text = format!("{} = {}: {}", effect.key, effect.value, effect.effect);
@@ -163,14 +166,21 @@ impl Plan {
         let trainable = self.lora.num_params() as u64;
         let all = self.base_parameters + trainable;
         let lora = &config.lora;
+        let whole = names(self.lora.whole().iter().map(|entry| entry.module));
+        let whole = match &whole[..] {
+            [] => String::new(),
+            names => format!("; trained and saved whole: {}", names.join(", ")),
+        };
         format!(
-            "LoRA r {}, alpha {}, dropout {} on {}: {} tensors; trainable params: {} || all \
+            "{} r {}, alpha {}, dropout {} on {}{}: {} tensors; trainable params: {} || all \
              params: {} || trainable%: {:.4}",
+            if lora.use_dora { "DoRA" } else { "LoRA" },
             lora.lora_rank,
             lora.lora_alpha,
             lora.lora_dropout,
             self.lora.target_modules().join(", "),
-            2 * self.lora.entries().len(),
+            whole,
+            self.lora.tensors().len(),
             grouped(trainable),
             grouped(all),
             100.0 * trainable as f64 / all as f64
@@ -216,21 +226,6 @@ impl fmt::Display for Plan {
         }
         Ok(())
     }
-}
-
-/// Refuses what the configuration can say and the trainer does not do.
-fn check_supported(config: &TrainConfig) -> Result<(), TrainError> {
-    let what = if !config.lora.additional_target.is_empty() {
-        "additional_target"
-    } else if config.lora.use_dora {
-        "use_dora"
-    } else {
-        return Ok(());
-    };
-    Err(TrainError::Unsupported {
-        what: what.to_owned(),
-        advice: "leave the key out: A and B of the linears are trained".to_owned(),
-    })
 }
 
 fn check_steps(config: &TrainConfig, counts: &StepCounts) -> Result<(), TrainError> {
@@ -314,16 +309,6 @@ fn batches(inputs: &PlanInputs<'_>) -> String {
          update; {layout}",
         grouped((size * accumulation * ranks) as u64)
     )
-}
-
-fn numbers(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "products in bf16; adapters, gradients and moments in f32",
-        Precision::Fp16 => {
-            "products in fp16 with a loss scale; adapters, gradients and moments in f32"
-        }
-    }
 }
 
 fn schedule_name(config: &TrainConfig) -> String {

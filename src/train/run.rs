@@ -254,7 +254,7 @@ impl Job<'_> {
             lora: config.lora_options(),
             optimizer: config.adamw_options(),
             schedule: config.lr_schedule(&counts),
-            loss_scale: self.loss_scale(),
+            loss_scale: config.loss_scale(),
             recompute: config.recompute.unwrap_or(Recompute::None),
             neftune_noise_alpha: config.optimizer.neftune_noise_alpha.unwrap_or(0.0),
             seed: config.seed,
@@ -308,14 +308,6 @@ impl Job<'_> {
         let last = (first + size).min(self.prepared.eval.len());
         let indices: Vec<usize> = (first..last).collect();
         collate(&self.prepared.eval, &indices, self.layout)
-    }
-
-    fn loss_scale(&self) -> Option<super::LossScaleOptions> {
-        let deepspeed = self.config.deepspeed.as_ref();
-        let is_fp16 = self.config.precision == super::Precision::Fp16;
-        deepspeed
-            .filter(|_| is_fp16)
-            .map(|config| config.loss_scale)
     }
 
     fn output_plan(&self, total: u64, per_epoch: u64) -> OutputPlan {
@@ -388,7 +380,18 @@ impl Job<'_> {
             "neftune_noise_alpha": optimizer.neftune_noise_alpha,
             "seed": self.config.seed,
         });
-        let entries = value.as_object().into_iter().flatten();
+        // Keys that are left out when they ask for nothing: checkpoints from before them fit.
+        let more = json!({
+            "use_dora": lora.use_dora,
+            "additional_target": lora.additional_target,
+            "dtype": self.config.lora_options().dtype.as_str(),
+            "loss_scale": self.config.loss_scale().is_some(),
+        });
+        let is_off =
+            |value: &serde_json::Value| [json!(false), json!([]), json!("f32")].contains(value);
+        let more = more.as_object().into_iter().flatten();
+        let more = more.filter(|(_, value)| !is_off(value));
+        let entries = value.as_object().into_iter().flatten().chain(more);
         entries
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()

@@ -10,7 +10,7 @@
 use std::fmt;
 
 use super::{LoraLayout, PlanInputs, bytes};
-use crate::train::{Precision, Recompute, ZeroStage};
+use crate::train::{Recompute, ZeroStage};
 
 /// Bytes of one rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +38,8 @@ impl MemoryPlan {
         let longest = inputs.train.longest.next_multiple_of(8);
         let tokens = longest * config.batch.per_device_train_batch_size;
         let layers = inputs.model.num_layers;
-        let total =
-            |per_token: usize| (tokens * layers * per_token) as u64 * element(config.precision);
+        // Activations are f32 on a CPU, whatever the configuration says.
+        let total = |per_token: usize| (4 * tokens * layers * per_token) as u64;
         let kept = kept_per_token(inputs, config.recompute.unwrap_or(Recompute::None));
         Self {
             base: inputs.model_bytes / share(ZeroStage::Three),
@@ -52,14 +52,6 @@ impl MemoryPlan {
     /// Returns the sum.
     pub fn total(&self) -> u64 {
         self.base + self.adapter + self.activations
-    }
-}
-
-/// Returns the bytes of a kept number.
-fn element(precision: Precision) -> u64 {
-    match precision {
-        Precision::F32 => 4,
-        Precision::Bf16 | Precision::Fp16 => 2,
     }
 }
 
