@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all, and tensors in them.
+//! Files that are there whole or not at all, tensors in them, and what the system's files say.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
@@ -129,4 +129,14 @@ pub(super) fn read_tensors(path: &Path) -> Result<NamedValues, TrainError> {
         tensors.insert(name, (view.shape().to_vec(), values));
     }
     Ok(tensors)
+}
+
+/// Returns the bytes of memory that the machine can still give, where the system says so.
+pub(super) fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kibibytes)
 }

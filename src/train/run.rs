@@ -12,8 +12,8 @@ use serde_json::json;
 use super::console::Console;
 use super::{
     AdapterFiles, BatchPlace, Cadence, Evaluation, Layout, Manifest, OutputPlan, Packing, Prepared,
-    Ranks, Recompute, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup,
-    collate, describe_example, list_checkpoints, prepare, train,
+    Ranks, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup, collate,
+    describe_example, list_checkpoints, prepare, train,
 };
 use crate::kernels::keep_freed_memory;
 use crate::models::ModelConfig;
@@ -21,9 +21,6 @@ use crate::text::{SupervisedExample, TEMPLATE_RECORD_FILE, TemplateRecord, Token
 use crate::weights::{
     self, Adapter, Checkpoint, Format, HubOptions, MergeOptions, MergedCheckpoint, ModelSource,
 };
-
-/// Tokens that are computed in one pass, at least: enough for the products to be efficient.
-const TOKENS_PER_PASS: usize = 2048;
 
 /// Files of a tokenizer, which go beside the adapter as LLaMA-Factory puts them there.
 const TOKENIZER_FILES: &[&str] = &[
@@ -66,7 +63,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         layout: layout(&config, &tokenizer),
         orders: Mutex::new(HashMap::new()),
     };
-    let console = Console::new(&config, &prepared.plan);
+    let console = Console::new(&config, &prepared);
     keep_freed_memory();
     let summary = job.train(&*model, &shape, files, start, &console)?;
     console.finish(&summary, &config.output.output_dir)
@@ -255,7 +252,7 @@ impl Job<'_> {
             optimizer: config.adamw_options(),
             schedule: config.lr_schedule(&counts),
             loss_scale: config.loss_scale(),
-            recompute: config.recompute.unwrap_or(Recompute::None),
+            recompute: self.prepared.plan.memory.recompute,
             neftune_noise_alpha: config.optimizer.neftune_noise_alpha.unwrap_or(0.0),
             seed: config.seed,
             length: RunLength {
@@ -266,7 +263,7 @@ impl Job<'_> {
             },
             // Rows are filled up to a multiple of eight where they are padded.
             max_positions: longest.unwrap_or(1).next_multiple_of(8),
-            max_tokens_per_pass: TOKENS_PER_PASS.max(config.data.cutoff_len),
+            max_tokens_per_pass: config.max_tokens_per_pass(),
             batches: &batches,
             evaluation,
             output: self.output_plan(total, per_epoch),

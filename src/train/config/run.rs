@@ -8,6 +8,9 @@ use super::super::{
 };
 use super::{Precision, TrainConfig};
 
+/// Tokens that are computed in one pass, at least: enough for the products to be efficient.
+const TOKENS_PER_PASS: usize = 2048;
+
 impl TrainConfig {
     /// Returns the order of `num_examples` training examples on `world_size` ranks.
     pub fn sampler(&self, num_examples: usize, world_size: usize) -> Sampler {
@@ -101,6 +104,11 @@ impl TrainConfig {
                 LoraTarget::Modules(targets.clone())
             },
         }
+    }
+
+    /// Returns the tokens of micro-batches that are computed together, at most.
+    pub fn max_tokens_per_pass(&self) -> usize {
+        TOKENS_PER_PASS.max(self.data.cutoff_len)
     }
 
     /// Returns the loss scale of fp16: DeepSpeed's, else torch's.

@@ -1,8 +1,11 @@
 //! The numbers of the reference run, from configurations alone.
 
+use std::cell::Cell;
+
 use serde_json::json;
 
 use super::*;
+use crate::train::Recompute;
 
 /// A shape of the Qwen2.5 family: hidden, intermediate, layers, heads, key-value heads, vocabulary,
 /// tied head; and the trainable parameters of rank 8 on all linears.
@@ -67,7 +70,13 @@ fn plan(config: &TrainConfig, model: &ModelConfig, world_size: usize) -> Result<
         },
         eval: None,
         world_size,
+        available_memory: AVAILABLE.get(),
     })
+}
+
+thread_local! {
+    /// The memory of the machine that a test plans for.
+    static AVAILABLE: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 #[test]
@@ -125,6 +134,9 @@ fn zero_divides_what_it_says() {
     assert_eq!(memory(3).base, 15_231_233_024 / 8);
     let config = config(&[&file(3), "num_ranks=8"]);
     let text = plan(&config, &model(3), 8).unwrap().to_string();
+    // Two passes of 7/8 of 12.15 GiB in layers, forward and backward.
+    let gathering = "42.5 GiB of layers to each rank in every update, 19.9 TiB in the run";
+    assert!(text.contains(gathering), "{text}");
     assert!(text.contains("DeepSpeed's WarmupLR"), "{text}");
     assert!(
         text.contains("scheduler.type = WarmupLR: overrides lr_scheduler_type"),
@@ -140,11 +152,38 @@ fn recomputation_keeps_only_the_inputs_of_layers() {
             .memory
             .activations
     };
-    let tokens = 4 * 208;
+    // Micro-batches are computed together up to 2048 tokens: two of 832, of which the plan
+    // counts what may be at most.
+    let tokens = 2048;
     assert_eq!(kept("recompute=full"), tokens * 28 * 3584 * 4);
     assert!(kept("recompute=mlp") > kept("recompute=full"));
     assert!(kept("recompute=none") > kept("recompute=mlp"));
     assert_eq!(kept("recompute=auto"), kept("recompute=none"));
+}
+
+#[test]
+fn as_little_is_recomputed_as_fits_the_machine() {
+    let planned = |available: u64, ranks: usize| {
+        AVAILABLE.set(Some(available));
+        let config = config(&[&format!("num_ranks={ranks}")]);
+        plan(&config, &model(3), ranks).unwrap()
+    };
+    let gib = 1 << 30;
+    for (available, recompute) in [
+        (40, Recompute::None),
+        (22, Recompute::Mlp),
+        (17, Recompute::Full),
+    ] {
+        let plan = planned(available * gib, 1);
+        assert_eq!(plan.memory.recompute, recompute, "{}", plan.memory);
+        assert!(plan.memory.fits());
+    }
+    // Ranks share the base and nothing else.
+    assert_eq!(planned(40 * gib, 4).memory.recompute, Recompute::Mlp);
+    let text = planned(8 * gib, 1).to_string();
+    let line = "more than the 8.0 GiB available: lower per_device_train_batch_size";
+    assert!(text.contains(line), "{text}");
+    AVAILABLE.set(None);
 }
 
 #[test]
