@@ -69,7 +69,13 @@ fn a_run_writes_the_files_of_llamafactory_and_merges() {
     let out = dir.path().join("adapter");
     let stdout = succeed(&train(&out, &[]));
     assert!(stdout.contains("Total optimization steps = 6"), "{stdout}");
-    assert!(stdout.contains("***** train metrics *****"), "{stdout}");
+    for line in [
+        "***** train metrics *****",
+        "  Num examples = 24",
+        "  Number of trainable parameters = ",
+    ] {
+        assert!(stdout.contains(line), "{stdout}");
+    }
     for name in [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -166,6 +172,46 @@ fn magnitudes_and_whole_modules_merge_into_the_model_that_was_trained() {
             (merged_loss - last).abs() < 1e-5 * last,
             "{merged_loss} for {last}"
         );
+    }
+}
+
+#[test]
+fn a_run_begins_at_adapters_or_with_them_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let evaluated = ["val_size=0.25", "eval_strategy=epoch", "eval_on_start=true"];
+    let first = dir.path().join("first");
+    succeed(&train(&first, &evaluated));
+    let [_, want] = eval_losses(&first);
+    let from = format!("adapter_name_or_path={}", first.display());
+    // Its weights, or a fresh adapter over the base with them merged: the same model at the start.
+    let mut last = want;
+    for (name, more) in [
+        ("on", "create_new_adapter=false"),
+        ("new", "create_new_adapter=true"),
+    ] {
+        let out = dir.path().join(name);
+        succeed(&train(&out, &[&evaluated[..], &[&from, more]].concat()));
+        let [start, end] = eval_losses(&out);
+        assert!(
+            (start - want).abs() < 1e-5 * want,
+            "{name}: {start} for {want}"
+        );
+        assert!(end < want, "{name}: {end}");
+        last = end;
+    }
+    // The earlier of several are merged, the last goes on.
+    let both = format!("{from},{}", dir.path().join("new").display());
+    let out = dir.path().join("both");
+    succeed(&train(&out, &[&evaluated[..], &[&both]].concat()));
+    let [start, _] = eval_losses(&out);
+    assert!((start - last).abs() < 1e-5 * last, "{start} for {last}");
+}
+
+#[test]
+fn the_environment_is_printed_for_reports() {
+    let stdout = succeed(&infold(&["env"]));
+    for part in [env!("CARGO_PKG_VERSION"), "cores: ", "kernels: "] {
+        assert!(stdout.contains(part), "{stdout}");
     }
 }
 
