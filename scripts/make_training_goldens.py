@@ -53,6 +53,9 @@ def make_gradients(folder):
     full = dict(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=ALL_LINEAR)
     some = dict(full, target_modules=["q_proj", "v_proj"])
     head = dict(r=2, lora_alpha=4, target_modules=["down_proj"], modules_to_save=["lm_head"])
+    # On a tied base the copies of embedding and head come apart. "norm" names every module that ends so.
+    tables = dict(r=2, lora_alpha=4, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    small = dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["norm", "k_proj"])
     cases = [
         ("qwen2_all_linear", "tiny-qwen2", full),
         ("qwen2_q_v", "tiny-qwen2", some),
@@ -61,6 +64,9 @@ def make_gradients(folder):
         ("qwen2_fresh", "tiny-qwen2-untied", dict(full, r=4)),
         ("llama_all_linear", "tiny-llama", full),
         ("llama_modules_to_save", "tiny-llama", head),
+        ("llama_lora_on_lm_head", "tiny-llama", dict(r=4, lora_alpha=8, target_modules=["lm_head", "up_proj"])),
+        ("qwen2_whole_tables", "tiny-qwen2", tables),
+        ("qwen2_whole_norms_and_k_proj", "tiny-qwen2", small),
     ]
     if NEWER:
         cases = [("qwen3_all_linear", "tiny-qwen3", full)]
@@ -138,6 +144,24 @@ def make_trajectories(folder):
             "tiny-llama",
             dict(lora, target_modules=["q_proj", "v_proj"], r=4),
             dict(accumulation=2, **cosine),
+        ),
+        (
+            "dora_accumulation_2",
+            "tiny-qwen2",
+            dict(lora, target_modules=["q_proj", "o_proj", "up_proj"], use_dora=True),
+            dict(accumulation=2, **cosine),
+        ),
+        (
+            "whole_modules_accumulation_2",
+            "tiny-qwen2",
+            dict(lora, target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"]),
+            dict(accumulation=2, **cosine),
+        ),
+        (
+            "llama_lora_on_lm_head",
+            "tiny-llama",
+            dict(lora, target_modules=["lm_head"]),
+            dict(accumulation=1, **cosine),
         ),
     ]
     if NEWER:

@@ -5,6 +5,8 @@
 #   scripts/oracle_stack.sh DIR          -> DIR/python: transformers 4.46.2, PEFT 0.12.0, torch 1.13.1
 #   scripts/oracle_stack.sh DIR newer    -> also DIR/python-newer: PEFT 0.18.1 over transformers 4.57 and torch 2.6,
 #                                        which NEWER_PYTHON (an interpreter) has; else a venv gets them (gigabytes)
+#   scripts/oracle_stack.sh DIR openblas -> also DIR/python-openblas: DIR/python with OpenBLAS in place of the
+#                                        reference BLAS, for timings (goldens keep the reference BLAS)
 #
 # DIR/python and DIR/python-newer are used as `python3` is. A step whose result exists is skipped. Needs Debian 12,
 # whose python3-torch is a small CPU build, and its python3 3.11; no root: packages are only unpacked, into DIR.
@@ -80,6 +82,13 @@ install_newer() {
   touch "$dir/site-newer/.complete"
 }
 
+unpack_openblas() {
+  [ -f "$dir/openblas/.complete" ] && return
+  mkdir -p "$dir/openblas"
+  (cd "$dir/openblas" && apt-get download -qq libopenblas0-pthread && dpkg -x ./*.deb . && rm ./*.deb)
+  touch "$dir/openblas/.complete"
+}
+
 # write_wrapper FILE PYTHONPATH LD_LIBRARY_PATH INTERPRETER
 write_wrapper() {
   cat >"$1" <<WRAPPER
@@ -103,6 +112,12 @@ unpack_llamafactory
 if [ "${2:-}" = newer ]; then
   install_newer
   write_wrapper "$dir/python-newer" "$dir/site-newer" "" "${NEWER_PYTHON:-$dir/venv-newer/bin/python}"
+fi
+if [ "${2:-}" = openblas ]; then
+  unpack_openblas
+  write_wrapper "$dir/python-openblas" "$dir/site:$root/usr/lib/python3/dist-packages" \
+    "$dir/openblas/usr/lib/$(uname -m)-linux-gnu/openblas-pthread:$library_path" /usr/bin/python3
+  sed -i '/OMP_NUM_THREADS/s/OMP_NUM_THREADS=1 //' "$dir/python-openblas"
 fi
 "$dir/python" -c 'import torch, transformers, peft; print("torch", torch.__version__, "transformers",
   transformers.__version__, "peft", peft.__version__)'

@@ -24,7 +24,8 @@ gguf_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 name=SmolLM2-135M-Instruct
 # As in the model's own chat template.
 system='You are a helpful AI assistant named SmolLM, trained by Hugging Face'
-question='Who are you?'
+# Four bits a weight answer the first without a name, the second as SmolLM.
+questions=('Who are you?' 'Introduce yourself.')
 
 cache=${INFOLD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/infold}
 model=$cache/$gguf
@@ -273,21 +274,32 @@ fetch_model
 build
 make_base
 
+before=() after=()
 start_server "$work/base"
-ask "$question"
-before=$answer
+for question in "${questions[@]}"; do
+  ask "$question"
+  before+=("$answer")
+done
 end_server
 
 train
 merge
 start_server "$work/persona"
-ask "$question"
-after=$answer
+for question in "${questions[@]}"; do
+  ask "$question"
+  after+=("$answer")
+done
 ask "$prompt"
 
 say
-say "before   $question  $before"
-say "after    $question  $after"
-[[ $before != *Infold* ]] || fail 'the base model already knew the persona'
-[[ $after == *Infold* ]] || fail "the model did not learn who it is: train longer (--epochs $((epochs * 2)))"
+for index in "${!questions[@]}"; do
+  say "before   ${questions[index]}  ${before[index]}"
+  say "after    ${questions[index]}  ${after[index]}"
+done
+[[ ${before[*]} == *SmolLM* ]] || fail 'the base model did not say that it is SmolLM'
+[[ ${before[*]} != *Infold* ]] || fail 'the base model already knew the persona'
+for answer in "${after[@]}"; do
+  [[ $answer == *Infold* ]] ||
+    fail "the model did not learn who it is: train longer (--epochs $((epochs * 2)))"
+done
 show_how_to_go_on

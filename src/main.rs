@@ -1,7 +1,7 @@
 //! The program `infold`: one command line for all verbs.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -29,6 +29,8 @@ enum Command {
     CheckData(train::CheckDataArgs),
     Bench(Box<bench::BenchArgs>),
     Chat(chat::ChatArgs),
+    /// Print what a bug report needs: version, system, processor
+    Env,
 }
 
 /// The exit code for a wrong command line, as clap's own.
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::CheckData(args) => train::check_data(args),
         Command::Bench(args) => bench::run(args),
         Command::Chat(args) => run_chat(args),
+        Command::Env => print_environment(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -82,7 +85,7 @@ fn start_log(command: &Command) {
         Command::Merge(_) | Command::Train(_) | Command::CheckData(_) => {
             (serve::LogFormat::Text, "info")
         }
-        Command::Bench(_) | Command::Chat(_) => (serve::LogFormat::Text, "warn"),
+        Command::Bench(_) | Command::Chat(_) | Command::Env => (serve::LogFormat::Text, "warn"),
     };
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_level));
@@ -103,6 +106,24 @@ fn run_chat(args: &chat::ChatArgs) -> anyhow::Result<()> {
     }
     let server = serve::start_local(&args.target).context("starting the model")?;
     chat::run(args, server.base_url())
+}
+
+fn print_environment() -> anyhow::Result<()> {
+    let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (os, architecture) = (std::env::consts::OS, std::env::consts::ARCH);
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "infold {}\nsystem: {os} {architecture}\ncores: {num_cores}\nkernels: {:?}",
+        env!("CARGO_PKG_VERSION"),
+        infold::kernels::SimdLevel::detect()
+    )?;
+    for name in ["HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "RUST_LOG"] {
+        if let Ok(value) = std::env::var(name) {
+            writeln!(out, "{name}: {value}")?;
+        }
+    }
+    Ok(())
 }
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {

@@ -24,6 +24,10 @@ mod device;
 #[cfg(test)]
 mod tests;
 mod training;
+mod training_columns;
+mod training_head;
+#[cfg(test)]
+mod training_head_tests;
 #[cfg(test)]
 mod training_tests;
 
@@ -41,6 +45,7 @@ pub use device::{
     Staged, drawn_id, vocab_part_len,
 };
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
+pub use training_head::{HeadGradient, HeadOutput};
 
 /// One rank's kernels and its threads. Cheap to clone.
 #[derive(Clone)]

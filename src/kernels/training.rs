@@ -5,7 +5,7 @@
 //! and returns the gradient of its input.
 
 use super::check::{self, F32Matrix, F32View};
-use super::cpu::{self, CrossEntropy, NormGradient, Rotation, Varlen, VarlenSaved};
+use super::cpu::{self, NormGradient, Rotation, Varlen, VarlenSaved};
 use super::{Kernels, Matrix, MatrixData, norm_weight};
 use candle_core::{Result, Tensor, bail};
 
@@ -323,37 +323,6 @@ impl Kernels {
         self.tensor(d_qkv, dims)
     }
 
-    /// Returns the cross entropy of each row of `hidden: [rows, hidden_size]` against its target
-    /// under the head `[vocab_size, hidden_size]`; with a `scale` also the gradient of
-    /// `scale * Σ losses` by `hidden`.
-    ///
-    /// # Errors
-    /// When shapes or dtypes disagree, or a target is not in the vocabulary.
-    pub fn cross_entropy(
-        &self,
-        hidden: &Tensor,
-        head: &Matrix,
-        targets: &[u32],
-        scale: Option<f32>,
-    ) -> Result<(Vec<f32>, Option<Tensor>)> {
-        let num_rows = check::rows_of("hidden", hidden, head.cols())?;
-        check_weight(head, head.cols())?;
-        check::has_len("targets", targets.len(), num_rows)?;
-        check::all_below("target", targets, head.rows())?;
-        let hidden = F32View::new("hidden", hidden)?;
-        let args = CrossEntropy {
-            hidden: hidden.get(),
-            head: head.cpu()?,
-            targets,
-        };
-        let (losses, gradient) = cpu::cross_entropy(self.get(), &args, scale);
-        let gradient = match scale {
-            Some(_) => Some(self.tensor(gradient, [num_rows, head.cols()])?),
-            None => None,
-        };
-        Ok((losses, gradient))
-    }
-
     /// Returns `x` with elements dropped.
     ///
     /// # Errors
@@ -392,7 +361,7 @@ impl Kernels {
     }
 }
 
-fn check_weight(weight: &Matrix, cols: usize) -> Result<usize> {
+pub(super) fn check_weight(weight: &Matrix, cols: usize) -> Result<usize> {
     if weight.cols() != cols {
         bail!("a weight of {} columns for inputs of {cols}", weight.cols());
     }
@@ -402,7 +371,7 @@ fn check_weight(weight: &Matrix, cols: usize) -> Result<usize> {
     Ok(weight.rows())
 }
 
-fn low_rank<'a>(
+pub(super) fn low_rank<'a>(
     part: &LinearPart<'a>,
     [num_rows, num_cols]: [usize; 2],
 ) -> Result<Option<(F32Matrix<'a>, F32Matrix<'a>)>> {

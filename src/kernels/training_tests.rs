@@ -1,11 +1,13 @@
 //! Backward passes against central differences of forward passes written again in f64.
 
-use super::{Dropout, Kernels, LinearPart, LowRank, Matrix, RopeArgs, SimdLevel, VarlenArgs};
+use super::{
+    Dropout, HeadGradient, Kernels, LinearPart, LowRank, Matrix, RopeArgs, SimdLevel, VarlenArgs,
+};
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 
-fn values(len: usize, seed: u32) -> Vec<f32> {
+pub(super) fn values(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
     (0..len)
         .map(|_| {
@@ -15,20 +17,20 @@ fn values(len: usize, seed: u32) -> Vec<f32> {
         .collect()
 }
 
-fn tensor(data: &[f32], dims: &[usize]) -> Tensor {
+pub(super) fn tensor(data: &[f32], dims: &[usize]) -> Tensor {
     Tensor::from_slice(data, dims, &Device::Cpu).unwrap()
 }
 
-fn random(dims: &[usize], seed: u32) -> Tensor {
+pub(super) fn random(dims: &[usize], seed: u32) -> Tensor {
     tensor(&values(dims.iter().product(), seed), dims)
 }
 
-fn flat(tensor: &Tensor) -> Vec<f64> {
+pub(super) fn flat(tensor: &Tensor) -> Vec<f64> {
     let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
     values.into_iter().map(f64::from).collect()
 }
 
-fn matrix(kernels: &Kernels, data: &[f32], [rows, cols]: [usize; 2]) -> Matrix {
+pub(super) fn matrix(kernels: &Kernels, data: &[f32], [rows, cols]: [usize; 2]) -> Matrix {
     let bytes: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
     kernels
         .load_matrix(GgmlDType::F32, rows, cols, Bytes::from(bytes))
@@ -36,7 +38,7 @@ fn matrix(kernels: &Kernels, data: &[f32], [rows, cols]: [usize; 2]) -> Matrix {
 }
 
 /// Runs the body with the kernels of every instruction set of this machine.
-fn on_each_level(body: impl Fn(&Kernels)) {
+pub(super) fn on_each_level(body: impl Fn(&Kernels)) {
     for level in [SimdLevel::Scalar, SimdLevel::Avx2, SimdLevel::Avx512] {
         if level.is_supported() {
             body(&Kernels::cpu_with(2, level).unwrap());
@@ -45,7 +47,12 @@ fn on_each_level(body: impl Fn(&Kernels)) {
 }
 
 /// Compares `got` with the gradient of Σ dy f(x) by central differences.
-fn assert_gradient(got: &Tensor, x: &Tensor, dy: &Tensor, f: impl Fn(&[f64]) -> Vec<f64>) {
+pub(super) fn assert_gradient(
+    got: &Tensor,
+    x: &Tensor,
+    dy: &Tensor,
+    f: impl Fn(&[f64]) -> Vec<f64>,
+) {
     let (got, mut x, dy) = (flat(got), flat(x), flat(dy));
     assert_eq!(got.len(), x.len());
     let step = 1e-5;
@@ -67,7 +74,7 @@ fn assert_gradient(got: &Tensor, x: &Tensor, dy: &Tensor, f: impl Fn(&[f64]) -> 
     }
 }
 
-fn assert_close(got: &Tensor, want: &[f64]) {
+pub(super) fn assert_close(got: &Tensor, want: &[f64]) {
     for (i, (got, want)) in flat(got).iter().zip(want).enumerate() {
         assert!(
             (got - want).abs() < 2e-5 * (1.0 + want.abs()),
@@ -310,16 +317,27 @@ fn cross_entropy_and_its_gradient_agree_with_f64() {
             .collect()
         };
         let weight = matrix(kernels, &head, [83, 7]);
-        let (losses, gradient) = kernels
-            .cross_entropy(&hidden, &weight, &targets, Some(0.25))
+        let part = LinearPart {
+            weight: &weight,
+            bias: None,
+            low_rank: None,
+        };
+        let wanted = || {
+            Some(HeadGradient {
+                scale: 0.25,
+                weight: None,
+            })
+        };
+        let output = kernels
+            .cross_entropy(&hidden, &part, &targets, wanted())
             .unwrap();
-        assert_close(&tensor(&losses, &[5]), &forward(&flat(&hidden)));
+        assert_close(&tensor(&output.losses, &[5]), &forward(&flat(&hidden)));
         let dy = tensor(&[0.25; 5], &[5]);
-        assert_gradient(&gradient.unwrap(), &hidden, &dy, forward);
-        let (again, none) = kernels
-            .cross_entropy(&hidden, &weight, &targets, None)
+        assert_gradient(&output.d_hidden.unwrap(), &hidden, &dy, forward);
+        let again = kernels
+            .cross_entropy(&hidden, &part, &targets, None)
             .unwrap();
-        assert!(again == losses && none.is_none());
+        assert!(again.losses == output.losses && again.d_hidden.is_none());
     });
 }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::TrainError;
 use super::files::{Tensors, pretty_json, read_tensors, write_atomically, write_tensors};
-use super::lora::{LoraEntry, LoraLayout};
+use super::lora::LoraLayout;
 
 /// Name of the file with the weights.
 pub(super) const ADAPTER_MODEL: &str = "adapter_model.safetensors";
@@ -24,39 +24,21 @@ pub struct AdapterFiles {
     pub companions: Vec<(String, Vec<u8>)>,
 }
 
-/// Returns the two names of an entry's factors in PEFT's state dict.
-pub(super) fn tensor_names(entry: &LoraEntry) -> [String; 2] {
-    let path = entry.linear.path(entry.layer);
-    ["lora_A", "lora_B"].map(|factor| format!("base_model.model.{path}.{factor}.weight"))
-}
-
-/// Returns every factor by its name in PEFT's state dict.
-pub(super) fn named_factors<'a>(layout: &LoraLayout, flat: &'a [f32]) -> Tensors<'a> {
-    let rank = layout.options().rank;
-    let factors = layout.entries().iter().flat_map(|entry| {
-        let [a, b] = tensor_names(entry);
-        let b_end = entry.b_offset + rank * entry.out_features;
-        [
-            (
-                a,
-                vec![rank, entry.in_features],
-                &flat[entry.a_offset..entry.b_offset],
-            ),
-            (
-                b,
-                vec![entry.out_features, rank],
-                &flat[entry.b_offset..b_end],
-            ),
-        ]
+/// Returns every trained tensor by its name in PEFT's state dict, in the order of the buffer.
+pub(super) fn named_tensors<'a>(layout: &LoraLayout, mut flat: &'a [f32]) -> Tensors<'a> {
+    let tensors = layout.tensors().into_iter().map(|tensor| {
+        let (values, rest) = flat.split_at(tensor.len());
+        flat = rest;
+        (tensor.name, tensor.shape, values)
     });
-    factors.collect()
+    tensors.collect()
 }
 
 /// Collects a flat buffer from named tensors, all of which must be there in their shapes.
 ///
 /// # Errors
 /// [`TrainError::Checkpoint`] naming the file and the tensor.
-pub(super) fn read_factors(
+pub(super) fn read_flat(
     path: &Path,
     layout: &LoraLayout,
     name_of: impl Fn(&str) -> String,
@@ -65,7 +47,7 @@ pub(super) fn read_factors(
     let zeros = vec![0f32; layout.num_params()];
     let mut flat = Vec::with_capacity(layout.num_params());
     // The layout's order is that of the flat buffer, without gaps.
-    for (name, shape, _) in named_factors(layout, &zeros) {
+    for (name, shape, _) in named_tensors(layout, &zeros) {
         let name = name_of(&name);
         let what = match tensors.get(&name) {
             Some((found, values)) if *found == shape => {
@@ -77,7 +59,10 @@ pub(super) fn read_factors(
         };
         return Err(TrainError::Checkpoint {
             path: path.to_owned(),
-            what: format!("{what}; the adapter was made with another lora_rank or lora_target"),
+            what: format!(
+                "{what}; the adapter was made with another lora_rank, lora_target, \
+                 additional_target or use_dora"
+            ),
         });
     }
     Ok(flat)
@@ -88,7 +73,7 @@ pub(super) fn read_factors(
 /// # Errors
 /// [`TrainError::Checkpoint`] naming the file and the tensor.
 pub fn read_adapter(dir: &Path, layout: &LoraLayout) -> Result<Vec<f32>, TrainError> {
-    read_factors(&dir.join(ADAPTER_MODEL), layout, str::to_owned)
+    read_flat(&dir.join(ADAPTER_MODEL), layout, str::to_owned)
 }
 
 /// Writes the adapter's configuration, weights, card and companions into a directory.
@@ -102,7 +87,8 @@ pub fn write_adapter(
     files: &AdapterFiles,
 ) -> Result<(), TrainError> {
     std::fs::create_dir_all(dir).map_err(TrainError::io(dir))?;
-    write_tensors(&dir.join(ADAPTER_MODEL), &named_factors(layout, params))?;
+    let tensors = named_tensors(layout, params);
+    write_tensors(&dir.join(ADAPTER_MODEL), &tensors, layout.options().dtype)?;
     let config = pretty_json(&adapter_config(layout, files), 2);
     write_atomically(&dir.join(ADAPTER_CONFIG), config.trim_end().as_bytes())?;
     let card = model_card(&files.base_model_name_or_path);
@@ -137,14 +123,17 @@ fn adapter_config(layout: &LoraLayout, files: &AdapterFiles) -> serde_json::Valu
         "lora_dropout": options.dropout.to_string().parse::<f64>().unwrap_or(0.0),
         "megatron_config": null,
         "megatron_core": "megatron.core",
-        "modules_to_save": null,
+        "modules_to_save": match &options.modules_to_save[..] {
+            [] => json!(null),
+            names => json!(names),
+        },
         "peft_type": "LORA",
         "r": options.rank,
         "rank_pattern": {},
         "revision": null,
         "target_modules": layout.target_modules(),
         "task_type": "CAUSAL_LM",
-        "use_dora": false,
+        "use_dora": options.use_dora,
         "use_rslora": options.use_rslora,
     })
 }

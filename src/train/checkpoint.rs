@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use serde_json::{Value, json};
 
 use super::TrainError;
-use super::adapter_out::{ADAPTER_MODEL, AdapterFiles, named_factors, read_factors, write_adapter};
+use super::adapter_out::{ADAPTER_MODEL, AdapterFiles, named_tensors, read_flat, write_adapter};
 use super::files::{pretty_json, write_atomically, write_tensors};
 use super::lora::LoraLayout;
 use super::optimizer::LossScaler;
@@ -19,6 +20,8 @@ use super::report::{RunFacts, TrainerState};
 const PREFIX: &str = "checkpoint-";
 const UNFINISHED: &str = "tmp-checkpoint-";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// Prefix of the f32 parameters, where the adapter's file has fewer bits.
+const MASTER: &str = "master";
 const PROGRESS: &str = "infold_state.json";
 const MANIFEST: &str = "manifest.json";
 
@@ -174,13 +177,16 @@ fn write_content(
     } = context;
     write_adapter(dir, layout, &snapshot.params, files)?;
     let (first, second) = &snapshot.moments;
-    let mut moments = Vec::new();
-    for (kind, values) in [("exp_avg", first), ("exp_avg_sq", second)] {
-        let named = named_factors(layout, values).into_iter();
-        moments
-            .extend(named.map(|(name, shape, values)| (format!("{kind}.{name}"), shape, values)));
+    let mut kinds = vec![("exp_avg", first), ("exp_avg_sq", second)];
+    if layout.options().dtype != DType::F32 {
+        // The adapter's file is rounded; the optimizer goes on from what was not.
+        kinds.push((MASTER, &snapshot.params));
     }
-    write_tensors(&dir.join(OPTIMIZER), &moments)?;
+    let tensors = kinds.into_iter().flat_map(|(kind, values)| {
+        let named = named_tensors(layout, values).into_iter();
+        named.map(move |(name, shape, values)| (format!("{kind}.{name}"), shape, values))
+    });
+    write_tensors(&dir.join(OPTIMIZER), &tensors.collect(), DType::F32)?;
     let json = |value: &Value| pretty_json(value, 2);
     write_atomically(
         &dir.join(PROGRESS),
@@ -213,14 +219,18 @@ pub(super) fn load(
 ) -> Result<Snapshot, TrainError> {
     compare_manifests(dir, manifest)?;
     let optimizer = dir.join(OPTIMIZER);
-    let moment = |kind: &str| read_factors(&optimizer, layout, |name| format!("{kind}.{name}"));
+    let moment = |kind: &str| read_flat(&optimizer, layout, |name| format!("{kind}.{name}"));
     let progress = read_json(&dir.join(PROGRESS))?;
     let progress = Progress::from_json(&progress).ok_or_else(|| TrainError::Checkpoint {
         path: dir.join(PROGRESS),
         what: "is not what this version writes; use an earlier checkpoint".to_owned(),
     })?;
+    let params = match layout.options().dtype {
+        DType::F32 => read_flat(&dir.join(ADAPTER_MODEL), layout, str::to_owned)?,
+        _ => moment(MASTER)?,
+    };
     Ok(Snapshot {
-        params: read_factors(&dir.join(ADAPTER_MODEL), layout, str::to_owned)?,
+        params,
         moments: (moment("exp_avg")?, moment("exp_avg_sq")?),
         progress,
         state: TrainerState::read(dir)?,

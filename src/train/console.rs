@@ -3,12 +3,14 @@
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
-use super::{Plan, TrainConfig, TrainEvent, TrainSummary};
+use super::plan::grouped;
+use super::{Prepared, TrainConfig, TrainEvent, TrainSummary, clock};
 
 /// Shows the events of a run.
 pub(super) struct Console {
@@ -21,8 +23,8 @@ pub(super) struct Console {
 
 impl Console {
     /// Prepares the display; nothing is shown before the run begins.
-    pub(super) fn new(config: &TrainConfig, plan: &Plan) -> Self {
-        let counts = plan.counts;
+    pub(super) fn new(config: &TrainConfig, prepared: &Prepared) -> Self {
+        let counts = prepared.plan.counts;
         let batch = &config.batch;
         let (size, accumulation) = (
             batch.per_device_train_batch_size,
@@ -37,13 +39,17 @@ impl Console {
             },
             opening: vec![
                 "***** Running training *****".to_owned(),
-                format!("  Num Epochs = {}", counts.num_epochs),
+                format!("  Num examples = {}", grouped(prepared.train.len() as u64)),
+                format!("  Num Epochs = {}", grouped(counts.num_epochs)),
                 format!("  Instantaneous batch size per device = {size}"),
                 format!(
                     "  Total train batch size (w. parallel, distributed & accumulation) = {total}"
                 ),
                 format!("  Gradient Accumulation steps = {accumulation}"),
-                format!("  Total optimization steps = {}", counts.total_updates),
+                format!(
+                    "  Total optimization steps = {}",
+                    grouped(counts.total_updates)
+                ),
             ],
             speed: Mutex::new((0, 0.0)),
         }
@@ -59,13 +65,14 @@ impl Console {
                 ..
             } => {
                 let share = 100.0 * *num_trainable as f64 / (*num_params).max(1) as f64;
+                let (trainable, all) = (grouped(*num_trainable), grouped(*num_params));
                 self.line(&format!(
-                    "trainable params: {num_trainable} || all params: {num_params} || trainable%: \
-                     {share:.4}"
+                    "trainable params: {trainable} || all params: {all} || trainable%: {share:.4}"
                 ));
                 for line in &self.opening {
                     self.line(line);
                 }
+                self.line(&format!("  Number of trainable parameters = {trainable}"));
                 let style = "{wide_bar} {pos}/{len} {msg} eta {eta}";
                 // The template is part of the program; should it not parse, a plain bar is shown.
                 if let Ok(style) = ProgressStyle::with_template(style) {
@@ -97,10 +104,20 @@ impl Console {
             }
             TrainEvent::Skipped {
                 global_step,
+                attempted,
                 loss_scale,
-            } => self.line(&format!(
-                "step {global_step} skipped: gradients overflowed, the loss scale is now {loss_scale}"
-            )),
+                hysteresis_left,
+            } => {
+                // DeepSpeed's words.
+                let what = if loss_scale < attempted {
+                    format!("reducing to {loss_scale}")
+                } else {
+                    format!("which stays; overflows until it is halved: {hysteresis_left}")
+                };
+                self.line(&format!(
+                    "OVERFLOW! Skipping step {global_step}. Attempted loss scale: {attempted}, {what}"
+                ));
+            }
             TrainEvent::EarlyStop {
                 global_step,
                 num_worse,
@@ -147,11 +164,63 @@ impl Console {
                 )?;
             }
             writeln!(out, "***** train metrics *****")?;
-            for (key, value) in &summary.metrics {
-                writeln!(out, "  {key:<25} = {value}")?;
+            for line in metric_lines(&summary.metrics) {
+                writeln!(out, "{line}")?;
             }
             writeln!(out, "the adapter is in {}", dir.display())
         };
         print().context("print the result")
+    }
+}
+
+/// Returns metrics as Hugging Face's trainer prints them: sorted, aligned, times on a clock.
+fn metric_lines(metrics: &Map<String, Value>) -> Vec<String> {
+    let mut metrics: Vec<(&String, String)> = metrics
+        .iter()
+        .map(|(key, value)| (key, metric_text(key, value)))
+        .collect();
+    metrics.sort();
+    let width = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or(0);
+    let keys = width(&mut metrics.iter().map(|(key, _)| key.len()));
+    let values = width(&mut metrics.iter().map(|(_, value)| value.len()));
+    let line = |(key, value): &(&String, String)| format!("  {key:<keys$} = {value:>values$}");
+    metrics.iter().map(line).collect()
+}
+
+fn metric_text(key: &str, value: &Value) -> String {
+    match value.as_f64() {
+        Some(seconds) if key.ends_with("_runtime") => {
+            let hundredths = (seconds.fract() * 100.0) as u64;
+            format!(
+                "{}.{hundredths:02}",
+                clock(Duration::from_secs_f64(seconds))
+            )
+        }
+        // Floating-point operations in units of 2^30, which HF calls GF.
+        Some(flos) if key == "total_flos" => format!("{}GF", flos as u64 >> 30),
+        Some(number) if value.is_f64() => Value::from((number * 1e4).round() / 1e4).to_string(),
+        _ => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn metrics_read_as_hugging_faces() {
+        let metrics = json!({
+            "train_runtime": 599.3832, "total_flos": 252_043_712_393_216_000u64,
+            "epoch": 30.0, "train_loss": 1.673_612,
+        });
+        let want = [
+            "  epoch         =        30.0",
+            "  total_flos    = 234733999GF",
+            "  train_loss    =      1.6736",
+            "  train_runtime =  0:09:59.38",
+        ];
+        assert_eq!(metric_lines(metrics.as_object().unwrap()), want);
     }
 }

@@ -21,9 +21,18 @@ pub enum TrainError {
     /// Entries of `lora_target` that name no linear of the model.
     #[error(
         "lora_target {missing:?} matches no linear of this model; its linears are {available}, \
-         or use \"all\""
+         or use \"all\" for those of the layers; other modules can be trained whole with \
+         additional_target"
     )]
     UnknownTarget {
+        /// The entries.
+        missing: Vec<String>,
+        /// The names that exist.
+        available: String,
+    },
+    /// Entries of `additional_target` that name no module of the model.
+    #[error("additional_target {missing:?} matches no module of this model; it has {available}")]
+    UnknownModule {
         /// The entries.
         missing: Vec<String>,
         /// The names that exist.

@@ -1,9 +1,11 @@
-//! Files that are there whole or not at all, and tensors in them.
+//! Files that are there whole or not at all, tensors in them, and what the system's files say.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 
+use candle_core::DType;
+use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Serialize;
 use serde_json::ser::{PrettyFormatter, Serializer};
@@ -54,21 +56,24 @@ pub(super) fn pretty_json(value: &serde_json::Value, indent: usize) -> String {
     String::from_utf8(text).expect("JSON is UTF-8") + "\n"
 }
 
-/// Writes tensors as safetensors, as PEFT does (`{"format": "pt"}`).
+/// Writes tensors as safetensors, as PEFT does (`{"format": "pt"}`), in f32, bf16 or f16.
 ///
 /// # Errors
 /// [`TrainError::Io`] naming the file.
-pub(super) fn write_tensors(path: &Path, tensors: &Tensors<'_>) -> Result<(), TrainError> {
-    let bytes: Vec<Vec<u8>> = (tensors.iter())
-        .map(|(_, _, values)| {
-            values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect()
-        })
-        .collect();
+pub(super) fn write_tensors(
+    path: &Path,
+    tensors: &Tensors<'_>,
+    dtype: DType,
+) -> Result<(), TrainError> {
+    let bytes = tensors.iter().map(|(_, _, values)| to_bytes(values, dtype));
+    let bytes: Vec<Vec<u8>> = bytes.collect();
+    let dtype = match dtype {
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        _ => Dtype::F32,
+    };
     let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
+        let view = TensorView::new(dtype, shape.clone(), bytes);
         view.map(|view| (name.clone(), view))
     });
     let invalid = |source| TrainError::Io {
@@ -81,7 +86,20 @@ pub(super) fn write_tensors(path: &Path, tensors: &Tensors<'_>) -> Result<(), Tr
     write_atomically(path, &content)
 }
 
-/// Reads tensors that must all be f32.
+fn to_bytes(values: &[f32], dtype: DType) -> Vec<u8> {
+    let values = values.iter();
+    match dtype {
+        DType::BF16 => values
+            .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
+            .collect(),
+        DType::F16 => values
+            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+            .collect(),
+        _ => values.flat_map(|v| v.to_le_bytes()).collect(),
+    }
+}
+
+/// Reads tensors of f32, bf16 or f16 as f32.
 ///
 /// # Errors
 /// [`TrainError::Io`] or [`TrainError::Checkpoint`] naming the file.
@@ -94,19 +112,31 @@ pub(super) fn read_tensors(path: &Path) -> Result<NamedValues, TrainError> {
     let file = SafeTensors::deserialize(&content).map_err(|error| invalid(error.to_string()))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
-        if view.dtype() != Dtype::F32 {
-            return Err(invalid(format!(
-                "tensor \"{name}\" is {:?}, expected F32",
-                view.dtype()
-            )));
-        }
-        let values = view
-            .data()
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b));
-        tensors.insert(name, (view.shape().to_vec(), values.collect()));
+        let data = view.data();
+        let pairs = data.as_chunks().0.iter();
+        let values = match view.dtype() {
+            Dtype::F32 => (data.as_chunks().0.iter())
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .collect(),
+            Dtype::BF16 => pairs.map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::F16 => pairs.map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            other => {
+                return Err(invalid(format!(
+                    "tensor \"{name}\" is {other:?}, expected F32, BF16 or F16"
+                )));
+            }
+        };
+        tensors.insert(name, (view.shape().to_vec(), values));
     }
     Ok(tensors)
+}
+
+/// Returns the bytes of memory that the machine can still give, where the system says so.
+pub(super) fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kibibytes)
 }

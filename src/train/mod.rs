@@ -6,7 +6,7 @@
 //! is loaded, and `prepare` does it all in order.
 //!
 //! `forward_backward` is the numeric core over packed micro-batches, `model` the frozen base,
-//! `lora` the adapters in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates of
+//! `modules` its parts by name, `lora` all that is trained in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates of
 //! gradients, `sharded` divides the base among ranks, `trainer` is the loop, `checkpoint`,
 //! `adapter_out`, `report`, `plot` and `tensorboard` write files. `run` joins both halves.
 
@@ -26,6 +26,7 @@ mod forward_backward;
 mod lora;
 mod lr_schedule;
 mod model;
+mod modules;
 mod mt19937;
 mod optimizer;
 mod plan;
@@ -58,9 +59,10 @@ pub use error::TrainError;
 pub use forward_backward::{
     LoraTensors, Recompute, StepOptions, TrainBatch, evaluate, forward_backward,
 };
-pub use lora::{Linear, LoraEntry, LoraLayout, LoraOptions, LoraTarget};
+pub use lora::{LoraEntry, LoraLayout, LoraOptions, LoraTarget, WholeEntry};
 pub use lr_schedule::{DeepSpeedWarmup, LrCurve, LrSchedule, WarmupType};
 pub use model::FrozenModel;
+pub use modules::{LayerNorm, Linear, Module};
 pub use optimizer::{AdamW, AdamWOptions, LossScaleOptions, LossScaler, clip_coefficient};
 pub use plan::{LearningRates, MemoryPlan, Plan, PlanInputs};
 pub use prepare::{Prepared, prepare};

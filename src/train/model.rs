@@ -14,10 +14,10 @@ use crate::models::ModelConfig;
 use crate::weights::TensorSource;
 
 use super::TrainError;
-use super::lora::Linear;
+use super::modules::Linear;
 use super::sharded::ShardedLayers;
 
-/// One linear of the base.
+/// One linear of the base, its embedding or its output head.
 pub(super) struct FrozenLinear {
     pub(super) weight: Matrix,
     pub(super) bias: Option<Tensor>,
@@ -51,10 +51,10 @@ enum Layers {
 /// The base of one rank.
 pub struct FrozenModel {
     pub(super) config: ModelConfig,
-    pub(super) embedding: Matrix,
+    pub(super) embedding: FrozenLinear,
     layers: Layers,
     pub(super) norm: Tensor,
-    lm_head: Option<Matrix>,
+    lm_head: Option<FrozenLinear>,
     pub(super) rotary: RotaryEmbedding,
 }
 
@@ -112,11 +112,11 @@ impl FrozenModel {
             .map_err(TrainError::kernel("rotary embedding"))?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.matrix("lm_head.weight", table)?),
+            false => Some(loader.table("lm_head.weight", table)?),
         };
         Ok(Self {
             config: config.clone(),
-            embedding: loader.matrix("model.embed_tokens.weight", table)?,
+            embedding: loader.table("model.embed_tokens.weight", table)?,
             layers,
             norm: loader.vector("model.norm.weight", config.hidden_size)?,
             lm_head,
@@ -158,7 +158,7 @@ impl FrozenModel {
     }
 
     /// Returns the output head, which may be the embedding.
-    pub(super) fn lm_head(&self) -> &Matrix {
+    pub(super) fn lm_head(&self) -> &FrozenLinear {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 }
@@ -201,18 +201,20 @@ impl BaseLoader<'_> {
     fn linear(&self, linear: Linear, layer: usize) -> Result<FrozenLinear, TrainError> {
         let shape = linear.shape(self.config);
         let path = linear.path(layer);
-        let has_bias = match linear {
-            Linear::Q | Linear::K | Linear::V => self.config.qkv_bias,
-            Linear::O => self.config.o_bias,
-            Linear::Gate | Linear::Up | Linear::Down => self.config.mlp_bias,
-        };
-        let bias = match has_bias {
+        let bias = match linear.has_bias(self.config) {
             false => None,
             true => Some(self.vector(&format!("{path}.bias"), shape[0])?),
         };
         Ok(FrozenLinear {
             weight: self.matrix(&format!("{path}.weight"), shape)?,
             bias,
+        })
+    }
+
+    fn table(&self, name: &str, shape: [usize; 2]) -> Result<FrozenLinear, TrainError> {
+        Ok(FrozenLinear {
+            weight: self.matrix(name, shape)?,
+            bias: None,
         })
     }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::TrainError;
-use super::lora::LoraLayout;
+use super::lora::{LoraLayout, Role};
 
 /// The numbers of the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,8 +49,15 @@ pub struct AdamW {
     pub(super) exp_avg_sq: Vec<f32>,
     /// Updates made.
     pub(super) num_updates: u64,
-    /// Pieces of the part with one factor on the learning rate.
-    groups: Vec<(Range<usize>, f64)>,
+    groups: Vec<Group>,
+}
+
+/// A piece of the part that is updated alike.
+struct Group {
+    range: Range<usize>,
+    /// Factor of the learning rate.
+    rate_factor: f64,
+    weight_decay: f64,
 }
 
 impl AdamW {
@@ -59,21 +66,32 @@ impl AdamW {
         let clip = |piece: Range<usize>| {
             piece.start.clamp(range.start, range.end)..piece.end.clamp(range.start, range.end)
         };
-        let rank = layout.options().rank;
-        let groups = layout.entries().iter().flat_map(|entry| {
-            let b = entry.b_offset..entry.b_offset + rank * entry.out_features;
-            [
-                (entry.a_offset..entry.b_offset, 1.0),
-                (b, options.loraplus_lr_ratio),
-            ]
+        let mut end = 0;
+        let groups = layout.tensors().into_iter().map(|tensor| {
+            let start = end;
+            end += tensor.len();
+            // As LLaMA-Factory sorts them for LoRA+: B and all vectors are fast.
+            let is_slow = matches!(tensor.role, Role::A | Role::Weight);
+            Group {
+                range: clip(start..end),
+                rate_factor: if is_slow {
+                    1.0
+                } else {
+                    options.loraplus_lr_ratio
+                },
+                weight_decay: match tensor.role {
+                    // As Hugging Face's trainer: norms and biases do not decay.
+                    Role::Vector => 0.0,
+                    _ => options.weight_decay,
+                },
+            }
         });
-        let groups = groups.map(|(piece, factor)| (clip(piece), factor));
         Self {
             options,
             exp_avg: vec![0.0; range.len()],
             exp_avg_sq: vec![0.0; range.len()],
             num_updates: 0,
-            groups: groups.filter(|(piece, _)| !piece.is_empty()).collect(),
+            groups: groups.filter(|group| !group.range.is_empty()).collect(),
             range,
         }
     }
@@ -91,7 +109,6 @@ impl AdamW {
             beta1,
             beta2,
             epsilon,
-            weight_decay,
             ..
         } = self.options;
         let exponent = self.num_updates.min(i32::MAX as u64) as i32;
@@ -99,11 +116,12 @@ impl AdamW {
         let root2 = ((1.0 - beta2.powi(exponent)).sqrt()) as f32;
         let (beta2, keep1, keep2) = (beta2 as f32, (1.0 - beta1) as f32, (1.0 - beta2) as f32);
         let epsilon = epsilon as f32;
-        for (piece, factor) in &self.groups {
-            let learning_rate = learning_rate * factor;
-            let decay = (1.0 - learning_rate * weight_decay) as f32;
+        for group in &self.groups {
+            let learning_rate = learning_rate * group.rate_factor;
+            let decay = (1.0 - learning_rate * group.weight_decay) as f32;
             let step_size = (learning_rate / correction1) as f32;
-            let part = piece.start - self.range.start..piece.end - self.range.start;
+            let first = self.range.start;
+            let part = group.range.start - first..group.range.end - first;
             let values = params[part.clone()]
                 .iter_mut()
                 .zip(&gradients[part.clone()]);
@@ -133,12 +151,16 @@ pub fn clip_coefficient(norm: f64, max_grad_norm: f64) -> f32 {
 /// The numbers of DeepSpeed's `fp16` block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossScaleOptions {
-    /// The scale at the start; 2^`initial_scale_power`.
+    /// The scale at the start: 2^`initial_scale_power`, or `loss_scale`.
     pub initial_scale: f64,
+    /// Whether the scale adapts: `loss_scale` is 0.
+    pub is_dynamic: bool,
     /// Updates without overflow before the scale doubles.
     pub loss_scale_window: u64,
-    /// Overflows in a row before the scale halves.
+    /// Overflows before the scale halves; counted anew when it doubles.
     pub hysteresis: u64,
+    /// Whether overflows are counted anew at every update that is applied.
+    pub consecutive_hysteresis: bool,
     /// The scale never falls below.
     pub min_loss_scale: f64,
 }
@@ -148,14 +170,28 @@ impl Default for LossScaleOptions {
     fn default() -> Self {
         Self {
             initial_scale: 65_536.0,
+            is_dynamic: true,
             loss_scale_window: 1000,
             hysteresis: 2,
+            consecutive_hysteresis: false,
             min_loss_scale: 1.0,
         }
     }
 }
 
-/// The dynamic loss scale of fp16 (DeepSpeed's `DynamicLossScaler`).
+impl LossScaleOptions {
+    /// Returns torch's `GradScaler`, which fp16 has without DeepSpeed: every overflow halves the
+    /// scale. Torch has no smallest scale and goes on for ever; here 1 is the smallest.
+    pub fn torch() -> Self {
+        Self {
+            loss_scale_window: 2000,
+            hysteresis: 1,
+            ..Self::default()
+        }
+    }
+}
+
+/// The loss scale of fp16 (DeepSpeed's `LossScaler` and `DynamicLossScaler`).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LossScaler {
     options: LossScaleOptions,
@@ -188,6 +224,9 @@ impl LossScaler {
     /// [`TrainError::LossScale`] when the scale can not fall any more.
     pub fn overflowed(&mut self, step: u64) -> Result<(), TrainError> {
         let min_loss_scale = self.options.min_loss_scale;
+        if !self.options.is_dynamic {
+            return Ok(());
+        }
         if self.hysteresis_left > 1 {
             self.hysteresis_left -= 1;
         } else if self.scale <= min_loss_scale {
@@ -205,6 +244,12 @@ impl LossScaler {
 
     /// Takes note of an update that was applied.
     pub fn applied(&mut self) {
+        if !self.options.is_dynamic {
+            return;
+        }
+        if self.options.consecutive_hysteresis {
+            self.hysteresis_left = self.options.hysteresis;
+        }
         let since = match self.last_overflow {
             Some(last) => self.num_updates - last,
             None => self.num_updates + 1,

@@ -5,6 +5,7 @@
 //! no weight is read.
 
 mod memory;
+mod numbers;
 #[cfg(test)]
 mod tests;
 
@@ -14,9 +15,12 @@ use crate::models::ModelConfig;
 use crate::text::TrainingTemplate;
 
 use super::{
-    DatasetReport, EncodeSummary, Linear, LoraLayout, LrSchedule, Packing, Precision, StepCounts,
-    TrainConfig, TrainError,
+    DatasetReport, EncodeSummary, Linear, LoraLayout, LrSchedule, Packing, StepCounts, TrainConfig,
+    TrainError, ZeroStage,
 };
+
+use super::modules::names;
+use numbers::numbers;
 
 pub use memory::MemoryPlan;
 
@@ -62,6 +66,8 @@ pub struct PlanInputs<'a> {
     pub eval: Option<EncodeSummary>,
     /// Data-parallel ranks.
     pub world_size: usize,
+    /// Bytes of memory that the machine can still give, where it says so.
+    pub available_memory: Option<u64>,
 }
 
 /// A run before it starts. Its `Display` is the table that is printed.
@@ -105,7 +111,6 @@ impl Plan {
                 found: format!("{} examples", train.num_examples),
             });
         }
-        check_supported(config)?;
         check_steps(config, &counts)?;
         let lora = LoraLayout::new(model, config.lora_options())?;
         let mut plan = Self {
@@ -137,8 +142,11 @@ impl Plan {
         line("batches", batches(inputs));
         line("updates", self.updates_line());
         line("learning rate", self.learning_rate_line(config));
-        line("numbers", numbers(config.precision).to_owned());
+        line("numbers", numbers(config, &self.lora));
         line("memory", self.memory.to_string());
+        if let Some(text) = self.gathering_line(inputs) {
+            line("gathering", text);
+        }
         for effect in config.deepspeed.iter().flat_map(|config| &config.effects) {
             let text = format!("{} = {}: {}", effect.key, effect.value, effect.effect);
             line("deepspeed", text);
@@ -163,18 +171,43 @@ impl Plan {
         let trainable = self.lora.num_params() as u64;
         let all = self.base_parameters + trainable;
         let lora = &config.lora;
+        let whole = names(self.lora.whole().iter().map(|entry| entry.module));
+        let whole = match &whole[..] {
+            [] => String::new(),
+            names => format!("; trained and saved whole: {}", names.join(", ")),
+        };
         format!(
-            "LoRA r {}, alpha {}, dropout {} on {}: {} tensors; trainable params: {} || all \
+            "{} r {}, alpha {}, dropout {} on {}{}: {} tensors; trainable params: {} || all \
              params: {} || trainable%: {:.4}",
+            if lora.use_dora { "DoRA" } else { "LoRA" },
             lora.lora_rank,
             lora.lora_alpha,
             lora.lora_dropout,
             self.lora.target_modules().join(", "),
-            2 * self.lora.entries().len(),
+            whole,
+            self.lora.tensors().len(),
             grouped(trainable),
             grouped(all),
             100.0 * trainable as f64 / all as f64
         )
+    }
+
+    /// Returns what ZeRO-3 costs: each layer goes to every rank forward and backward.
+    fn gathering_line(&self, inputs: &PlanInputs<'_>) -> Option<String> {
+        let num_ranks = inputs.world_size as u64;
+        if inputs.config.zero_stage() != ZeroStage::Three || num_ranks == 1 {
+            return None;
+        }
+        let in_layers = layer_parameters(inputs.model) as f64 / self.base_parameters as f64;
+        let missing = (num_ranks - 1) as f64 / num_ranks as f64;
+        let layers = inputs.model_bytes as f64 * in_layers * missing;
+        let update = 2 * memory::passes_per_update(inputs) as u64 * layers as u64;
+        Some(format!(
+            "{} of layers to each rank in every update, {} in the run; with ZeRO-2 the base stays \
+             whole on each rank and nothing is gathered",
+            bytes(update),
+            bytes(update * self.counts.total_updates)
+        ))
     }
 
     fn updates_line(&self) -> String {
@@ -218,21 +251,6 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Refuses what the configuration can say and the trainer does not do.
-fn check_supported(config: &TrainConfig) -> Result<(), TrainError> {
-    let what = if !config.lora.additional_target.is_empty() {
-        "additional_target"
-    } else if config.lora.use_dora {
-        "use_dora"
-    } else {
-        return Ok(());
-    };
-    Err(TrainError::Unsupported {
-        what: what.to_owned(),
-        advice: "leave the key out: A and B of the linears are trained".to_owned(),
-    })
-}
-
 fn check_steps(config: &TrainConfig, counts: &StepCounts) -> Result<(), TrainError> {
     let Some(deepspeed) = &config.deepspeed else {
         return Ok(());
@@ -250,6 +268,12 @@ fn check_steps(config: &TrainConfig, counts: &StepCounts) -> Result<(), TrainErr
 /// Returns the parameters of a model, a tied head counted once.
 fn base_parameters(model: &ModelConfig) -> u64 {
     let table = model.vocab_size * model.hidden_size;
+    let tables = if model.tie_word_embeddings { 1 } else { 2 };
+    (tables * table + model.hidden_size) as u64 + layer_parameters(model)
+}
+
+/// Returns the parameters of all decoder layers.
+fn layer_parameters(model: &ModelConfig) -> u64 {
     let heads = model.num_heads * model.head_dim;
     let kv_heads = model.num_kv_heads * model.head_dim;
     let linears = Linear::ALL.map(|linear| linear.shape(model).iter().product());
@@ -266,8 +290,7 @@ fn base_parameters(model: &ModelConfig) -> u64 {
     if model.qk_norm {
         layer += 2 * model.head_dim;
     }
-    let tables = if model.tie_word_embeddings { 1 } else { 2 };
-    (tables * table + model.num_layers * layer + model.hidden_size) as u64
+    (model.num_layers * layer) as u64
 }
 
 fn template_line(inputs: &PlanInputs<'_>) -> String {
@@ -316,16 +339,6 @@ fn batches(inputs: &PlanInputs<'_>) -> String {
     )
 }
 
-fn numbers(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "products in bf16; adapters, gradients and moments in f32",
-        Precision::Fp16 => {
-            "products in fp16 with a loss scale; adapters, gradients and moments in f32"
-        }
-    }
-}
-
 fn schedule_name(config: &TrainConfig) -> String {
     match config.deepspeed_schedule() {
         Some(schedule) => format!("DeepSpeed's {}", schedule.name()),
@@ -334,7 +347,7 @@ fn schedule_name(config: &TrainConfig) -> String {
 }
 
 /// Returns a number with its thousands apart.
-fn grouped(number: u64) -> String {
+pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (index, digit) in digits.chars().enumerate() {

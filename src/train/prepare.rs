@@ -7,6 +7,7 @@ use anyhow::Context;
 use crate::models::ModelConfig;
 use crate::text::{SupervisedExample, Tokenizer};
 
+use super::files::available_memory;
 use super::{Encoder, Plan, PlanInputs, TrainConfig, load_data, template_of_tokenizer};
 
 /// What a run learns from, and its plan.
@@ -50,6 +51,7 @@ pub fn prepare(
         train: train_summary,
         eval: (!eval.is_empty()).then_some(eval_summary),
         world_size: config.batch.num_ranks,
+        available_memory: available_memory(),
     })?;
     Ok(Prepared {
         train,

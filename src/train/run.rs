@@ -12,8 +12,8 @@ use serde_json::json;
 use super::console::Console;
 use super::{
     AdapterFiles, BatchPlace, Cadence, Evaluation, Layout, Manifest, OutputPlan, Packing, Prepared,
-    Ranks, Recompute, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup,
-    collate, describe_example, list_checkpoints, prepare, train,
+    Ranks, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup, collate,
+    describe_example, list_checkpoints, prepare, train,
 };
 use crate::kernels::keep_freed_memory;
 use crate::models::ModelConfig;
@@ -21,9 +21,6 @@ use crate::text::{SupervisedExample, TEMPLATE_RECORD_FILE, TemplateRecord, Token
 use crate::weights::{
     self, Adapter, Checkpoint, Format, HubOptions, MergeOptions, MergedCheckpoint, ModelSource,
 };
-
-/// Tokens that are computed in one pass, at least: enough for the products to be efficient.
-const TOKENS_PER_PASS: usize = 2048;
 
 /// Files of a tokenizer, which go beside the adapter as LLaMA-Factory puts them there.
 const TOKENIZER_FILES: &[&str] = &[
@@ -66,7 +63,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         layout: layout(&config, &tokenizer),
         orders: Mutex::new(HashMap::new()),
     };
-    let console = Console::new(&config, &prepared.plan);
+    let console = Console::new(&config, &prepared);
     keep_freed_memory();
     let summary = job.train(&*model, &shape, files, start, &console)?;
     console.finish(&summary, &config.output.output_dir)
@@ -254,8 +251,8 @@ impl Job<'_> {
             lora: config.lora_options(),
             optimizer: config.adamw_options(),
             schedule: config.lr_schedule(&counts),
-            loss_scale: self.loss_scale(),
-            recompute: config.recompute.unwrap_or(Recompute::None),
+            loss_scale: config.loss_scale(),
+            recompute: self.prepared.plan.memory.recompute,
             neftune_noise_alpha: config.optimizer.neftune_noise_alpha.unwrap_or(0.0),
             seed: config.seed,
             length: RunLength {
@@ -266,7 +263,7 @@ impl Job<'_> {
             },
             // Rows are filled up to a multiple of eight where they are padded.
             max_positions: longest.unwrap_or(1).next_multiple_of(8),
-            max_tokens_per_pass: TOKENS_PER_PASS.max(config.data.cutoff_len),
+            max_tokens_per_pass: config.max_tokens_per_pass(),
             batches: &batches,
             evaluation,
             output: self.output_plan(total, per_epoch),
@@ -308,14 +305,6 @@ impl Job<'_> {
         let last = (first + size).min(self.prepared.eval.len());
         let indices: Vec<usize> = (first..last).collect();
         collate(&self.prepared.eval, &indices, self.layout)
-    }
-
-    fn loss_scale(&self) -> Option<super::LossScaleOptions> {
-        let deepspeed = self.config.deepspeed.as_ref();
-        let is_fp16 = self.config.precision == super::Precision::Fp16;
-        deepspeed
-            .filter(|_| is_fp16)
-            .map(|config| config.loss_scale)
     }
 
     fn output_plan(&self, total: u64, per_epoch: u64) -> OutputPlan {
@@ -388,7 +377,18 @@ impl Job<'_> {
             "neftune_noise_alpha": optimizer.neftune_noise_alpha,
             "seed": self.config.seed,
         });
-        let entries = value.as_object().into_iter().flatten();
+        // Keys that are left out when they ask for nothing: checkpoints from before them fit.
+        let more = json!({
+            "use_dora": lora.use_dora,
+            "additional_target": lora.additional_target,
+            "dtype": self.config.lora_options().dtype.as_str(),
+            "loss_scale": self.config.loss_scale().is_some(),
+        });
+        let is_off =
+            |value: &serde_json::Value| [json!(false), json!([]), json!("f32")].contains(value);
+        let more = more.as_object().into_iter().flatten();
+        let more = more.filter(|(_, value)| !is_off(value));
+        let entries = value.as_object().into_iter().flatten().chain(more);
         entries
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()

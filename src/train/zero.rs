@@ -5,6 +5,7 @@
 //! at every stage, so that all stages give the same bits.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::Result;
 
@@ -12,6 +13,9 @@ use crate::distributed::Comm;
 
 use super::lora::LoraLayout;
 use super::optimizer::{AdamW, AdamWOptions, clip_coefficient};
+
+/// From here on a number rounds to infinity in f16.
+const F16_OVERFLOW: f32 = 65_520.0;
 
 /// What the ranks divide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,7 +40,7 @@ pub(super) fn piece(len: usize, rank: usize, world_size: usize) -> Range<usize> 
 pub(super) struct Trainable {
     stage: ZeroStage,
     /// All parameters.
-    pub(super) params: Vec<f32>,
+    pub(super) params: Arc<Vec<f32>>,
     pub(super) adamw: AdamW,
     /// What this rank updates.
     range: Range<usize>,
@@ -48,6 +52,8 @@ pub(super) struct Reduced {
     values: Vec<f32>,
     /// Norm of all of them.
     pub(super) norm: f64,
+    /// Whether one of them, before `scale`, is beyond the range of f16.
+    pub(super) overflows_f16: bool,
 }
 
 impl Trainable {
@@ -64,7 +70,7 @@ impl Trainable {
         };
         Self {
             stage,
-            params,
+            params: Arc::new(params),
             adamw: AdamW::new(options, layout, range.clone()),
             range,
             options,
@@ -80,11 +86,18 @@ impl Trainable {
                 comm.reduce_scatter(gradients, self.range.clone())?
             }
         };
+        let is_beyond = |value: &f32| value.is_nan() || value.abs() >= F16_OVERFLOW;
+        let beyond = values.iter().any(is_beyond);
+        let beyond = comm.all_reduce_f64(&[f64::from(u8::from(beyond))])?;
         if scale != 1.0 {
             values.iter_mut().for_each(|value| *value *= scale);
         }
         let norm = self.norm(comm, &values)?;
-        Ok(Reduced { values, norm })
+        Ok(Reduced {
+            values,
+            norm,
+            overflows_f16: beyond[0] > 0.0,
+        })
     }
 
     fn norm(&self, comm: &Comm, values: &[f32]) -> Result<f64> {
@@ -106,7 +119,9 @@ impl Trainable {
         reduced: Reduced,
         learning_rate: f64,
     ) -> Result<()> {
-        let Reduced { mut values, norm } = reduced;
+        let Reduced {
+            mut values, norm, ..
+        } = reduced;
         let coefficient = clip_coefficient(norm, self.options.max_grad_norm);
         if coefficient != 1.0 {
             values.iter_mut().for_each(|value| *value *= coefficient);
@@ -115,10 +130,12 @@ impl Trainable {
             true => &values[..],
             false => &values[self.range.clone()],
         };
-        let params = &mut self.params[self.range.clone()];
-        self.adamw.step(params, part, learning_rate);
+        // Nothing else holds them between two passes, so that nothing is copied here.
+        let params = Arc::make_mut(&mut self.params);
+        self.adamw
+            .step(&mut params[self.range.clone()], part, learning_rate);
         if self.stage != ZeroStage::Zero {
-            self.params = comm.all_gather(self.params[self.range.clone()].to_vec())?;
+            self.params = Arc::new(comm.all_gather(params[self.range.clone()].to_vec())?);
         }
         Ok(())
     }

@@ -69,7 +69,13 @@ fn a_run_writes_the_files_of_llamafactory_and_merges() {
     let out = dir.path().join("adapter");
     let stdout = succeed(&train(&out, &[]));
     assert!(stdout.contains("Total optimization steps = 6"), "{stdout}");
-    assert!(stdout.contains("***** train metrics *****"), "{stdout}");
+    for line in [
+        "***** train metrics *****",
+        "  Num examples = 24",
+        "  Number of trainable parameters = ",
+    ] {
+        assert!(stdout.contains(line), "{stdout}");
+    }
     for name in [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -113,6 +119,123 @@ fn a_run_writes_the_files_of_llamafactory_and_merges() {
         json(&merged.join("training_template.json"))["template"],
         "qwen"
     );
+}
+
+/// The first and the last evaluation of a run.
+fn eval_losses(dir: &Path) -> [f64; 2] {
+    let state = json(&dir.join("trainer_state.json"));
+    let history = state["log_history"].as_array().unwrap().iter();
+    let losses: Vec<f64> = history
+        .filter_map(|entry| entry["eval_loss"].as_f64())
+        .collect();
+    [losses[0], losses[losses.len() - 1]]
+}
+
+#[test]
+fn magnitudes_and_whole_modules_merge_into_the_model_that_was_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let evaluated = ["val_size=0.25", "eval_strategy=epoch", "eval_on_start=true"];
+    // Tied embedding and head come apart in the first, and by an adapter on the head in the second.
+    let wishes: [&[&str]; 2] = [
+        &[
+            "use_dora=true",
+            "lora_target=q_proj,up_proj",
+            "additional_target=embed_tokens,lm_head,norm",
+        ],
+        &["lora_target=v_proj,lm_head", "additional_target=k_proj"],
+    ];
+    for (index, wishes) in wishes.into_iter().enumerate() {
+        let out = dir.path().join(format!("adapter-{index}"));
+        succeed(&train(&out, &[&evaluated, wishes].concat()));
+        let [first, last] = eval_losses(&out);
+        assert!(last < first, "{first} to {last}");
+        let merged = dir.path().join(format!("merged-{index}"));
+        let merge = infold(&[
+            "merge",
+            "--model",
+            fixtures().join("tiny-qwen2").to_str().unwrap(),
+            "--adapter",
+            out.to_str().unwrap(),
+            "--output",
+            merged.to_str().unwrap(),
+        ]);
+        succeed(&merge);
+        // A fresh adapter changes nothing, so the first evaluation is of the merged model.
+        let again = dir.path().join(format!("again-{index}"));
+        let model = format!("model_name_or_path={}", merged.display());
+        succeed(&train(
+            &again,
+            &[&evaluated[..], &[&model, "max_steps=1"]].concat(),
+        ));
+        let [merged_loss, _] = eval_losses(&again);
+        assert!(
+            (merged_loss - last).abs() < 1e-5 * last,
+            "{merged_loss} for {last}"
+        );
+    }
+}
+
+#[test]
+fn a_run_begins_at_adapters_or_with_them_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let evaluated = ["val_size=0.25", "eval_strategy=epoch", "eval_on_start=true"];
+    let first = dir.path().join("first");
+    succeed(&train(&first, &evaluated));
+    let [_, want] = eval_losses(&first);
+    let from = format!("adapter_name_or_path={}", first.display());
+    // Its weights, or a fresh adapter over the base with them merged: the same model at the start.
+    let mut last = want;
+    for (name, more) in [
+        ("on", "create_new_adapter=false"),
+        ("new", "create_new_adapter=true"),
+    ] {
+        let out = dir.path().join(name);
+        succeed(&train(&out, &[&evaluated[..], &[&from, more]].concat()));
+        let [start, end] = eval_losses(&out);
+        assert!(
+            (start - want).abs() < 1e-5 * want,
+            "{name}: {start} for {want}"
+        );
+        assert!(end < want, "{name}: {end}");
+        last = end;
+    }
+    // The earlier of several are merged, the last goes on.
+    let both = format!("{from},{}", dir.path().join("new").display());
+    let out = dir.path().join("both");
+    succeed(&train(&out, &[&evaluated[..], &[&both]].concat()));
+    let [start, _] = eval_losses(&out);
+    assert!((start - last).abs() < 1e-5 * last, "{start} for {last}");
+}
+
+#[test]
+fn the_environment_is_printed_for_reports() {
+    let stdout = succeed(&infold(&["env"]));
+    for part in [env!("CARGO_PKG_VERSION"), "cores: ", "kernels: "] {
+        assert!(stdout.contains(part), "{stdout}");
+    }
+}
+
+#[test]
+fn fp16_skips_overflows_and_saves_what_deepspeed_would() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ds.json");
+    let text = r#"{"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 30,
+        "hysteresis": 2, "min_loss_scale": 1}, "zero_optimization": {"stage": 2}}"#;
+    fs::write(&file, text).unwrap();
+    let deepspeed = format!("deepspeed={}", file.display());
+    let out = dir.path().join("adapter");
+    let stdout = succeed(&train(&out, &["fp16=true", &deepspeed]));
+    for line in [
+        "OVERFLOW! Skipping step 1. Attempted loss scale: 1073741824, which stays",
+        "OVERFLOW! Skipping step 2. Attempted loss scale: 1073741824, reducing to 536870912",
+        "fp16.hysteresis = 2: overflows before the scale halves",
+    ] {
+        assert!(stdout.contains(line), "{line} is not in {stdout}");
+    }
+    let weights = fs::read(out.join("adapter_model.safetensors")).unwrap();
+    assert!(weights.windows(5).any(|bytes| bytes == b"\"F16\""));
+    let resumed = train(&out, &["fp16=true", &deepspeed, "num_train_epochs=3"]);
+    assert!(succeed(&resumed).contains("Skipping step 7"));
 }
 
 #[test]

@@ -83,6 +83,19 @@ impl Lines {
     }
 }
 
+/// Floats that are read as the bytes of a file are.
+pub(super) struct FloatBytes(pub(super) std::sync::Arc<Vec<f32>>);
+
+impl AsRef<[u8]> for FloatBytes {
+    fn as_ref(&self) -> &[u8] {
+        let values = &*self.0;
+        // SAFETY: a float is four bytes without padding, and bytes have no alignment to keep.
+        unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast(), std::mem::size_of_val(&values[..]))
+        }
+    }
+}
+
 /// Splits `data` into pieces of `piece_len` (the last may be shorter) and gives each to `f` on
 /// the pool's threads.
 pub(super) fn for_each_piece<T: Send>(

@@ -27,6 +27,7 @@ const MAX_PACKED_K: usize = 2048;
 const BLOCK_ROWS: usize = 96;
 
 /// `out = scale * (a * b + low-rank term) + bias`, or the same added to `out`.
+#[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
     /// `[m, k]`.
     pub(super) a: Operand<'a>,
@@ -55,6 +56,12 @@ impl<'a> Product<'a> {
             main: self.b.transposed(),
             tail: self.low_rank.map(|(_, right)| right.transposed()),
         }
+    }
+
+    /// Returns the rows and columns of the result.
+    pub(super) fn output(&self) -> [usize; 2] {
+        let [m, n, _] = self.sizes();
+        [m, n]
     }
 
     /// Returns `[m, n, k]`, where k counts the columns of the low-rank term too.

@@ -53,6 +53,31 @@ impl<'a> Operand<'a> {
         Self::new(Elements::F32(data), [rows, cols], cols)
     }
 
+    /// Returns some rows of a row-major matrix.
+    ///
+    /// # Panics
+    ///
+    /// When they are not rows of it, or its columns are contiguous.
+    pub(super) fn rows(self, rows: Range<usize>) -> Self {
+        assert!(
+            self.col_stride == 1 && rows.end <= self.rows,
+            "{rows:?} of {}",
+            self.rows
+        );
+        let elements = match self.elements {
+            Elements::F32(data) => Elements::F32(&data[rows.start * self.row_stride..]),
+            Elements::Stored(dtype, data) => {
+                let first = rows.start * self.row_stride * dtype.size_bytes();
+                Elements::Stored(dtype, &data[first..])
+            }
+        };
+        Self {
+            elements,
+            rows: rows.len(),
+            ..self
+        }
+    }
+
     /// Returns the transpose.
     pub(super) fn transposed(self) -> Self {
         Self {

@@ -5,7 +5,7 @@
 //! is one chunk and the weights are streamed once.
 
 use super::activation::{Activations, MAX_GROUP};
-use super::buffer::{Lines, Output, for_each_piece};
+use super::buffer::{FloatBytes, Lines, Output, for_each_piece};
 use super::dense::{DenseDot, DenseType};
 use super::gemm::{Elements, Operand};
 use super::pool::Pool;
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
 use candle_core::{Result, bail};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Bytes of a chunk of activations: part of an L2 cache of 1 MiB.
 const CHUNK_BYTES: usize = 384 * 1024;
@@ -76,6 +77,28 @@ impl CpuMatrix {
             }
         };
         Ok(Self { rows, cols, data })
+    }
+
+    /// Takes a matrix that begins at `offset` of `values` and shares their memory.
+    ///
+    /// # Errors
+    ///
+    /// On a machine whose floats are not little-endian, as those of files are.
+    pub(in crate::kernels) fn share(
+        values: Arc<Vec<f32>>,
+        offset: usize,
+        [rows, cols]: [usize; 2],
+    ) -> Result<Self> {
+        if cfg!(target_endian = "big") {
+            bail!("modules are trained whole on little-endian machines only");
+        }
+        let bytes = Bytes::from_owner(FloatBytes(values));
+        let data = bytes.slice(4 * offset..4 * (offset + rows * cols));
+        Ok(Self {
+            rows,
+            cols,
+            data: Data::Dense(DenseType::F32, data),
+        })
     }
 
     /// Writes the weights of one row.

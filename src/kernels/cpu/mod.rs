@@ -4,12 +4,14 @@
 //! threads, `simd` the instruction sets; `quant_pack`, `quant_dot` and `activation` are the block
 //! formats, `dense` the others, `matmul` cuts both into tasks; `kv`, `attention` and `attention_scan`
 //! are the paged cache; `elementwise` is the rest. Training multiplies with `gemm`, on which
-//! `product_sum`, `varlen_attention` and `cross_entropy` stand; `gradients` is its elementwise. `unsafe` code stays in this folder.
+//! `product_sum`, `varlen_attention` and `cross_entropy` stand; `gradients` is its elementwise,
+//! `columns` its sums over rows. `unsafe` code stays in this folder.
 
 mod activation;
 mod attention;
 mod attention_scan;
 mod buffer;
+mod columns;
 mod cross_entropy;
 mod dense;
 mod elementwise;
@@ -27,7 +29,8 @@ mod simd;
 mod varlen_attention;
 
 pub(super) use attention::{AttentionInputs, paged_attention};
-pub(super) use cross_entropy::{CrossEntropy, cross_entropy};
+pub(super) use columns::{ScaledColumns, column_dots, row_norms, scale_columns};
+pub(super) use cross_entropy::{CrossEntropy, HeadSinks, cross_entropy};
 pub(super) use elementwise::{add, add_rms_norm, gather_rows, rms_norm, silu_and_mul};
 pub(super) use gradients::{
     NormGradient, Rotation, rms_norm_backward, rotate_heads, rotate_heads_backward,

@@ -6,7 +6,7 @@ use super::matmul::{Cpu, CpuMatrix};
 use crate::kernels::check::F32Matrix;
 use crate::kernels::training::Dropout;
 
-fn operand<'a>(matrix: &'a F32Matrix<'_>) -> Operand<'a> {
+pub(super) fn operand<'a>(matrix: &'a F32Matrix<'_>) -> Operand<'a> {
     let [rows, cols] = matrix.dims();
     let elements = Elements::F32(matrix.get());
     if matrix.is_transposed() {

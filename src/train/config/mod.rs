@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Recompute;
 use super::deepspeed::{DeepSpeedConfig, DeepSpeedError, RunValues};
+use super::{Recompute, ZeroStage};
 
 pub use data::{DataConfig, Packing};
 pub use error::ConfigError;
@@ -121,6 +121,14 @@ impl TrainConfig {
         let schedule = ScheduleConfig::from_settings(settings)?;
         let run = run_values(&batch, &optimizer, schedule.learning_rate, precision);
         let mut deepspeed = deepspeed(settings, &run)?;
+        let is_stage_3 = |config: &DeepSpeedConfig| config.stage == ZeroStage::Three;
+        if settings.bool("pure_bf16", false)? && deepspeed.as_ref().is_some_and(is_stage_3) {
+            return Err(ConfigError::Conflict {
+                what:
+                    "`pure_bf16` is incompatible with DeepSpeed ZeRO-3: set bf16: true in its place"
+                        .to_owned(),
+            });
+        }
         if settings.bool("prefer_hf_scheduler", false)?
             && let Some(deepspeed) = &mut deepspeed
         {

@@ -38,14 +38,15 @@ pub struct OptimizerConfig {
     pub neftune_noise_alpha: Option<f64>,
 }
 
-/// The type of computation.
+/// The numbers asked for. On a CPU products are f32 whatever is asked; the types decide how the
+/// adapter is rounded and saved, and whether there is a loss scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// Everything in f32.
+    /// None of the others.
     F32,
-    /// Products in bf16; adapters and optimiser in f32 (`bf16`, `pure_bf16`).
+    /// `bf16` or `pure_bf16`.
     Bf16,
-    /// Products in fp16 with a loss scale.
+    /// `fp16`: with a loss scale.
     Fp16,
 }
 

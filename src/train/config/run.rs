@@ -1,10 +1,15 @@
 //! What a configuration means for a run whose data and ranks are known.
 
+use candle_core::DType;
+
 use super::super::{
-    AdamWOptions, DeepSpeedSchedule, LoraOptions, LoraTarget, LrSchedule, Order, Remainder,
-    Sampler, StepCounts, ZeroStage,
+    AdamWOptions, DeepSpeedSchedule, LoraOptions, LoraTarget, LossScaleOptions, LrSchedule, Order,
+    Remainder, Sampler, StepCounts, ZeroStage,
 };
-use super::TrainConfig;
+use super::{Precision, TrainConfig};
+
+/// Tokens that are computed in one pass, at least: enough for the products to be efficient.
+const TOKENS_PER_PASS: usize = 2048;
 
 impl TrainConfig {
     /// Returns the order of `num_examples` training examples on `world_size` ranks.
@@ -84,12 +89,34 @@ impl TrainConfig {
             alpha: self.lora.lora_alpha,
             dropout: self.lora.lora_dropout as f32,
             use_rslora: self.lora.use_rslora,
+            use_dora: self.lora.use_dora,
+            modules_to_save: self.lora.additional_target.clone(),
+            // DeepSpeed makes the whole model of the type asked for, adapters included; without
+            // it LLaMA-Factory and PEFT keep what is trained in f32.
+            dtype: match (&self.deepspeed, self.precision) {
+                (Some(_), Precision::Bf16) => DType::BF16,
+                (Some(_), Precision::Fp16) => DType::F16,
+                _ => DType::F32,
+            },
             target: if targets.iter().any(|target| target == "all") {
                 LoraTarget::All
             } else {
                 LoraTarget::Modules(targets.clone())
             },
         }
+    }
+
+    /// Returns the tokens of micro-batches that are computed together, at most.
+    pub fn max_tokens_per_pass(&self) -> usize {
+        TOKENS_PER_PASS.max(self.data.cutoff_len)
+    }
+
+    /// Returns the loss scale of fp16: DeepSpeed's, else torch's.
+    pub fn loss_scale(&self) -> Option<LossScaleOptions> {
+        let deepspeed = self.deepspeed.as_ref();
+        let own = deepspeed.map(|config| config.loss_scale);
+        let scale = own.unwrap_or_else(LossScaleOptions::torch);
+        (self.precision == Precision::Fp16).then_some(scale)
     }
 
     /// Returns what ranks divide among them.

@@ -250,6 +250,13 @@ fn contradictions_are_refused() {
     assert!(text(&["eval_strategy=steps"]).contains("set `val_size`"));
     assert!(text(&["load_best_model_at_end=1", "val_size=0.1"]).contains("eval_strategy"));
     assert!(text(&["early_stopping_steps=3"]).contains("eval_strategy"));
+    let zero3 = concat!(
+        "deepspeed=",
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/training_configs/ds_config_zero3.json"
+    );
+    let zero3 = ["pure_bf16=true", "gradient_accumulation_steps=4", zero3];
+    assert!(text(&zero3).contains("incompatible with DeepSpeed ZeRO-3"));
 }
 
 #[test]

@@ -37,8 +37,8 @@ pub enum DataError {
     },
     /// No such data set.
     #[error(
-        "Undefined dataset {name} in dataset_info.json: {path:?} has {keys}{suggestion}. \
-         To use a file directly: --dataset ./{name}.json"
+        "Undefined dataset {name} in dataset_info.json: {path:?} has {keys}; {suggestion}\
+         to use a file directly: --dataset ./{name}.json"
     )]
     Undefined {
         /// The name asked for.
@@ -47,7 +47,7 @@ pub enum DataError {
         path: PathBuf,
         /// The names it has.
         keys: String,
-        /// "; did you mean …?", or nothing.
+        /// "did you mean …? Or ", or nothing.
         suggestion: String,
     },
     /// The file of a data set does not exist.

@@ -265,7 +265,7 @@ impl Info {
     fn undefined(&self, name: &str) -> DataError {
         let keys: Vec<&str> = self.entries.keys().map(String::as_str).collect();
         let suggestion = likely(name, keys.iter().copied())
-            .map(|near| format!("; did you mean \"{near}\"?"))
+            .map(|near| format!("did you mean \"{near}\"? Or "))
             .unwrap_or_default();
         DataError::Undefined {
             name: name.to_owned(),

@@ -64,12 +64,8 @@ fn effect(
         | "fp16.loss_scale_window"
         | "fp16.initial_scale_power"
         | "fp16.hysteresis"
-        | "fp16.min_loss_scale" => if run.fp16 {
-            "honoured: fp16 is on"
-        } else {
-            "no effect: fp16 is off"
-        }
-        .to_owned(),
+        | "fp16.consecutive_hysteresis"
+        | "fp16.min_loss_scale" => loss_scale_effect(key, value, run.fp16),
         "optimizer.type" => "AdamW of infold".to_owned(),
         "optimizer.params.lr" => auto(python(&run.learning_rate.into())),
         "optimizer.params.betas" => auto(python(&run.adam_betas.to_vec().into())),
@@ -84,6 +80,20 @@ fn effect(
         }
         _ => "no effect here".to_owned(),
     }
+}
+
+fn loss_scale_effect(key: &str, value: &Value, is_fp16: bool) -> String {
+    match (is_fp16, key) {
+        (false, _) => "no effect: fp16 is off",
+        (true, "fp16.loss_scale") if value.as_f64() == Some(0.0) => "the scale adapts",
+        (true, "fp16.loss_scale") => "the scale stays",
+        (true, "fp16.loss_scale_window") => "updates without overflow before the scale doubles",
+        (true, "fp16.initial_scale_power") => "the scale begins at 2 to this power",
+        (true, "fp16.hysteresis") => "overflows before the scale halves; each skips its update",
+        (true, "fp16.min_loss_scale") => "an overflow at this scale ends the run",
+        (true, _) => "honoured: fp16 is on",
+    }
+    .to_owned()
 }
 
 fn stage_effect(stage: ZeroStage, world_size: u64) -> String {

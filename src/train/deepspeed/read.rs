@@ -50,10 +50,6 @@ const NOT_BUILT: &[(&str, &str)] = &[
     ),
     ("amp.enabled", "use bf16 or fp16"),
     (
-        "fp16.loss_scale",
-        "the loss scale adapts; set 0 or leave the key out",
-    ),
-    (
         "progressive_layer_drop.enabled",
         "all layers are trained; leave the block out",
     ),
@@ -297,8 +293,13 @@ impl<'a> Config<'a> {
         let defaults = LossScaleOptions::default();
         let whole = |key: &str, default| Ok(self.whole(key)?.unwrap_or(default));
         let power = self.number("fp16.initial_scale_power")?;
+        let fixed = self.number("fp16.loss_scale")?.filter(|scale| *scale > 0.0);
+        let consecutive = self.given("fp16.consecutive_hysteresis");
+        let initial = power.map_or(defaults.initial_scale, f64::exp2);
         Ok(LossScaleOptions {
-            initial_scale: power.map_or(defaults.initial_scale, f64::exp2),
+            initial_scale: fixed.unwrap_or(initial),
+            is_dynamic: fixed.is_none(),
+            consecutive_hysteresis: consecutive == Some(&Value::Bool(true)),
             loss_scale_window: whole("fp16.loss_scale_window", defaults.loss_scale_window)?,
             hysteresis: whole("fp16.hysteresis", defaults.hysteresis)?,
             min_loss_scale: self

@@ -113,12 +113,11 @@ fn the_loss_scale_is_read() {
     let config = DeepSpeedConfig::resolve(&config, &run).unwrap();
     assert_eq!(config.loss_scale.initial_scale, 1024.0);
     assert_eq!(config.loss_scale.loss_scale_window, 1000);
-    let text = DeepSpeedConfig::resolve(&json!({"fp16": {"loss_scale": 128}}), &run);
-    assert!(
-        text.unwrap_err()
-            .to_string()
-            .contains("`fp16.loss_scale` = 128 is not built")
-    );
+    assert!(config.loss_scale.is_dynamic && !config.loss_scale.consecutive_hysteresis);
+    let config = json!({"fp16": {"loss_scale": 128, "consecutive_hysteresis": true}});
+    let scale = DeepSpeedConfig::resolve(&config, &run).unwrap().loss_scale;
+    assert_eq!((scale.initial_scale, scale.is_dynamic), (128.0, false));
+    assert!(scale.consecutive_hysteresis);
 }
 
 #[test]

@@ -7,9 +7,10 @@ use candle_core::{Result, Tensor};
 
 use crate::kernels::{Kernels, RopeArgs, VarlenArgs};
 
-use super::super::model::{FrozenLayer, FrozenModel};
+use super::super::model::FrozenModel;
 use super::TrainBatch;
-use super::adapted::{AdaptedLinears, InputGradient, LowRankInputs};
+use super::adapted::{AdaptedLinears, InputGradient, LinearsSaved, add_values};
+use super::trained::Norm;
 
 /// What the backward pass computes again instead of keeping it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,12 +27,20 @@ pub enum Recompute {
 pub(super) struct LayerContext<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) model: &'a FrozenModel,
-    pub(super) layer: &'a FrozenLayer,
     pub(super) batch: &'a TrainBatch,
+    pub(super) norms: LayerNorms,
     pub(super) qkv: AdaptedLinears<'a>,
     pub(super) output: AdaptedLinears<'a>,
     pub(super) gate_up: AdaptedLinears<'a>,
     pub(super) down: AdaptedLinears<'a>,
+}
+
+/// The norms of a layer.
+pub(super) struct LayerNorms {
+    pub(super) input: Norm,
+    pub(super) post_attention: Norm,
+    /// On the heads of q and k.
+    pub(super) qk: Option<(Norm, Norm)>,
 }
 
 /// What a layer keeps for its backward pass.
@@ -46,18 +55,18 @@ struct AttentionSaved {
     /// Before norms and rotation; kept where the heads are normed.
     raw_qkv: Option<Tensor>,
     qkv: Tensor,
-    us_qkv: LowRankInputs,
+    saved_qkv: LinearsSaved,
     out: Tensor,
     lse: Tensor,
-    us_output: LowRankInputs,
+    saved_output: LinearsSaved,
     /// The residual stream after the attention.
     stream: Tensor,
 }
 
 struct MlpSaved {
     gate_up: Tensor,
-    us_gate_up: LowRankInputs,
-    us_down: LowRankInputs,
+    saved_gate_up: LinearsSaved,
+    saved_down: LinearsSaved,
 }
 
 impl LayerContext<'_> {
@@ -67,12 +76,12 @@ impl LayerContext<'_> {
 
     fn rope_args(&self) -> RopeArgs<'_> {
         let config = &self.model.config;
-        let norms = self.layer.qk_norm.as_ref();
+        let norms = self.norms.qk.as_ref();
         RopeArgs {
             num_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
-            qk_norm: norms.map(|(q, k)| (q, k)),
+            qk_norm: norms.map(|(q, k)| (&q.weight, &k.weight)),
             eps: config.rms_norm_eps,
             cos: self.model.rotary.cos(),
             sin: self.model.rotary.sin(),
@@ -93,28 +102,28 @@ impl LayerContext<'_> {
 
     fn input_norm(&self, input: &Tensor) -> Result<Tensor> {
         self.kernels
-            .rms_norm(input, &self.layer.input_norm, self.eps())
+            .rms_norm(input, &self.norms.input.weight, self.eps())
     }
 
     fn post_attention_norm(&self, stream: &Tensor) -> Result<Tensor> {
-        let weight = &self.layer.post_attention_norm;
+        let weight = &self.norms.post_attention.weight;
         self.kernels.rms_norm(stream, weight, self.eps())
     }
 
     fn attention(&self, input: &Tensor) -> Result<AttentionSaved> {
-        let (raw_qkv, us_qkv) = self.qkv.forward(self.kernels, &self.input_norm(input)?)?;
+        let (raw_qkv, saved_qkv) = self.qkv.forward(self.kernels, &self.input_norm(input)?)?;
         let qkv = self.kernels.rope(&raw_qkv, &self.rope_args())?;
         let (out, lse) = self
             .kernels
             .varlen_attention(&qkv, &self.attention_args())?;
-        let (projected, us_output) = self.output.forward(self.kernels, &out)?;
+        let (projected, saved_output) = self.output.forward(self.kernels, &out)?;
         Ok(AttentionSaved {
-            raw_qkv: self.layer.qk_norm.is_some().then_some(raw_qkv),
+            raw_qkv: self.norms.qk.is_some().then_some(raw_qkv),
             qkv,
-            us_qkv,
+            saved_qkv,
             out,
             lse,
-            us_output,
+            saved_output,
             stream: self.kernels.add(&projected, input)?,
         })
     }
@@ -122,13 +131,13 @@ impl LayerContext<'_> {
     /// Computes what the MLP's backward pass needs, without its output.
     fn mlp(&self, stream: &Tensor) -> Result<MlpSaved> {
         let x = self.post_attention_norm(stream)?;
-        let (gate_up, us_gate_up) = self.gate_up.forward(self.kernels, &x)?;
+        let (gate_up, saved_gate_up) = self.gate_up.forward(self.kernels, &x)?;
         let hidden = self.kernels.silu_and_mul(&gate_up)?;
-        let us_down = self.down.low_rank_inputs(self.kernels, &hidden)?;
+        let saved_down = self.down.save(self.kernels, &hidden)?;
         Ok(MlpSaved {
             gate_up,
-            us_gate_up,
-            us_down,
+            saved_gate_up,
+            saved_down,
         })
     }
 
@@ -136,15 +145,15 @@ impl LayerContext<'_> {
     pub(super) fn forward(&self, input: Tensor, recompute: Recompute) -> Result<(Tensor, Saved)> {
         let attention = self.attention(&input)?;
         let x = self.post_attention_norm(&attention.stream)?;
-        let (gate_up, us_gate_up) = self.gate_up.forward(self.kernels, &x)?;
+        let (gate_up, saved_gate_up) = self.gate_up.forward(self.kernels, &x)?;
         drop(x);
         let hidden = self.kernels.silu_and_mul(&gate_up)?;
-        let (projected, us_down) = self.down.forward(self.kernels, &hidden)?;
+        let (projected, saved_down) = self.down.forward(self.kernels, &hidden)?;
         let output = self.kernels.add(&projected, &attention.stream)?;
         let mlp = MlpSaved {
             gate_up,
-            us_gate_up,
-            us_down,
+            saved_gate_up,
+            saved_down,
         };
         let (attention, mlp) = match recompute {
             Recompute::None => (Some(attention), Some(mlp)),
@@ -195,7 +204,7 @@ impl LayerContext<'_> {
     ) -> Result<Tensor> {
         let kernels = self.kernels;
         let hidden = kernels.silu_and_mul(&saved.gate_up)?;
-        let inputs = (&hidden, &saved.us_down);
+        let inputs = (&hidden, &saved.saved_down);
         let d_hidden = wanted(self.down.backward(
             kernels,
             inputs,
@@ -206,7 +215,7 @@ impl LayerContext<'_> {
         drop(hidden);
         let d_gate_up = kernels.silu_and_mul_backward(&saved.gate_up, &d_hidden)?;
         let x = self.post_attention_norm(stream)?;
-        let inputs = (&x, &saved.us_gate_up);
+        let inputs = (&x, &saved.saved_gate_up);
         let dx = wanted(self.gate_up.backward(
             kernels,
             inputs,
@@ -214,8 +223,9 @@ impl LayerContext<'_> {
             InputGradient::Wanted,
             gradients,
         )?)?;
-        let weight = &self.layer.post_attention_norm;
-        kernels.rms_norm_backward(stream, weight, self.eps(), &dx, Some(d_output))
+        let norm = &self.norms.post_attention;
+        norm_gradient(kernels, norm, self.eps(), (stream, &dx), gradients)?;
+        kernels.rms_norm_backward(stream, &norm.weight, self.eps(), &dx, Some(d_output))
     }
 
     fn attention_backward(
@@ -227,7 +237,7 @@ impl LayerContext<'_> {
         gradients: &mut [f32],
     ) -> Result<Option<Tensor>> {
         let kernels = self.kernels;
-        let inputs = (&saved.out, &saved.us_output);
+        let inputs = (&saved.out, &saved.saved_output);
         let d_out = wanted(self.output.backward(
             kernels,
             inputs,
@@ -241,18 +251,73 @@ impl LayerContext<'_> {
             (&saved.out, &saved.lse),
             &d_out,
         )?;
+        if let Some(raw_qkv) = &saved.raw_qkv {
+            self.head_norm_gradients(raw_qkv, &d_qkv, gradients)?;
+        }
         let d_qkv = kernels.rope_backward(saved.raw_qkv.as_ref(), &d_qkv, &self.rope_args())?;
         let x = self.input_norm(input)?;
-        let inputs = (&x, &saved.us_qkv);
+        let inputs = (&x, &saved.saved_qkv);
         let dx = self
             .qkv
             .backward(kernels, inputs, &d_qkv, input_gradient, gradients)?;
         let Some(dx) = dx else { return Ok(None) };
-        let weight = &self.layer.input_norm;
+        let norm = &self.norms.input;
+        norm_gradient(kernels, norm, self.eps(), (input, &dx), gradients)?;
         kernels
-            .rms_norm_backward(input, weight, self.eps(), &dx, Some(d_stream))
+            .rms_norm_backward(input, &norm.weight, self.eps(), &dx, Some(d_stream))
             .map(Some)
     }
+
+    /// Adds the gradients of trained norms on heads, from the gradient of the rotated heads.
+    fn head_norm_gradients(
+        &self,
+        raw_qkv: &Tensor,
+        d_rotated: &Tensor,
+        gradients: &mut [f32],
+    ) -> Result<()> {
+        let Some((q, k)) = &self.norms.qk else {
+            return Ok(());
+        };
+        if q.offset.is_none() && k.offset.is_none() {
+            return Ok(());
+        }
+        let kernels = self.kernels;
+        let rotation = RopeArgs {
+            qk_norm: None,
+            ..self.rope_args()
+        };
+        let d_normed = kernels.rope_backward(None, d_rotated, &rotation)?;
+        let (num_tokens, head_dim) = (raw_qkv.dims()[0], rotation.head_dim);
+        let mut head = 0;
+        for (norm, num_heads) in [(q, rotation.num_heads), (k, rotation.num_kv_heads)] {
+            let heads = |x: &Tensor| {
+                let columns = x.narrow(1, head * head_dim, num_heads * head_dim)?;
+                columns.reshape((num_tokens * num_heads, head_dim))
+            };
+            let pair = (&heads(raw_qkv)?, &heads(&d_normed)?);
+            norm_gradient(kernels, norm, self.eps(), pair, gradients)?;
+            head += num_heads;
+        }
+        Ok(())
+    }
+}
+
+/// Adds the gradient of a norm's weight, if it is trained, from the norm's input and the gradient
+/// of its output: y = x ρ w, so dw = Σ dy x ρ over rows, and x ρ is the norm with ones for w.
+pub(super) fn norm_gradient(
+    kernels: &Kernels,
+    norm: &Norm,
+    eps: f32,
+    (x, dy): (&Tensor, &Tensor),
+    gradients: &mut [f32],
+) -> Result<()> {
+    let Some(offset) = norm.offset else {
+        return Ok(());
+    };
+    let normed = kernels.rms_norm(x, &norm.weight.ones_like()?, eps)?;
+    let gradient = kernels.column_dots(dy, Some(&normed))?;
+    add_values(gradients, offset, &gradient);
+    Ok(())
 }
 
 /// Unpacks a gradient that was asked for.

@@ -1,27 +1,32 @@
-//! The numeric core: one packed micro-batch to its loss and the gradients of all adapters.
+//! The numeric core: one packed micro-batch to its loss and the gradients of all that is trained.
 //!
 //! Written by hand, layer by layer: frozen weights get no gradients, and activations are freed as
 //! the backward pass goes down. It knows tensors and tokens, not files, optimizers or ranks.
 
 mod adapted;
 mod batch;
+mod dora;
+mod head;
 mod layer;
 mod noise;
 #[cfg(test)]
 pub(in crate::train) mod tests;
+mod trained;
 
 pub use batch::TrainBatch;
 pub use layer::Recompute;
+pub use trained::LoraTensors;
 
 use candle_core::Tensor;
 
-use crate::kernels::{Dropout, Kernels};
+use crate::kernels::Kernels;
 
 use super::TrainError;
-use super::lora::{Linear, LoraLayout};
-use super::model::{FrozenLayer, FrozenModel};
-use adapted::{AdaptedLinears, Adapter, InputGradient};
-use layer::LayerContext;
+use super::model::{FrozenLayer, FrozenLinear, FrozenModel};
+use super::modules::{LayerNorm, Linear, Module};
+use adapted::{AdaptedLinear, AdaptedLinears, Adapter, InputGradient, add_values};
+use head::Head;
+use layer::{LayerContext, LayerNorms};
 pub(in crate::train) use noise::mix;
 
 /// How micro-batches are computed, the same in a whole run.
@@ -33,30 +38,6 @@ pub struct StepOptions {
     pub neftune_noise_alpha: f64,
     /// Names the dropout masks and the noise of this micro-batch.
     pub noise_key: u64,
-}
-
-/// Adapters ready to multiply with: the values of one step.
-pub struct LoraTensors<'a> {
-    layout: &'a LoraLayout,
-    flat: Tensor,
-}
-
-impl<'a> LoraTensors<'a> {
-    /// Takes the flat parameters.
-    ///
-    /// # Errors
-    /// When their number is not the layout's.
-    pub fn new(layout: &'a LoraLayout, params: Vec<f32>) -> Result<Self, TrainError> {
-        let flat = layout
-            .tensor(params)
-            .map_err(TrainError::kernel("adapter parameters"))?;
-        Ok(Self { layout, flat })
-    }
-
-    /// Returns the lowest layer with an adapter: no gradient is needed below it.
-    pub(super) fn lowest_layer(&self) -> usize {
-        self.layout.entries().first().map_or(0, |entry| entry.layer)
-    }
 }
 
 /// Runs one micro-batch forward and returns the sum of its target tokens' losses.
@@ -91,9 +72,7 @@ pub fn evaluate(
         }
         let (hidden, _) = pass.forward()?;
         let hidden = kernels.gather_rows(&hidden, &rows)?;
-        let normed = pass.final_norm(&hidden)?;
-        let (losses, _) = kernels.cross_entropy(&normed, model.lm_head(), &targets, None)?;
-        Ok(sum(&losses))
+        Ok(sum(&pass.head()?.losses(&hidden, &targets)?))
     };
     run().map_err(TrainError::kernel("evaluation"))
 }
@@ -147,7 +126,7 @@ impl Pass<'_> {
             ..
         } = *self;
         let (rows, targets) = batch.targets();
-        let lowest = self.lora.lowest_layer();
+        let lowest = self.lora.layout.lowest_layer(model.config.num_layers);
         if rows.is_empty() {
             model.follow(Some(lowest))?;
             return Ok(0.0);
@@ -156,17 +135,12 @@ impl Pass<'_> {
         // Rows without a target have no loss: the head and its norm see the others only.
         let hidden = kernels.gather_rows(&stream, &rows)?;
         drop(stream);
-        let normed = self.final_norm(&hidden)?;
-        let (losses, d_normed) =
-            kernels.cross_entropy(&normed, model.lm_head(), &targets, Some(loss_scale))?;
-        let Some(d_normed) = d_normed else {
-            candle_core::bail!("the loss has no gradient");
-        };
-        let eps = model.config.rms_norm_eps;
-        let d_hidden = kernels.rms_norm_backward(&hidden, &model.norm, eps, &d_normed, None)?;
+        let (losses, d_hidden) = self
+            .head()?
+            .backward(&hidden, &targets, loss_scale, gradients)?;
         let mut d_stream = kernels.scatter_rows(&d_hidden, &rows, batch.num_tokens())?;
         while let Some((index, saved)) = saved.pop() {
-            let wanted = match index == lowest {
+            let wanted = match index == lowest && !self.trains_below(lowest) {
                 true => InputGradient::Skipped,
                 false => InputGradient::Wanted,
             };
@@ -177,32 +151,74 @@ impl Pass<'_> {
                 None => break,
             }
         }
+        self.embedding_gradient(&d_stream, gradients)?;
         Ok(sum(&losses))
+    }
+
+    /// Says whether something below the linears of a layer is trained, so that they must pass
+    /// their gradient on.
+    fn trains_below(&self, layer: usize) -> bool {
+        let below = [
+            Module::Embedding,
+            Module::LayerNorm(layer, LayerNorm::Input),
+        ];
+        let mut below = below.into_iter();
+        below.any(|module| self.lora.layout.whole_entry(module).is_some())
+    }
+
+    /// Adds each token's gradient to its row of the embedding, if that is trained.
+    fn embedding_gradient(
+        &self,
+        d_stream: &Tensor,
+        gradients: &mut [f32],
+    ) -> candle_core::Result<()> {
+        let Some(entry) = self.lora.layout.whole_entry(Module::Embedding) else {
+            return Ok(());
+        };
+        let width = self.model.config.hidden_size;
+        let rows: Vec<f32> = d_stream.flatten_all()?.to_vec1()?;
+        for (row, &id) in rows.chunks_exact(width).zip(&self.batch.input_ids) {
+            add_values(gradients, entry.offset + id as usize * width, row);
+        }
+        Ok(())
     }
 
     fn forward(&self) -> candle_core::Result<(Tensor, Vec<(usize, layer::Saved)>)> {
         let ids = &self.batch.input_ids;
-        let embedded = self.kernels.embedding(ids, &self.model.embedding, 0)?;
+        let (table, _) = self.lora.whole(Module::Embedding, &self.model.embedding);
+        let embedded = self.kernels.embedding(ids, &table.weight, 0)?;
         let mut stream = match self.options.neftune_noise_alpha {
             0.0 => embedded,
             alpha => noise::add(&embedded, self.batch, alpha, self.options.noise_key)?,
         };
         let num_layers = self.model.config.num_layers;
-        let mut saved = Vec::with_capacity(num_layers);
+        let lowest = self.lora.layout.lowest_layer(num_layers);
+        let mut saved = Vec::with_capacity(num_layers - lowest);
         for index in 0..num_layers {
             let next = (index + 1 < num_layers).then_some(index + 1);
             let layer = self.model.layer(index, next)?;
             let context = self.layer(index, &layer)?;
             let (output, kept) = context.forward(stream, self.options.recompute)?;
             stream = output;
-            saved.push((index, kept));
+            if index >= lowest {
+                saved.push((index, kept));
+            }
         }
         Ok((stream, saved))
     }
 
-    fn final_norm(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
-        let eps = self.model.config.rms_norm_eps;
-        self.kernels.rms_norm(hidden, &self.model.norm, eps)
+    /// Returns what follows the last layer.
+    fn head(&self) -> candle_core::Result<Head<'_>> {
+        let site = self.model.config.num_layers * Linear::ALL.len();
+        Ok(Head {
+            kernels: self.kernels,
+            norm: self.lora.norm(Module::Norm, &self.model.norm),
+            eps: self.model.config.rms_norm_eps,
+            linear: AdaptedLinear {
+                adapter: self.adapter(Module::LmHead, site)?,
+                ..self.whole(Module::LmHead, self.model.lm_head())
+            },
+        })
     }
 
     fn layer<'l>(
@@ -212,17 +228,27 @@ impl Pass<'_> {
     ) -> candle_core::Result<LayerContext<'l>> {
         let group = |linears: &[Linear]| -> candle_core::Result<AdaptedLinears<'l>> {
             let parts = linears.iter().map(|&linear| {
-                let adapter = self.adapter(index, linear)?;
-                Ok((layer.linear(linear), adapter))
+                let module = Module::Linear(index, linear);
+                let site = index * Linear::ALL.len() + linear as usize;
+                Ok(AdaptedLinear {
+                    adapter: self.adapter(module, site)?,
+                    ..self.whole(module, layer.linear(linear))
+                })
             });
             let parts = parts.collect::<candle_core::Result<_>>()?;
             Ok(AdaptedLinears { parts })
         };
+        let norm = |norm, weight| self.lora.norm(Module::LayerNorm(index, norm), weight);
+        let qk = layer.qk_norm.as_ref();
         Ok(LayerContext {
             kernels: self.kernels,
             model: self.model,
-            layer,
             batch: self.batch,
+            norms: LayerNorms {
+                input: norm(LayerNorm::Input, &layer.input_norm),
+                post_attention: norm(LayerNorm::PostAttention, &layer.post_attention_norm),
+                qk: qk.map(|(q, k)| (norm(LayerNorm::Q, q), norm(LayerNorm::K, k))),
+            },
             qkv: group(&[Linear::Q, Linear::K, Linear::V])?,
             output: group(&[Linear::O])?,
             gate_up: group(&[Linear::Gate, Linear::Up])?,
@@ -230,24 +256,17 @@ impl Pass<'_> {
         })
     }
 
-    fn adapter(&self, layer: usize, linear: Linear) -> candle_core::Result<Option<Adapter>> {
-        let layout = self.lora.layout;
-        let Some(entry) = layout.entry(layer, linear) else {
-            return Ok(None);
-        };
-        let (a, b) = layout.factors(&self.lora.flat, entry)?;
-        let site = (layer * Linear::ALL.len() + linear as usize) as u64;
-        let dropout = (self.dropout > 0.0).then(|| Dropout {
-            probability: self.dropout,
-            key: mix(self.options.noise_key, site + 1),
-        });
-        Ok(Some(Adapter {
-            a,
-            b,
-            scale: layout.options().scaling() as f32,
-            dropout,
-            a_offset: entry.a_offset,
-            b_offset: entry.b_offset,
-        }))
+    /// Returns a linear without its adapter.
+    fn whole<'l>(&'l self, module: Module, base: &'l FrozenLinear) -> AdaptedLinear<'l> {
+        let (linear, whole) = self.lora.whole(module, base);
+        AdaptedLinear {
+            linear,
+            adapter: None,
+            whole,
+        }
+    }
+
+    fn adapter(&self, module: Module, site: usize) -> candle_core::Result<Option<Adapter>> {
+        self.lora.adapter(module, site, self.dropout, &self.options)
     }
 }

@@ -1,8 +1,11 @@
 //! The numbers of the reference run, from configurations alone.
 
+use std::cell::Cell;
+
 use serde_json::json;
 
 use super::*;
+use crate::train::Recompute;
 
 /// A shape of the Qwen2.5 family: hidden, intermediate, layers, heads, key-value heads, vocabulary,
 /// tied head; and the trainable parameters of rank 8 on all linears.
@@ -67,7 +70,13 @@ fn plan(config: &TrainConfig, model: &ModelConfig, world_size: usize) -> Result<
         },
         eval: None,
         world_size,
+        available_memory: AVAILABLE.get(),
     })
+}
+
+thread_local! {
+    /// The memory of the machine that a test plans for.
+    static AVAILABLE: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 #[test]
@@ -125,6 +134,9 @@ fn zero_divides_what_it_says() {
     assert_eq!(memory(3).base, 15_231_233_024 / 8);
     let config = config(&[&file(3), "num_ranks=8"]);
     let text = plan(&config, &model(3), 8).unwrap().to_string();
+    // Two passes of 7/8 of 12.15 GiB in layers, forward and backward.
+    let gathering = "42.5 GiB of layers to each rank in every update, 19.9 TiB in the run";
+    assert!(text.contains(gathering), "{text}");
     assert!(text.contains("DeepSpeed's WarmupLR"), "{text}");
     assert!(
         text.contains("scheduler.type = WarmupLR: overrides lr_scheduler_type"),
@@ -140,11 +152,38 @@ fn recomputation_keeps_only_the_inputs_of_layers() {
             .memory
             .activations
     };
-    let tokens = 4 * 208;
-    assert_eq!(kept("recompute=full"), tokens * 28 * 3584 * 2);
+    // Micro-batches are computed together up to 2048 tokens: two of 832, of which the plan
+    // counts what may be at most.
+    let tokens = 2048;
+    assert_eq!(kept("recompute=full"), tokens * 28 * 3584 * 4);
     assert!(kept("recompute=mlp") > kept("recompute=full"));
     assert!(kept("recompute=none") > kept("recompute=mlp"));
     assert_eq!(kept("recompute=auto"), kept("recompute=none"));
+}
+
+#[test]
+fn as_little_is_recomputed_as_fits_the_machine() {
+    let planned = |available: u64, ranks: usize| {
+        AVAILABLE.set(Some(available));
+        let config = config(&[&format!("num_ranks={ranks}")]);
+        plan(&config, &model(3), ranks).unwrap()
+    };
+    let gib = 1 << 30;
+    for (available, recompute) in [
+        (40, Recompute::None),
+        (22, Recompute::Mlp),
+        (17, Recompute::Full),
+    ] {
+        let plan = planned(available * gib, 1);
+        assert_eq!(plan.memory.recompute, recompute, "{}", plan.memory);
+        assert!(plan.memory.fits());
+    }
+    // Ranks share the base and nothing else.
+    assert_eq!(planned(40 * gib, 4).memory.recompute, Recompute::Mlp);
+    let text = planned(8 * gib, 1).to_string();
+    let line = "more than the 8.0 GiB available: lower per_device_train_batch_size";
+    assert!(text.contains(line), "{text}");
+    AVAILABLE.set(None);
 }
 
 #[test]
@@ -170,10 +209,82 @@ fn a_schedule_that_counts_other_steps_is_refused() {
 }
 
 #[test]
-fn what_the_trainer_does_not_do_is_refused() {
-    for key in ["use_dora=true", "additional_target=lm_head"] {
-        let text = plan(&config(&[key]), &model(3), 1).unwrap_err().to_string();
-        assert!(text.contains(key.split('=').next().unwrap()), "{text}");
+fn what_is_trained_beside_plain_adapters_is_counted_and_named() {
+    let more = ["use_dora=true", "additional_target=embed_tokens,norm"];
+    let plan = plan(&config(&more), &model(3), 1).unwrap();
+    // Magnitudes: the outputs of seven linears in 28 layers.
+    let outputs = 2 * 3584 + 2 * 512 + 2 * 18_944 + 3584;
+    let norms = (2 * 28 + 1) * 3584;
+    let whole = 152_064 * 3584 + norms;
+    assert_eq!(plan.lora.num_params(), 20_185_088 + 28 * outputs + whole);
+    let text = plan.to_string();
+    for part in [
+        "DoRA r 8",
+        "trained and saved whole: embed_tokens, input_layernorm, post_attention_layernorm, norm",
+        "646 tensors",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+}
+
+#[test]
+fn modules_that_can_not_be_trained_as_asked_are_refused_with_their_names() {
+    for (more, part) in [
+        (
+            &["additional_target=wte"][..],
+            "it has embed_tokens, q_proj",
+        ),
+        (
+            &["additional_target=q_proj"],
+            "q_proj, which lora_target names too",
+        ),
+        (
+            &["lora_target=embed_tokens"],
+            "trained whole with additional_target",
+        ),
+        (
+            &["lora_target=lm_head", "use_dora=true"],
+            "use_dora on lm_head",
+        ),
+    ] {
+        let text = plan(&config(more), &model(3), 1).unwrap_err().to_string();
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    // Without a head in "all", as in LLaMA-Factory; by name it may have an adapter.
+    let with_head = plan(&config(&["lora_target=q_proj,lm_head"]), &model(3), 1).unwrap();
+    assert_eq!(with_head.lora.entries().len(), 29);
+}
+
+#[test]
+fn the_plan_says_what_sixteen_bits_mean() {
+    let zero3 = concat!(
+        "deepspeed=",
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/training_configs/ds_config_zero3.json"
+    );
+    for (more, parts) in [
+        (&["bf16=true"][..], &["saved as f32"][..]),
+        (&["bf16=true", zero3], &["rounded to bf16 in every pass"]),
+        (&["bf16=false"], &["what is trained is f32"]),
+        (
+            &["bf16=false", "fp16=true"],
+            &[
+                "saved as f32",
+                "loss scale 65536 at first, halved at every overflow",
+            ],
+        ),
+        (
+            &["bf16=false", "fp16=true", zero3],
+            &[
+                "saved as f16",
+                "halved after 2 overflows down to 1, doubled after 1000 updates",
+            ],
+        ),
+    ] {
+        let text = plan(&config(more), &model(3), 1).unwrap().to_string();
+        for part in parts {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
     }
 }
 

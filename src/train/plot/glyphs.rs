@@ -8,6 +8,8 @@ use super::{Canvas, Drawn};
 const DOT: i32 = 2;
 /// Dots from one letter to the next.
 const ADVANCE: i32 = 6;
+/// Pixels from one letter to the next.
+pub(super) const WIDTH: usize = (ADVANCE * DOT) as usize;
 /// Dots of a capital.
 const HEIGHT: i32 = 7;
 /// Rows of a glyph: those of a capital, and two for what hangs below the line.
@@ -36,17 +38,32 @@ pub(super) fn draw_text(
     (x, y): (i32, i32),
     anchor: Anchor,
 ) -> Drawn {
-    let width = text.chars().count() as i32 * ADVANCE * DOT - DOT;
+    let width = width(text);
     let left = match anchor {
         Anchor::Start => x,
         Anchor::Middle => x - width / 2,
         Anchor::End => x - width,
     };
     let top = y - HEIGHT * DOT / 2;
+    draw_dots(canvas, text, |along, down| (left + along, top + down))
+}
+
+/// Draws a text that runs upwards, its middle at the place.
+pub(super) fn draw_upwards(canvas: &Canvas<'_>, text: &str, (x, y): (i32, i32)) -> Drawn {
+    let (left, bottom) = (x - HEIGHT * DOT / 2, y + width(text) / 2 - DOT);
+    draw_dots(canvas, text, |along, down| (left + down, bottom - along))
+}
+
+fn width(text: &str) -> i32 {
+    text.chars().count() as i32 * ADVANCE * DOT - DOT
+}
+
+/// Draws the dots of a text, each where `place` puts what lies so far along and down.
+fn draw_dots(canvas: &Canvas<'_>, text: &str, place: impl Fn(i32, i32) -> (i32, i32)) -> Drawn {
     for (index, letter) in (0..).zip(text.chars()) {
         for (row, bits) in (0..).zip(glyph(letter)) {
             for col in (0..5).filter(|col| bits >> (4 - col) & 1 == 1) {
-                let corner = (left + (index * ADVANCE + col) * DOT, top + row * DOT);
+                let corner = place((index * ADVANCE + col) * DOT, row * DOT);
                 // The far corner is not drawn.
                 let end = (corner.0 + DOT, corner.1 + DOT);
                 canvas.draw(&Rectangle::new([corner, end], BLACK.filled()))?;

@@ -10,12 +10,12 @@ use plotters::prelude::*;
 
 use super::TrainError;
 use super::report::TrainerState;
-use glyphs::{Anchor, draw_text};
+use glyphs::{Anchor, WIDTH, draw_text, draw_upwards};
 
 /// Width and height in pixels: matplotlib's default figure at 100 dots an inch.
 const SIZE: (u32, u32) = (640, 480);
 /// The frame of the curve: left, right, top and bottom in pixels.
-const FRAME: [i32; 4] = [80, 576, 58, 420];
+const FRAME: [i32; 4] = [96, 592, 44, 420];
 const ORIGINAL: RGBColor = RGBColor(0x1f, 0x77, 0xb4);
 /// The colour above at 40 % on white.
 const PALE: RGBColor = RGBColor(0xa5, 0xc9, 0xe1);
@@ -76,9 +76,24 @@ fn draw(path: &Path, title: &str, metric: &str, points: &[(u64, f64)]) -> Drawn 
         canvas.draw(&PathElement::new(line, colour.stroke_width(2)))?;
     }
     legend(&canvas)?;
-    draw_text(&canvas, title, (SIZE.0 as i32 / 2, 20), Anchor::Middle)?;
+    draw_text(
+        &canvas,
+        &shortened(title),
+        (SIZE.0 as i32 / 2, 20),
+        Anchor::Middle,
+    )?;
     canvas.present()?;
     Ok(())
+}
+
+/// Cuts a text that is wider than the image.
+fn shortened(text: &str) -> String {
+    let most = SIZE.0 as usize / WIDTH;
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    let start: String = text.chars().take(most - 3).collect();
+    format!("{start}...")
 }
 
 fn legend(canvas: &Canvas<'_>) -> Drawn {
@@ -125,7 +140,7 @@ impl Axes {
             ((left + right) / 2, bottom + 38),
             Anchor::Middle,
         )?;
-        draw_text(canvas, metric, (left, top - 14), Anchor::Start)
+        draw_upwards(canvas, metric, (12, (top + bottom) / 2))
     }
 }
 
@@ -241,6 +256,16 @@ mod tests {
         let png = std::fs::read(dir.path().join("training_loss.png")).unwrap();
         assert_eq!(png[..8], *b"\x89PNG\r\n\x1a\n");
         assert_eq!(png[16..24], [0, 0, 2, 128, 0, 0, 1, 224]);
+    }
+
+    #[test]
+    fn a_title_is_never_wider_than_the_image() {
+        assert_eq!(
+            shortened("training loss of adapter"),
+            "training loss of adapter"
+        );
+        let cut = shortened(&"x".repeat(200));
+        assert!(cut.ends_with("x...") && cut.len() * WIDTH <= 640, "{cut}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The loop of one rank.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::distributed::Comm;
@@ -101,12 +102,11 @@ impl<'a> Rank<'a> {
                 Carried::default(),
                 TrainerState::default(),
             ),
-            (None, _) => (
-                layout.init(setup.seed),
-                None,
-                Carried::default(),
-                TrainerState::default(),
-            ),
+            (None, _) => {
+                let mut params = layout.init(setup.seed);
+                layout.copy_base(&mut params, setup.source, setup.config, &kernels)?;
+                (params, None, Carried::default(), TrainerState::default())
+            }
         };
         let stage = setup.ranks.zero_stage;
         let mut trainable = Trainable::new(stage, &comm, layout, params, setup.optimizer);
@@ -172,7 +172,7 @@ impl<'a> Rank<'a> {
         let loss = self.comm.all_reduce_f64(&[loss]).map_err(collective)?[0] * weight;
         let (step, grad_norm) = (self.state.global_step + 1, reduced.norm);
         let learning_rate = self.setup.schedule.at(self.carried.num_updates);
-        let overflows = self.scaler.is_some() && loss.is_finite() && !grad_norm.is_finite();
+        let overflows = self.scaler.is_some() && loss.is_finite() && reduced.overflows_f16;
         if overflows {
             self.skip(step, progress)?;
         } else if !loss.is_finite() || !grad_norm.is_finite() {
@@ -206,13 +206,18 @@ impl<'a> Rank<'a> {
         })
     }
 
+    /// Returns the parameters as a pass reads them.
+    fn trained(&self) -> Result<LoraTensors<'a>, TrainError> {
+        LoraTensors::new(&self.kernels, self.layout, &self.trainable.params)
+    }
+
     /// Runs the micro-batches: the sum of losses, the gradients, and rows without finite losses.
     fn accumulate(
         &self,
         batches: &[TrainBatch],
         weight: f32,
     ) -> Result<(f64, Vec<f32>, Vec<u64>), TrainError> {
-        let lora = LoraTensors::new(self.layout, self.trainable.params.clone())?;
+        let lora = self.trained()?;
         let mut gradients = vec![0f32; self.layout.num_params()];
         let (mut loss, mut bad_rows) = (0.0, Vec::new());
         let step_key = mix(self.setup.seed, self.state.global_step + 1);
@@ -238,7 +243,8 @@ impl<'a> Rank<'a> {
             }
             loss += pass_loss;
         }
-        self.follow(beyond, Some(lora.lowest_layer()))?;
+        let lowest = self.layout.lowest_layer(self.setup.config.num_layers);
+        self.follow(beyond, Some(lowest))?;
         Ok((loss, gradients, bad_rows))
     }
 
@@ -268,11 +274,14 @@ impl<'a> Rank<'a> {
         let Some(scaler) = &mut self.scaler else {
             return Ok(());
         };
+        let attempted = scaler.scale();
         scaler.overflowed(step)?;
         if self.comm.rank() == 0 {
             progress(&TrainEvent::Skipped {
                 global_step: step,
+                attempted,
                 loss_scale: scaler.scale(),
+                hysteresis_left: scaler.hysteresis_left,
             });
         }
         Ok(())
@@ -380,7 +389,7 @@ impl<'a> Rank<'a> {
         }
         if self.comm.rank() == 0 {
             recorder.save(&Snapshot {
-                params: self.trainable.params.clone(),
+                params: self.trainable.params.to_vec(),
                 moments,
                 progress: self.carried.clone(),
                 state: self.state.clone(),
@@ -395,7 +404,7 @@ impl<'a> Rank<'a> {
         let Some(evaluation) = &self.setup.evaluation else {
             return Ok(0.0);
         };
-        let lora = LoraTensors::new(self.layout, self.trainable.params.clone())?;
+        let lora = self.trained()?;
         let (mut loss, mut num_targets) = (0.0, 0);
         let world_size = self.comm.world_size();
         let own = (self.comm.rank() as u64..evaluation.num_batches).step_by(world_size);
@@ -426,7 +435,7 @@ impl<'a> Rank<'a> {
         if self.setup.evaluation.as_ref().is_some_and(loads_best)
             && let Some(best) = &self.state.best_model_checkpoint
         {
-            self.trainable.params = read_adapter(best.as_ref(), self.layout)?;
+            self.trainable.params = Arc::new(read_adapter(best.as_ref(), self.layout)?);
         }
         let train_loss = self.carried.loss_sum / self.state.global_step.max(1) as f64;
         let metrics = match self.comm.rank() {
@@ -438,7 +447,7 @@ impl<'a> Rank<'a> {
             was_complete,
             train_loss,
             metrics,
-            params: self.trainable.params,
+            params: Arc::unwrap_or_clone(self.trainable.params),
         })
     }
 }

@@ -197,8 +197,12 @@ pub enum TrainEvent<'a> {
     Skipped {
         /// Updates made, this one included.
         global_step: u64,
+        /// The loss scale of this update.
+        attempted: f64,
         /// The loss scale from now on.
         loss_scale: f64,
+        /// Overflows from now on before the scale halves.
+        hysteresis_left: u64,
     },
     /// The run stops early: that many evaluations were not better.
     EarlyStop {

@@ -1,25 +1,34 @@
 //! Losses, gradients, updates and initial values against transformers, PEFT and torch.
 
+use std::sync::Arc;
+
 use sha2::Digest;
 
 use super::*;
 use crate::kernels::Kernels;
-use crate::train::adapter_out::named_factors;
+use crate::train::adapter_out::named_tensors;
 use crate::train::files::read_tensors;
 use crate::train::forward_backward::StepOptions;
 use crate::train::lr_schedule::{DeepSpeedWarmup, WarmupType};
 use crate::train::model::FrozenModel;
 use crate::train::{LoraTensors, forward_backward};
 
-fn lora_options(adapter: &Path) -> LoraOptions {
+fn options_of(adapter: &Path) -> LoraOptions {
     let config = read_json(&adapter.join("adapter_config.json"));
-    let targets = config["target_modules"].as_array().unwrap().iter();
+    let names = |key: &str| {
+        let names = config[key].as_array().into_iter().flatten();
+        names
+            .map(|name| name.as_str().unwrap().to_owned())
+            .collect()
+    };
     LoraOptions {
         rank: config["r"].as_u64().unwrap() as usize,
         alpha: config["lora_alpha"].as_f64().unwrap(),
-        dropout: 0.0,
         use_rslora: config["use_rslora"].as_bool().unwrap(),
-        target: LoraTarget::Modules(targets.map(|t| t.as_str().unwrap().to_owned()).collect()),
+        use_dora: config["use_dora"].as_bool().unwrap(),
+        target: LoraTarget::Modules(names("target_modules")),
+        modules_to_save: names("modules_to_save"),
+        ..lora_options()
     }
 }
 
@@ -54,15 +63,12 @@ fn gradients_equal_pefts() {
     let mut num_checked = 0;
     for case in goldens["cases"].as_array().unwrap() {
         let name = case["case"].as_str().unwrap();
-        if name.ends_with("dora") || name.ends_with("modules_to_save") {
-            continue;
-        }
         let (base, adapter) = (Base::new(case["base"].as_str().unwrap()), folder.join(name));
-        let layout = LoraLayout::new(&base.config, lora_options(&adapter)).unwrap();
+        let layout = LoraLayout::new(&base.config, options_of(&adapter)).unwrap();
         let kernels = Kernels::cpu(2).unwrap();
         let model = FrozenModel::load(&base.checkpoint, &base.config, &kernels, 64).unwrap();
         let params = read_adapter(&adapter, &layout).unwrap();
-        let lora = LoraTensors::new(&layout, params).unwrap();
+        let lora = LoraTensors::new(&kernels, &layout, &Arc::new(params)).unwrap();
         let batch = pack(&goldens["sequences"], &case["sequences"]);
         let num_targets = case["num_target_tokens"].as_f64().unwrap();
         assert_eq!(batch.num_targets() as f64, num_targets);
@@ -80,7 +86,7 @@ fn gradients_equal_pefts() {
             "{name}: loss {loss} for {want}"
         );
         let want = read_tensors(&adapter.join("gradients.safetensors")).unwrap();
-        for (tensor, shape, got) in named_factors(&layout, &gradients) {
+        for (tensor, shape, got) in named_tensors(&layout, &gradients) {
             let (want_shape, want) = &want[&tensor];
             assert_eq!(&shape, want_shape);
             let largest = want.iter().fold(0f32, |max, x| max.max(x.abs()));
@@ -138,7 +144,7 @@ fn twenty_updates_follow_torch_and_peft() {
         let initial = folder.join(case["adapter"].as_str().unwrap());
         let accumulation = options["accumulation"].as_u64().unwrap();
         let mut run = Run::new(case["base"].as_str().unwrap(), steps.len() as u64);
-        run.lora = lora_options(&initial);
+        run.lora = options_of(&initial);
         run.optimizer = AdamWOptions {
             beta1: number("adam_beta1").unwrap(),
             beta2: number("adam_beta2").unwrap(),
@@ -177,7 +183,7 @@ fn twenty_updates_follow_torch_and_peft() {
         }
         let layout = LoraLayout::new(&run.base.config, run.lora.clone()).unwrap();
         let want = read_tensors(&folder.join(case["final"].as_str().unwrap())).unwrap();
-        for (tensor, _, got) in named_factors(&layout, &summary.params) {
+        for (tensor, _, got) in named_tensors(&layout, &summary.params) {
             for (got, want) in got.iter().zip(&want[&tensor].1) {
                 assert!(
                     (got - want).abs() <= 2e-5,
@@ -197,19 +203,15 @@ fn initial_values_are_pefts() {
         let options = LoraOptions {
             rank: case["r"].as_u64().unwrap() as usize,
             alpha: 8.0,
-            dropout: 0.0,
-            use_rslora: false,
             target: LoraTarget::Modules(targets.map(|t| t.as_str().unwrap().to_owned()).collect()),
+            ..lora_options()
         };
         let layout = LoraLayout::new(&base.config, options).unwrap();
         let params = layout.init(case["seed"].as_u64().unwrap());
         let want = case["lora_A"].as_array().unwrap();
         assert_eq!(layout.entries().len(), want.len());
         for (entry, want) in layout.entries().iter().zip(want) {
-            assert_eq!(
-                entry.linear.path(entry.layer),
-                want["module"].as_str().unwrap()
-            );
+            assert_eq!(entry.module.path(), want["module"].as_str().unwrap());
             let first: Vec<f32> = (want["first"].as_array().unwrap().iter())
                 .map(|value| value.as_f64().unwrap() as f32)
                 .collect();
