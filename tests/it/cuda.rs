@@ -16,32 +16,72 @@ use serde_json::{Value, json};
 
 use crate::tiny_engine::{Answer, collect, greedy, options, run, run_together, start, submit};
 
-/// How far a logprob of float16 arithmetic may be from float32's, and a tenth of its size more.
-const F16_TOLERANCE: f32 = 0.05;
+/// How far logprobs may be from what is wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct Tolerance {
+    /// Of one, and a tenth of its size more.
+    pub(crate) logprob: f32,
+    /// Of all prompt logprobs together, relative to their norm.
+    pub(crate) relative: f32,
+}
+
+/// Between float16 arithmetic and float32's.
+const F16_TOLERANCE: Tolerance = Tolerance {
+    logprob: 0.05,
+    relative: 2e-2,
+};
 /// The same of bfloat16, which has three bits less.
-const BF16_TOLERANCE: f32 = 0.2;
-/// The same of all prompt logprobs together, relative to their norm.
-const RELATIVE_TOLERANCE: f32 = 2e-2;
+const BF16_TOLERANCE: Tolerance = Tolerance {
+    logprob: 0.2,
+    relative: 2e-2,
+};
 /// Between two batchings of float16 on the GPU, which choose other kernels.
-const BATCH_TOLERANCE: f32 = 0.05;
+const BATCH_TOLERANCE: Tolerance = F16_TOLERANCE;
 /// No multiple of 8, as after resizing.
 const VOCAB_SIZE: usize = 1003;
 
 /// A random checkpoint's shape.
 #[derive(Clone, Copy)]
-struct Shape {
-    model_type: &'static str,
-    hidden: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    tied: bool,
+pub(crate) struct Shape {
+    pub(crate) model_type: &'static str,
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) tied: bool,
     /// What rows 3 and 90 of the down projections are multiplied by: two elements of the residual
     /// stream that grow large, as in Qwen2.5.
-    outliers: f32,
+    pub(crate) outliers: f32,
+    pub(crate) linears: Linears,
 }
 
-const SHAPES: [Shape; 3] = [
+/// What the layers' weights are drawn from.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Linears {
+    Uniform,
+    /// E4M3 times a power of two, each row's largest E4M3's: FP8 rounds none of them.
+    E4m3,
+}
+
+impl Linears {
+    /// Returns element `i` of a matrix of `cols` columns, given a number of -1 to 1.
+    fn value(self, uniform: f32, i: usize, cols: usize) -> f32 {
+        let width = (cols as f32).sqrt();
+        match self {
+            Self::Uniform => 2.0 / width * uniform,
+            Self::E4m3 => {
+                let is_largest = i % cols == i / cols * 7 % cols;
+                let value = 448.0 * if is_largest { 1.0 } else { uniform };
+                // Four bits from the leading one on, at least of 2^-6.
+                let step = (value.abs().log2().floor().max(-6.0) - 3.0).exp2();
+                let scale = (width * 448.0).recip().log2().round().exp2();
+                (value / step).round_ties_even() * step * scale
+            }
+        }
+    }
+}
+
+pub(crate) const SHAPES: [Shape; 3] = [
     Shape {
         model_type: "qwen2",
         hidden: 256,
@@ -50,6 +90,7 @@ const SHAPES: [Shape; 3] = [
         head_dim: 64,
         tied: true,
         outliers: 1.0,
+        linears: Linears::Uniform,
     },
     Shape {
         model_type: "qwen3",
@@ -59,6 +100,7 @@ const SHAPES: [Shape; 3] = [
         head_dim: 128,
         tied: false,
         outliers: 1.0,
+        linears: Linears::Uniform,
     },
     Shape {
         model_type: "llama",
@@ -68,6 +110,7 @@ const SHAPES: [Shape; 3] = [
         head_dim: 64,
         tied: true,
         outliers: 1.0,
+        linears: Linears::Uniform,
     },
 ];
 
@@ -87,7 +130,7 @@ impl Shape {
     }
 
     /// Writes the checkpoint and returns its folder.
-    fn write(&self) -> tempfile::TempDir {
+    pub(crate) fn write(&self) -> tempfile::TempDir {
         let mut random = StdRng::seed_from_u64(self.hidden as u64);
         let mut tensors = HashMap::new();
         let mut add = |name: String, dims: &[usize], mean: f32, spread: f32| {
@@ -95,7 +138,11 @@ impl Shape {
             let values = (0..dims.iter().product::<usize>()).map(|i| {
                 let is_outlier = name.contains("down_proj") && [3, 90].contains(&(i / cols));
                 let scale = if is_outlier { self.outliers } else { 1.0 };
-                let value = mean + spread * random.random_range(-1.0..1.0f32);
+                let uniform = random.random_range(-1.0..1.0f32);
+                let value = match name.ends_with("_proj.weight") {
+                    true => self.linears.value(uniform, i, cols),
+                    false => mean + spread * uniform,
+                };
                 half::bf16::from_f32(scale * value)
             });
             let bytes: Vec<u8> = values.flat_map(half::bf16::to_le_bytes).collect();
@@ -129,8 +176,7 @@ impl Shape {
                 ("mlp.down_proj", self.hidden, INTERMEDIATE),
             ];
             for (part, rows, cols) in linears {
-                let spread = 2.0 / (cols as f32).sqrt();
-                add(name(&format!("{part}.weight")), &[rows, cols], 0.0, spread);
+                add(name(&format!("{part}.weight")), &[rows, cols], 0.0, 1.0);
                 let is_qkv = !part.ends_with("o_proj") && part.starts_with("self_attn");
                 if self.model_type == "qwen2" && is_qkv {
                     add(name(&format!("{part}.bias")), &[rows], 0.0, 0.5);
@@ -163,7 +209,7 @@ impl Shape {
     }
 }
 
-fn on_gpu(dtype: Dtype) -> EngineOptions {
+pub(crate) fn on_gpu(dtype: Dtype) -> EngineOptions {
     EngineOptions {
         device: DeviceChoice::Cuda(0),
         dtype,
@@ -174,7 +220,7 @@ fn on_gpu(dtype: Dtype) -> EngineOptions {
     }
 }
 
-fn has_gpu() -> bool {
+pub(crate) fn has_gpu() -> bool {
     let has_gpu = Kernels::num_gpus() > 0;
     if !has_gpu {
         eprintln!("skipped: this machine has no GPU");
@@ -188,7 +234,7 @@ fn prompt(len: usize, salt: usize) -> Vec<u32> {
         .collect()
 }
 
-fn prompts() -> Vec<Vec<u32>> {
+pub(crate) fn prompts() -> Vec<Vec<u32>> {
     [1, 3, 16, 17, 33, 40, 100, 5, 300, 64, 2]
         .iter()
         .enumerate()
@@ -196,14 +242,14 @@ fn prompts() -> Vec<Vec<u32>> {
         .collect()
 }
 
-fn params(max_tokens: usize) -> SamplingParams {
+pub(crate) fn params(max_tokens: usize) -> SamplingParams {
     SamplingParams {
         prompt_logprobs: Some(0),
         ..greedy(max_tokens)
     }
 }
 
-fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
+pub(crate) fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
     prompts()
         .iter()
         .map(|prompt| run(engine, prompt, params.clone()))
@@ -212,7 +258,7 @@ fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
 
 /// Asserts that logprobs agree, and tokens up to where two of them are as likely.
 #[track_caller]
-fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
+fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: Tolerance) {
     let flat = |answer: &Answer| -> Vec<f32> {
         let prompt = answer.prompt.iter().flatten().flatten();
         prompt.map(|entry| entry.logprob).collect()
@@ -221,7 +267,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     assert_eq!(got_prompt.len(), want_prompt.len(), "{what}: prompt");
     for (i, (got, want)) in got_prompt.iter().zip(&want_prompt).enumerate() {
         assert!(
-            (got - want).abs() <= tolerance * (1.0 - want / 10.0),
+            (got - want).abs() <= tolerance.logprob * (1.0 - want / 10.0),
             "{what}: prompt logprob {i}: {got} for {want}"
         );
     }
@@ -234,14 +280,14 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     );
     let size = norm(&mut want_prompt.iter().copied());
     assert!(
-        error <= RELATIVE_TOLERANCE * size,
+        error <= tolerance.relative * size,
         "{what}: {error} of {size}"
     );
     for (i, (got_token, want_token)) in got.token_ids.iter().zip(&want.token_ids).enumerate() {
         let (got, want) = (&got.logprobs[i], &want.logprobs[i]);
         let gap = (got.logprob - want.logprob).abs();
         assert!(
-            gap <= tolerance * (1.0 - want.logprob / 10.0),
+            gap <= tolerance.logprob * (1.0 - want.logprob / 10.0),
             "{what}: token {i}: logprob {} for {}",
             got.logprob,
             want.logprob
@@ -250,7 +296,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
             let rival = want.top.iter().find(|(token, _)| token == got_token);
             let (_, logprob) = rival.unwrap_or_else(|| panic!("{what}: token {i}: {got_token}"));
             assert!(
-                want.logprob - logprob <= tolerance,
+                want.logprob - logprob <= tolerance.logprob,
                 "{what}: token {i} is no near tie"
             );
             return;
@@ -258,7 +304,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     }
 }
 
-fn assert_all_near(what: &str, got: &[Answer], want: &[Answer], tolerance: f32) {
+pub(crate) fn assert_all_near(what: &str, got: &[Answer], want: &[Answer], tolerance: Tolerance) {
     for (got, want) in got.iter().zip(want) {
         assert_near(
             &format!("{what}, {} tokens", got.prompt_len()),
@@ -305,43 +351,39 @@ fn large_activations_stay_right_in_float16() {
     assert_all_near("outliers", &got, &want, F16_TOLERANCE);
 }
 
+/// Asserts that graphs, chunks of prompts and sequences together answer as one sequence alone.
+#[track_caller]
+pub(crate) fn assert_batchings_agree(shape: &Shape, graphed: &EngineOptions, tolerance: Tolerance) {
+    let folder = shape.write();
+    let eager = EngineOptions {
+        graphs: Graphs::Off,
+        ..graphed.clone()
+    };
+    let chunked = EngineOptions {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 23,
+        ..graphed.clone()
+    };
+    let want = run_alone(&start(folder.path(), &eager), &params(40));
+    for (what, options) in [("graphs", graphed), ("eager", &eager), ("chunks", &chunked)] {
+        let what = format!("{} {what}", shape.model_type);
+        let engine = start(folder.path(), options);
+        assert_all_near(&what, &run_alone(&engine, &params(40)), &want, tolerance);
+        let got = run_together(&engine, &prompts(), &params(40));
+        assert_all_near(&format!("{what} together"), &got, &want, tolerance);
+        // Once more: now every bucket is replayed.
+        let again = run_together(&engine, &prompts(), &params(40));
+        assert_all_near(&format!("{what} again"), &again, &want, tolerance);
+    }
+}
+
 #[test]
 fn batching_chunks_and_graphs_change_nothing() {
     if !has_gpu() {
         return;
     }
     for shape in SHAPES {
-        let folder = shape.write();
-        let graphed = on_gpu(Dtype::Float16);
-        let eager = EngineOptions {
-            graphs: Graphs::Off,
-            ..graphed.clone()
-        };
-        let chunked = EngineOptions {
-            max_num_seqs: 4,
-            max_num_batched_tokens: 23,
-            ..graphed.clone()
-        };
-        let want = run_alone(&start(folder.path(), &eager), &params(40));
-        for (what, options) in [
-            ("graphs", &graphed),
-            ("eager", &eager),
-            ("chunks", &chunked),
-        ] {
-            let what = format!("{} {what}", shape.model_type);
-            let engine = start(folder.path(), options);
-            assert_all_near(
-                &what,
-                &run_alone(&engine, &params(40)),
-                &want,
-                BATCH_TOLERANCE,
-            );
-            let got = run_together(&engine, &prompts(), &params(40));
-            assert_all_near(&format!("{what} together"), &got, &want, BATCH_TOLERANCE);
-            // Once more: now every bucket is replayed.
-            let again = run_together(&engine, &prompts(), &params(40));
-            assert_all_near(&format!("{what} again"), &again, &want, BATCH_TOLERANCE);
-        }
+        assert_batchings_agree(&shape, &on_gpu(Dtype::Float16), BATCH_TOLERANCE);
     }
 }
 

@@ -1,7 +1,10 @@
 //! What must not change an answer: how a request is batched, chunked, cached, preempted or split over
 //! ranks. Runs the engine on tiny checkpoints; [`super::models_golden`] says that the answers are right.
 
-use infold::engine::{EngineError, EngineHandle, EngineOptions, SamplingParams};
+use infold::engine::{
+    DeviceChoice, EngineError, EngineHandle, EngineOptions, KvCacheDtype, Quantization,
+    SamplingParams,
+};
 
 use crate::tiny_engine::{
     Answer, assert_same, greedy, options, run, run_together, start_fixture, submit,
@@ -198,6 +201,28 @@ fn ranks_that_do_not_divide_the_heads_are_refused() {
         error.to_string().contains('8') && error.to_string().contains('3'),
         "{error}"
     );
+}
+
+#[test]
+fn fp8_is_refused_on_a_cpu_and_of_blocks() {
+    let on = |device| EngineOptions {
+        device,
+        quantization: Quantization::Fp8,
+        kv_cache_dtype: KvCacheDtype::Auto,
+        ..options()
+    };
+    let refused = |model: &str, device| {
+        let error = try_start_fixture(model, &on(device)).err();
+        let error = error.expect("fp8 can not be computed");
+        assert!(error.is_user_error(), "{error}");
+        error.to_string()
+    };
+    let on_cpu = refused("tiny-llama", DeviceChoice::Cpu);
+    assert!(on_cpu.contains("compute capability 9.0"), "{on_cpu}");
+    assert!(on_cpu.contains("leave the flag out"), "{on_cpu}");
+    // Found before the GPU is opened, so also where there is none.
+    let of_blocks = refused("gguf/tiny-llama-Q8_0.gguf", DeviceChoice::Cuda(0));
+    assert!(of_blocks.contains("stored as Q8_0"), "{of_blocks}");
 }
 
 #[test]

@@ -9,6 +9,8 @@ mod architecture;
 mod chat_templates;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_fp8;
 mod engine_invariance;
 mod fake_hub;
 mod gguf_export;

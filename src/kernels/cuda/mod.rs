@@ -2,13 +2,15 @@
 //! and cuBLASLt. Activations are `f16` or `bf16` tensors on candle's device, logits `f32`.
 //!
 //! `driver` is the GPU (streams, launches, graphs), `memory` what owns memory, `weights` loads
-//! matrices, `activations` is where results go, `batch` stages a step's integers, `gemm`
-//! multiplies, `paged` is the KV cache with its kernels, `sampler` draws tokens, `peers` are the
-//! collectives of several GPUs. `unsafe` code stays in this folder.
+//! matrices, `fp8` quantises them and what they multiply, `activations` is where results go,
+//! `batch` stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels,
+//! `sampler` draws tokens, `peers` are the collectives of several GPUs. `unsafe` code stays in this
+//! folder.
 
 mod activations;
 mod batch;
 mod driver;
+mod fp8;
 mod gemm;
 mod memory;
 mod paged;
@@ -27,10 +29,11 @@ use half::{bf16, f16};
 
 use super::check;
 use super::cpu::Cpu;
-use super::{DeviceOptions, vocab_part_len};
+use super::{DeviceOptions, Quantization, vocab_part_len};
 use activations::{Activations, Lifetime};
 use batch::{Limits, Stage};
 use driver::{Address, Arg, Driver, Geometry};
+use fp8::Scales;
 use gemm::{Gemm, Product};
 use paged::Scratch;
 use peers::Peers;
@@ -50,6 +53,7 @@ pub(super) struct Gpu {
     dtype: DType,
     /// The type's part of entry points' names.
     type_name: &'static str,
+    quantization: Quantization,
     arena: Arena,
     activations: Activations,
     stage: Stage,
@@ -84,9 +88,18 @@ impl Gpu {
             sampler: Sampler::new(&driver, options.max_num_sequences, options.vocab_size)?,
             dtype,
             type_name,
+            quantization: options.quantization,
             driver,
             peers: None,
         };
+        if options.quantization == Quantization::Fp8 && !gpu.gemm.has_fp8() {
+            let (major, minor) = gpu.driver.capability;
+            bail!(
+                "--quantization fp8 needs a GPU of compute capability 9.0 (H100, H200) and a program \
+                 that was compiled for it; GPU {} has {major}.{minor}: leave the flag out",
+                options.ordinal
+            );
+        }
         if options.world_size > 1 {
             let place = [options.rank, options.world_size];
             let width = vocab_part_len(options.vocab_size, options.world_size);
@@ -121,18 +134,33 @@ impl Gpu {
         shape: [usize; 2],
         data: Bytes,
     ) -> Result<GpuMatrix> {
-        let (driver, arena) = (&self.driver, &self.arena);
+        self.loading(cpu).matrix(dtype, shape, data)
+    }
+
+    pub(super) fn load_linear(
+        &self,
+        cpu: Cpu<'_>,
+        dtype: GgmlDType,
+        shape: [usize; 2],
+        data: Bytes,
+    ) -> Result<GpuMatrix> {
+        match self.quantization {
+            Quantization::None => self.load_matrix(cpu, dtype, shape, data),
+            Quantization::Fp8 => self.loading(cpu).quantized(dtype, shape, &data),
+        }
+    }
+
+    fn loading<'a>(&'a self, cpu: Cpu<'a>) -> Loading<'a> {
         Loading {
-            driver,
-            arena,
+            driver: &self.driver,
+            arena: &self.arena,
             dtype: self.dtype,
             cpu,
         }
-        .matrix(dtype, shape, data)
     }
 
     pub(super) fn join(&self, parts: Vec<GpuMatrix>) -> Result<GpuMatrix> {
-        weights::join(&self.driver, &self.arena, parts)
+        weights::join(&self.driver, &self.arena, &parts)
     }
 
     /// Makes a vector of the computing type.
@@ -210,10 +238,12 @@ impl Gpu {
     ) -> Result<Tensor> {
         let (num_rows, n) = (check::rows_of("x", x, weight.cols)?, weight.rows);
         let (tensor, out) = self.new_activation([num_rows, n], life)?;
+        let (x, scales) = self.operand(x, num_rows, weight)?;
         let product = Product {
             out,
-            x: self.address("x", x, self.dtype)?,
-            weight: weight.address,
+            x,
+            weight: weight.address(),
+            scales,
             bias: bias
                 .map(|bias| self.address("bias", bias, self.dtype))
                 .transpose()?,
@@ -226,22 +256,60 @@ impl Gpu {
         Ok(tensor)
     }
 
+    /// Returns where a product with `weight` reads `x`: where it lies, or quantised with its
+    /// scales, which the next tensor with [`Lifetime::Call`] overwrites.
+    fn operand(
+        &self,
+        x: &Tensor,
+        num_rows: usize,
+        weight: &GpuMatrix,
+    ) -> Result<(Address, Option<Scales>)> {
+        let x = self.address("x", x, self.dtype)?;
+        let Some(weight_scales) = weight.scales() else {
+            return Ok((x, None));
+        };
+        // Rows of single bytes, then an f32 a row, in elements of two bytes.
+        let num_bytes = num_rows * weight.cols;
+        let len = num_bytes / 2 + 2 * num_rows;
+        let (_, out) = self.new_activation([1, len], Lifetime::Call)?;
+        let scales = Scales {
+            x: out + num_bytes as Address,
+            weight: weight_scales,
+        };
+        let rows = fp8::Rows {
+            x,
+            out,
+            scales: scales.x,
+            shape: [num_rows, weight.cols],
+        };
+        fp8::quantize_rows(&self.driver, self.type_name, &rows)?;
+        Ok((out, Some(scales)))
+    }
+
     /// Returns `silu(gate) · up` of the two halves of `x Wᵀ`.
     pub(super) fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor> {
         let num_rows = check::rows_of("x", x, weight.cols)?;
         let n = weight.rows / 2;
-        let Some(form) = self.gemm.silu_form(num_rows, n, weight.cols) else {
+        let form = match weight.scales() {
+            Some(_) => Some(self.gemm.fp8_silu_form(num_rows, n)?),
+            None => self.gemm.silu_form(num_rows, n, weight.cols),
+        };
+        let Some(form) = form else {
             return self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?);
         };
-        // A later step of fewer rows may need room for gates and ups.
-        let plain_rows = num_rows.min(gemm::MAX_PLAIN_SILU_ROWS);
-        self.activations
-            .expect(plain_rows * weight.rows, Lifetime::Call);
+        if weight.scales().is_none() {
+            // A later step of fewer rows may need room for gates and ups.
+            let plain_rows = num_rows.min(gemm::MAX_PLAIN_SILU_ROWS);
+            self.activations
+                .expect(plain_rows * weight.rows, Lifetime::Call);
+        }
         let (tensor, out) = self.new_tensor([num_rows, n])?;
+        let (x, scales) = self.operand(x, num_rows, weight)?;
         let product = Product {
             out,
-            x: self.address("x", x, self.dtype)?,
-            weight: weight.address,
+            x,
+            weight: weight.address(),
+            scales,
             bias: None,
             num_rows,
             n,
@@ -269,7 +337,8 @@ impl Gpu {
         let product = Product {
             out,
             x: self.address("x", x, self.dtype)?,
-            weight: weight.address,
+            weight: weight.unquantized()?,
+            scales: None,
             bias: None,
             num_rows,
             n,
@@ -291,7 +360,7 @@ impl Gpu {
         let (tensor, out) = self.new_tensor([staged.num_tokens, width])?;
         let args = [
             Arg::Pointer(out),
-            Arg::Pointer(table.address),
+            Arg::Pointer(table.unquantized()?),
             Arg::Pointer(staged.ids),
             Arg::U32(vocab_start as u32),
             Arg::I32(table.rows as i32),
