@@ -102,6 +102,31 @@ def test_quantize_rows(kernels, name, dtype):
     assert values_of(out, scales)[[0, 2]].isfinite().all(), "other rows stay finite"
 
 
+def test_norms_quantise_as_quantize_rows(kernels, name, dtype):
+    if not is_hopper():
+        return
+    for rows, width in [(1, 3584), (7, 64), (300, 896), (5, 18944), (3, 8192)]:
+        block = min(1024, max(32, -(-width // 8 // 32) * 32))
+        x, residual = (random(rows, width, dtype=dtype, scale=3) for _ in range(2))
+        weight = random(width, dtype=dtype)
+        for kind in ["", "add_"]:
+            outs = [[poisoned(rows, width, dtype=dtype) for _ in range(2)] for _ in range(2)]
+            inputs = [x, residual, weight] if kind else [x, weight]
+            for (out, total), more in zip(outs, [False, True]):
+                elements = torch.full([rows, width], -1, dtype=torch.int8, device="cuda")
+                scales = poisoned(rows, dtype=torch.float32)
+                targets = [out] + [elements, scales] * more + [total] * (kind != "")
+                kernels.launch(f"{kind}rms_norm{'_fp8' * more}_{name}", [rows], block, *targets,
+                               *inputs, 1e-6, width)
+            what = f"{kind}rms_norm_fp8 {name} {rows} {width}"
+            assert torch.equal(outs[0][0], outs[1][0]), f"{what}: the norm"
+            if kind:
+                assert torch.equal(outs[0][1], outs[1][1]), f"{what}: the sum"
+            want, want_scales = quantized(outs[0][0])
+            assert torch.equal(scales, want_scales), f"{what}: scales"
+            assert torch.equal(elements.view(torch.uint8), want), f"{what}: elements"
+
+
 def product_cases():
     """(kernel's launcher, its label, whether it has SiLU, tokens, n, k, repeats)"""
     for tokens, n, k in [(300, 1000, 528), (1, 8, 16), (256, 4608, 3584), (2100, 1160, 256),

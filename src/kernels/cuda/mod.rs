@@ -20,6 +20,7 @@ mod tensor_map;
 mod weights;
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use bytes::Bytes;
 use candle_core::cuda_backend::cudarc::driver::DevicePtr;
@@ -33,7 +34,7 @@ use super::{DeviceOptions, Quantization, vocab_part_len};
 use activations::{Activations, Lifetime};
 use batch::{Limits, Stage};
 use driver::{Address, Arg, Driver, Geometry};
-use fp8::Scales;
+use fp8::Prepared;
 use gemm::{Gemm, Product};
 use paged::Scratch;
 use peers::Peers;
@@ -54,6 +55,8 @@ pub(super) struct Gpu {
     /// The type's part of entry points' names.
     type_name: &'static str,
     quantization: Quantization,
+    /// What this layer's last norm has quantised: within a layer no address is used again.
+    prepared: Mutex<Option<Prepared>>,
     arena: Arena,
     activations: Activations,
     stage: Stage,
@@ -89,6 +92,7 @@ impl Gpu {
             dtype,
             type_name,
             quantization: options.quantization,
+            prepared: Mutex::new(None),
             driver,
             peers: None,
         };
@@ -202,6 +206,7 @@ impl Gpu {
     }
 
     pub(super) fn next_layer(&self) {
+        *self.prepared() = None;
         self.activations.next_layer();
     }
 
@@ -254,36 +259,6 @@ impl Gpu {
         };
         self.gemm.multiply(&self.driver, &product)?;
         Ok(tensor)
-    }
-
-    /// Returns where a product with `weight` reads `x`: where it lies, or quantised with its
-    /// scales, which the next tensor with [`Lifetime::Call`] overwrites.
-    fn operand(
-        &self,
-        x: &Tensor,
-        num_rows: usize,
-        weight: &GpuMatrix,
-    ) -> Result<(Address, Option<Scales>)> {
-        let x = self.address("x", x, self.dtype)?;
-        let Some(weight_scales) = weight.scales() else {
-            return Ok((x, None));
-        };
-        // Rows of single bytes, then an f32 a row, in elements of two bytes.
-        let num_bytes = num_rows * weight.cols;
-        let len = num_bytes / 2 + 2 * num_rows;
-        let (_, out) = self.new_activation([1, len], Lifetime::Call)?;
-        let scales = Scales {
-            x: out + num_bytes as Address,
-            weight: weight_scales,
-        };
-        let rows = fp8::Rows {
-            x,
-            out,
-            scales: scales.x,
-            shape: [num_rows, weight.cols],
-        };
-        fp8::quantize_rows(&self.driver, self.type_name, &rows)?;
-        Ok((out, Some(scales)))
     }
 
     /// Returns `silu(gate) · up` of the two halves of `x Wᵀ`.
@@ -374,14 +349,13 @@ impl Gpu {
         let width = weight.elem_count();
         let num_rows = check::rows_of("x", x, width)?;
         let (tensor, out) = self.new_tensor([num_rows, width])?;
-        let args = [
-            Arg::Pointer(out),
+        let (name, mut args) = self.norm_outputs("rms_norm", out, [num_rows, width])?;
+        args.extend([
             Arg::Pointer(self.address("x", x, self.dtype)?),
             Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
             Arg::F32(eps),
             Arg::I32(width as i32),
-        ];
-        let name = format!("rms_norm_{}", self.type_name);
+        ]);
         self.driver
             .launch(&name, norm_geometry(num_rows, width), &args)?;
         Ok(tensor)
@@ -399,16 +373,15 @@ impl Gpu {
         check::rows_of("residual", residual, width)?;
         let (tensor, out) = self.new_tensor([num_rows, width])?;
         let (sum_tensor, sum) = self.new_tensor([num_rows, width])?;
-        let args = [
-            Arg::Pointer(out),
+        let (name, mut args) = self.norm_outputs("add_rms_norm", out, [num_rows, width])?;
+        args.extend([
             Arg::Pointer(sum),
             Arg::Pointer(self.address("x", x, self.dtype)?),
             Arg::Pointer(self.address("residual", residual, self.dtype)?),
             Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
             Arg::F32(eps),
             Arg::I32(width as i32),
-        ];
-        let name = format!("add_rms_norm_{}", self.type_name);
+        ]);
         self.driver
             .launch(&name, norm_geometry(num_rows, width), &args)?;
         Ok((tensor, sum_tensor))
