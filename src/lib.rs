@@ -53,10 +53,13 @@
 //!    integers with one upload ([`kernels::Kernels::stage`]); larger steps run as they are.
 //! 2. A bucket's step was recorded at the start: the same [`models::Decoder`] and [`layers`] as on
 //!    the CPU ran once while the stream recorded ([`kernels::Kernels::record`]). Now it is replayed.
-//! 3. [`kernels::Kernels::sample`] draws all tokens on the GPU by the rules of `engine/sampler.rs`;
-//!    only ids and the logprobs asked for come back.
-//! 4. With several GPUs every rank replays its own graph; the all-reduces inside write into the
-//!    other ranks' memory (`kernels/cuda/peers.rs`), and rank 0 draws.
+//! 3. [`kernels::Kernels::launch_draws`] draws all tokens on the GPU by the rules of
+//!    `engine/sampler.rs`; only ids and the logprobs asked for come back.
+//! 4. The engine does not wait for them: it schedules and launches the next step, in which
+//!    [`kernels::drawn_id`] stands for a token that only the GPU knows, and then reads this one's
+//!    and sends them while the GPU works. A step of which it draws tokens itself is read first.
+//! 5. With several GPUs every rank replays its own graph; the all-reduces inside write into the
+//!    other ranks' memory (`kernels/cuda/peers.rs`), and rank 0 draws and tells the others.
 //!
 //! # One start
 //!

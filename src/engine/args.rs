@@ -10,8 +10,8 @@ use crate::models::ModelConfig;
 use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, resolve_model};
 
 use super::{
-    DeviceChoice, Engine, EngineError, EngineHandle, EngineOptions, Graphs, KvCacheDtype,
-    MaxModelLen, SchedulingPolicy,
+    AsyncScheduling, DeviceChoice, Engine, EngineError, EngineHandle, EngineOptions, Graphs,
+    KvCacheDtype, MaxModelLen, SchedulingPolicy,
 };
 
 /// What the engine is built with.
@@ -99,6 +99,22 @@ pub struct EngineArgs {
     #[arg(long, action = ArgAction::SetTrue)]
     pub no_enable_prefix_caching: bool,
 
+    /// Prepare the next step while one runs [default: on a GPU]
+    #[arg(
+        long,
+        action = ArgAction::SetTrue,
+        overrides_with = "no_async_scheduling"
+    )]
+    pub async_scheduling: bool,
+
+    /// Let each step wait for the one before [default: on a CPU]
+    #[arg(
+        long,
+        action = ArgAction::SetTrue,
+        overrides_with = "async_scheduling"
+    )]
+    pub no_async_scheduling: bool,
+
     /// Run waiting requests in this order; priority runs lower values first
     #[arg(long, value_enum, default_value_t = SchedulingPolicy::Fcfs)]
     pub scheduling_policy: SchedulingPolicy,
@@ -167,6 +183,11 @@ impl EngineArgs {
             graphs: match self.enforce_eager {
                 true => Graphs::Off,
                 false => Graphs::Decode,
+            },
+            async_scheduling: match (self.async_scheduling, self.no_async_scheduling) {
+                (true, _) => AsyncScheduling::On,
+                (false, true) => AsyncScheduling::Off,
+                (false, false) => AsyncScheduling::OnGpus,
             },
             tensor_parallel_size: self.tensor_parallel_size,
             num_threads: self.threads,

@@ -1,5 +1,7 @@
 //! A scheduled batch laid out as the integers that the model reads: plain vectors, no tensor.
 
+use std::collections::HashMap;
+
 use crate::kernels::{AttentionBatch, Draw, NO_SLOT};
 
 use super::scheduler::{ScheduledBatch, Scheduler};
@@ -9,7 +11,7 @@ use super::sequence::{Sequence, SequenceId};
 pub(super) struct StepInput {
     /// Blocks `(source, target)` to copy before anything is computed, in this order.
     pub(super) block_copies: Vec<(u32, u32)>,
-    /// Token ids `[tokens]`.
+    /// Token ids `[tokens]`; on a GPU one may be a [`crate::kernels::drawn_id`].
     pub(super) input_ids: Vec<u32>,
     /// Positions, slots and block tables.
     pub(super) attention: AttentionBatch,
@@ -25,7 +27,12 @@ pub(super) struct StepInput {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LogitsUse {
     /// Draw the sequence's next token.
-    Sample(SequenceId),
+    Sample {
+        /// The sequence.
+        id: SequenceId,
+        /// Which of its tokens this is, from 0.
+        output_index: usize,
+    },
     /// Report the logprob of the prompt token that follows.
     PromptLogprob {
         /// The sequence.
@@ -37,9 +44,29 @@ pub(super) enum LogitsUse {
     },
 }
 
+impl LogitsUse {
+    /// Returns whose logits these are.
+    pub(super) fn id(&self) -> SequenceId {
+        match *self {
+            Self::Sample { id, .. } | Self::PromptLogprob { id, .. } => id,
+        }
+    }
+
+    /// Returns whether a token is drawn.
+    pub(super) fn is_sample(&self) -> bool {
+        matches!(self, Self::Sample { .. })
+    }
+}
+
 impl StepInput {
-    /// Lays out `batch`; blocks for its tokens are already in the sequences' tables.
-    pub(super) fn new(batch: &ScheduledBatch, scheduler: &Scheduler, block_size: usize) -> Self {
+    /// Lays out `batch`, which is not launched yet; blocks for its tokens are already in the
+    /// sequences' tables. `pending_ids` are the input ids of tokens that are not known yet.
+    pub(super) fn new(
+        batch: &ScheduledBatch,
+        scheduler: &Scheduler,
+        block_size: usize,
+        pending_ids: &HashMap<SequenceId, u32>,
+    ) -> Self {
         let mut input = Self {
             block_copies: batch
                 .copies
@@ -61,11 +88,10 @@ impl StepInput {
             draws: Vec::new(),
         };
         for scheduled in &batch.sequences {
-            input.push(
-                scheduler.sequence(scheduled.id),
-                scheduled.num_tokens,
-                block_size,
-            );
+            let sequence = scheduler.sequence(scheduled.id);
+            // Without one the draw has failed, and so will the sequence: any id will do.
+            let pending_id = pending_ids.get(&scheduled.id).copied().unwrap_or(0);
+            input.push(sequence, scheduled.num_tokens, block_size, pending_id);
         }
         input.draws = vec![None; input.logits_rows.len()];
         input
@@ -138,12 +164,21 @@ impl StepInput {
         (self.input_ids.len() == num && self.logits_rows.len() == num).then_some(num)
     }
 
-    fn push(&mut self, sequence: &Sequence, num_tokens: usize, block_size: usize) {
+    /// Returns whether the device draws all that is to be drawn and no logits are read besides.
+    pub(super) fn is_drawn_on_device(&self) -> bool {
+        self.draws.iter().all(Option::is_some)
+    }
+
+    fn push(&mut self, sequence: &Sequence, num_tokens: usize, block_size: usize, pending_id: u32) {
         let start = sequence.num_computed_tokens;
         let end = start + num_tokens;
         let first_row = self.input_ids.len();
+        let num_known = sequence.token_ids.len();
         self.input_ids
-            .extend_from_slice(&sequence.token_ids[start..end]);
+            .extend_from_slice(&sequence.token_ids[start..end.min(num_known)]);
+        if end > num_known {
+            self.input_ids.push(pending_id);
+        }
         let attention = &mut self.attention;
         for position in start..end {
             let block = sequence.block_table[position / block_size] as usize;
@@ -163,7 +198,7 @@ impl StepInput {
             .push(attention.block_tables.len() as u32);
 
         // A preempted sequence that has drawn tokens already reported its prompt.
-        if sequence.sampling_params.prompt_logprobs.is_some() && sequence.num_output_tokens() == 0 {
+        if sequence.sampling_params.prompt_logprobs.is_some() && sequence.num_drawn_tokens() == 0 {
             // The logits at a position speak of the token after it.
             for position in start..end.min(sequence.num_prompt_tokens - 1) {
                 self.logits_rows.push((first_row + position - start) as u32);
@@ -176,7 +211,10 @@ impl StepInput {
         }
         if sequence.samples_after(num_tokens) {
             self.logits_rows.push((first_row + num_tokens - 1) as u32);
-            self.logits_uses.push(LogitsUse::Sample(sequence.id));
+            self.logits_uses.push(LogitsUse::Sample {
+                id: sequence.id,
+                output_index: sequence.num_drawn_tokens(),
+            });
         }
     }
 }

@@ -62,6 +62,18 @@ pub enum Graphs {
     Decode,
 }
 
+/// Whether a step is launched before the one before it is read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AsyncScheduling {
+    /// On GPUs. A CPU has computed a step once it is launched, so nothing is gained there.
+    #[default]
+    OnGpus,
+    /// Everywhere (`--async-scheduling`).
+    On,
+    /// Nowhere: each step waits for the one before (`--no-async-scheduling`).
+    Off,
+}
+
 /// Sequences of the largest recorded step.
 const MAX_GRAPH_SEQUENCES: usize = 512;
 
@@ -103,6 +115,8 @@ pub struct EngineOptions {
     pub gpu_memory_utilization: f64,
     /// What is recorded on a GPU.
     pub graphs: Graphs,
+    /// Whether the next step is prepared while one runs.
+    pub async_scheduling: AsyncScheduling,
     /// Ranks that share each layer.
     pub tensor_parallel_size: usize,
     /// CPU threads in all; the cores this process may use when absent.
@@ -139,6 +153,7 @@ impl Default for EngineOptions {
             quantization: Quantization::None,
             gpu_memory_utilization: 0.92,
             graphs: Graphs::Decode,
+            async_scheduling: AsyncScheduling::OnGpus,
             tensor_parallel_size: 1,
             num_threads: None,
             max_model_len: MaxModelLen::FromModel,
@@ -157,6 +172,15 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
+    /// Returns whether steps are launched ahead on the device that is chosen.
+    pub(super) fn launches_ahead(&self) -> bool {
+        match self.async_scheduling {
+            AsyncScheduling::OnGpus => self.device.resolve() != DeviceChoice::Cpu,
+            AsyncScheduling::On => true,
+            AsyncScheduling::Off => false,
+        }
+    }
+
     /// Checks what does not depend on the model.
     pub(super) fn check(&self) -> Result<(), EngineError> {
         let invalid = |option: &'static str, wanted: String, found: usize| {

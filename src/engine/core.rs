@@ -1,4 +1,10 @@
 //! The engine thread: takes commands, runs steps, sends events. Owns all engine state.
+//!
+//! With asynchronous scheduling at most one step is in flight: each turn the next one is scheduled
+//! and launched, and only then the one before is waited for and its tokens are sent, while the
+//! device works. What the next step needs of the one before are the tokens drawn; those stay on
+//! the device. Sequences that end by a token nobody could foresee leave a row in the next step
+//! whose result is dropped: ids are never used twice.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -7,9 +13,12 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::kernels::drawn_id;
+
+use super::EngineOptions;
 use super::batch::{LogitsUse, StepInput};
 use super::handle::{Command, Shared, Submission};
-use super::model_runner::RowOutput;
+use super::model_runner::{LaunchedStep, RowOutput};
 use super::ranks::Ranks;
 use super::request::{TokenEvent, TokenLogprobs};
 use super::sampler::{SampleError, Sampled, SequenceSampler, token_logprobs};
@@ -22,8 +31,6 @@ struct ActiveSequence {
     sampler: SequenceSampler,
     /// Where the device keeps what the sequence's penalties have seen.
     penalty_slot: Option<usize>,
-    /// Number of tokens drawn so far: the index into the sampler's random stream.
-    num_sampled: usize,
     /// How many alternatives each prompt token is reported with, when asked for.
     num_prompt_logprobs: Option<usize>,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
@@ -48,6 +55,19 @@ impl StepOutcome {
     }
 }
 
+/// A launched step that the scheduler has not heard of.
+struct InFlight {
+    batch: ScheduledBatch,
+    uses: Vec<LogitsUse>,
+    /// None once its rows were read.
+    launched: Option<LaunchedStep>,
+    outcome: StepOutcome,
+    /// Input ids that stand for the tokens drawn here in the next step.
+    next_ids: HashMap<SequenceId, u32>,
+    /// Whether the next step may be launched before this one is finished.
+    may_stay: bool,
+}
+
 /// Scheduler, ranks and the sequences' channels.
 pub(super) struct EngineCore {
     scheduler: Scheduler,
@@ -57,6 +77,8 @@ pub(super) struct EngineCore {
     active: HashMap<SequenceId, ActiveSequence>,
     next_id: SequenceId,
     seed: u64,
+    launches_ahead: bool,
+    in_flight: Option<InFlight>,
     /// Penalty slots of the device that no sequence has.
     free_penalty_slots: Vec<usize>,
 }
@@ -68,7 +90,7 @@ impl EngineCore {
         ranks: Ranks,
         commands: mpsc::Receiver<Command>,
         shared: Arc<Shared>,
-        seed: u64,
+        options: &EngineOptions,
     ) -> Self {
         let num_slots = match ranks.draws_on_device() {
             true => shared.info.max_num_seqs,
@@ -82,7 +104,9 @@ impl EngineCore {
             shared,
             active: HashMap::new(),
             next_id: 0,
-            seed,
+            seed: options.seed,
+            launches_ahead: options.launches_ahead(),
+            in_flight: None,
         }
     }
 
@@ -93,10 +117,13 @@ impl EngineCore {
     pub(super) fn run(&mut self) -> candle_core::Result<()> {
         while self.take_commands() {
             self.drop_abandoned();
-            if !self.scheduler.is_idle() {
+            if !self.is_idle() {
                 self.step()?;
             }
             self.publish_stats();
+        }
+        if let Some(launched) = self.in_flight.take().and_then(|step| step.launched) {
+            self.ranks.finish_step(launched, |_, _| {})?;
         }
         for (_, sequence) in self.active.drain() {
             let _ = sequence.events.send(TokenEvent::Failed {
@@ -106,10 +133,14 @@ impl EngineCore {
         Ok(())
     }
 
+    fn is_idle(&self) -> bool {
+        self.scheduler.is_idle() && self.in_flight.is_none()
+    }
+
     /// Takes all commands that are there, waiting for one while idle. False ends the engine.
     fn take_commands(&mut self) -> bool {
         loop {
-            let command = if self.scheduler.is_idle() {
+            let command = if self.is_idle() {
                 self.publish_stats();
                 self.commands
                     .recv()
@@ -144,7 +175,6 @@ impl EngineCore {
             events,
             sampler,
             penalty_slot: None,
-            num_sampled: 0,
             num_prompt_logprobs: params.prompt_logprobs,
             // The first prompt token has nothing before it, so its entry stays.
             prompt_logprobs: vec![None; request.prompt_token_ids.len()],
@@ -175,31 +205,105 @@ impl EngineCore {
         }
     }
 
+    /// Launches the next step and finishes the one before, or the next one where nothing may be
+    /// left in flight.
     fn step(&mut self) -> candle_core::Result<()> {
-        let batch = self.scheduler.schedule();
-        if batch.sequences.is_empty() {
+        let previous = self.in_flight.take();
+        let next = self.launch(previous.as_ref())?;
+        if previous.is_none() && next.is_none() {
             candle_core::bail!(
                 "the scheduler has {} waiting sequences and runs none",
                 self.scheduler.num_waiting()
             );
         }
+        if let Some(previous) = previous {
+            self.finish(previous)?;
+        }
+        match next {
+            Some(next) if next.may_stay => self.in_flight = Some(next),
+            Some(next) => self.finish(next)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Schedules and launches a step; none where every sequence waits for the `previous` one.
+    fn launch(&mut self, previous: Option<&InFlight>) -> candle_core::Result<Option<InFlight>> {
+        let batch = self.scheduler.schedule();
+        if batch.sequences.is_empty() {
+            return Ok(None);
+        }
         self.note_starts(&batch);
-        let mut input = StepInput::new(&batch, &self.scheduler, self.shared.info.block_size);
+        let nothing = HashMap::new();
+        let pending_ids = previous.map_or(&nothing, |previous| &previous.next_ids);
+        let block_size = self.shared.info.block_size;
+        let mut input = StepInput::new(&batch, &self.scheduler, block_size, pending_ids);
         self.prepare_draws(&mut input)?;
         let uses = input.logits_uses.clone();
+        let draws_all = match self.ranks.draws_on_device() {
+            true => input.is_drawn_on_device(),
+            false => uses.iter().all(LogitsUse::is_sample),
+        };
+        self.scheduler.note_launch(&batch);
+        let launched = self.ranks.launch(input)?;
+        let mut step = InFlight {
+            batch,
+            uses,
+            launched: Some(launched),
+            outcome: StepOutcome::default(),
+            next_ids: HashMap::new(),
+            may_stay: self.launches_ahead && draws_all,
+        };
+        if !self.ranks.draws_on_device() {
+            // The CPU is done, and the engine draws.
+            self.read(&mut step)?;
+        }
+        if step.may_stay {
+            step.next_ids = self.next_ids(&step);
+        }
+        Ok(Some(step))
+    }
+
+    /// Returns the input ids that stand for the tokens that a step draws, which are its only rows.
+    fn next_ids(&self, step: &InFlight) -> HashMap<SequenceId, u32> {
+        if !self.ranks.draws_on_device() {
+            return step.outcome.sampled.iter().copied().collect();
+        }
+        let rows = step.uses.iter().zip(0..);
+        rows.map(|(logits_use, row)| (logits_use.id(), drawn_id(row)))
+            .collect()
+    }
+
+    /// Waits for a step and takes what came of its rows.
+    fn read(&mut self, step: &mut InFlight) -> candle_core::Result<()> {
+        let Some(launched) = step.launched.take() else {
+            return Ok(());
+        };
         let (active, vocab_size) = (&mut self.active, self.shared.info.vocab_size);
-        let mut outcome = StepOutcome::default();
-        self.ranks.run(input, |row, output| {
-            read_row(active, uses[row], output, vocab_size, &mut outcome);
-        })?;
+        let (uses, outcome) = (&step.uses, &mut step.outcome);
+        self.ranks.finish_step(launched, |row, output| {
+            read_row(active, uses[row], output, vocab_size, outcome);
+        })
+    }
+
+    /// Tells the scheduler and the listeners what a step brought.
+    fn finish(&mut self, mut step: InFlight) -> candle_core::Result<()> {
+        self.read(&mut step)?;
+        let InFlight {
+            batch, mut outcome, ..
+        } = step;
         for (id, message) in outcome.failed.drain(..) {
             if let Some(sequence) = self.end(id) {
                 let _ = sequence.events.send(TokenEvent::Failed { message });
             }
             self.scheduler.abort(id);
         }
-        let mut num_tokens = outcome.sampled.len();
-        for update in self.scheduler.update(&batch, &outcome.sampled) {
+        let updates = self.scheduler.update(&batch, &outcome.sampled);
+        // Before anybody hears of it: who reads a last token finds its blocks free.
+        self.publish_stats();
+        let mut num_tokens = 0;
+        for update in updates {
+            num_tokens += usize::from(update.token_id.is_some());
             if update.prompt_done {
                 num_tokens += self.prompt_len(update.id);
             }
@@ -215,7 +319,7 @@ impl EngineCore {
             return Ok(());
         }
         for (draw, logits_use) in input.draws.iter_mut().zip(&input.logits_uses) {
-            let LogitsUse::Sample(id) = *logits_use else {
+            let LogitsUse::Sample { id, output_index } = *logits_use else {
                 continue;
             };
             let Some(active) = self.active.get_mut(&id) else {
@@ -231,7 +335,7 @@ impl EngineCore {
             }
             *draw = active
                 .sampler
-                .device_draw(active.num_sampled, active.penalty_slot);
+                .device_draw(output_index, active.penalty_slot);
         }
         Ok(())
     }
@@ -335,17 +439,17 @@ fn read_row(
     vocab_size: usize,
     outcome: &mut StepOutcome,
 ) {
-    let (LogitsUse::PromptLogprob { id, .. } | LogitsUse::Sample(id)) = logits_use;
+    let id = logits_use.id();
     let Some(active) = active.get_mut(&id) else {
         return;
     };
     let sampled = match (logits_use, output) {
-        (LogitsUse::Sample(_), RowOutput::Drawn(drawn)) => active.sampler.note_drawn(drawn),
-        (LogitsUse::Sample(_), RowOutput::Logits(logits)) => {
+        (LogitsUse::Sample { .. }, RowOutput::Drawn(drawn)) => active.sampler.note_drawn(drawn),
+        (LogitsUse::Sample { output_index, .. }, RowOutput::Logits(logits)) => {
             // The sampler changes its row; the values are only lent.
             outcome.row.clear();
             outcome.row.extend_from_slice(&logits[..vocab_size]);
-            active.sampler.sample(&mut outcome.row, active.num_sampled)
+            active.sampler.sample(&mut outcome.row, output_index)
         }
         (
             LogitsUse::PromptLogprob {
@@ -365,7 +469,6 @@ fn read_row(
     };
     match sampled {
         Ok(Sampled { token_id, logprobs }) => {
-            active.num_sampled += 1;
             outcome.sampled.push((id, token_id));
             outcome
                 .logprobs

@@ -31,7 +31,7 @@ use crate::weights::{ModelSource, WeightsError};
 
 pub use crate::kernels::Quantization;
 pub use args::{Dtype, EngineArgs, parse_size};
-pub use config::{DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
+pub use config::{AsyncScheduling, DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
 pub use scheduler::SchedulingPolicy;
@@ -259,7 +259,7 @@ impl EngineThread {
             ranks,
             commands,
             Arc::clone(&shared),
-            self.options.seed,
+            &self.options,
         );
         if ready.send(Ok(Arc::clone(&shared))).is_err() {
             return;
@@ -302,6 +302,7 @@ impl EngineThread {
             max_num_tokens: self.options.max_num_batched_tokens,
             max_num_seqs: self.options.max_num_seqs,
             graphs: self.options.graphs,
+            launches_ahead: self.options.launches_ahead(),
         };
         let mut ranks = Ranks::load(&config, checkpoint, size)?;
         let plan = match cpu_plan {

@@ -1,16 +1,18 @@
 //! One rank: owns its kernels, its part of the model and its KV cache, and runs batches.
 //!
 //! On a GPU a step whose sequences all have one token is padded to a bucket and replayed as a
-//! graph that was recorded at the start.
+//! graph that was recorded at the start. A step is launched and later finished; on a GPU another
+//! may be launched between if this one's tokens are all drawn on the device.
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
 use crate::distributed::Comm;
 use crate::kernels::{
-    AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks, Quantization,
+    AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks, PendingDraws, Quantization,
 };
 use crate::layers::{ForwardContext, Loader};
 use crate::models::{Decoder, ModelConfig};
@@ -50,6 +52,8 @@ pub(super) struct RunnerConfig {
     pub(super) max_num_tokens: usize,
     pub(super) max_num_seqs: usize,
     pub(super) graphs: Graphs,
+    /// Whether a step's input may have ids that the step before drew.
+    pub(super) launches_ahead: bool,
 }
 
 /// Returns the bytes that a GPU's part of the weights takes at most: 2 each, or 1 where quantised.
@@ -73,6 +77,26 @@ pub(super) enum RowOutput<'a> {
     Logits(&'a [f32]),
     /// A token that the device drew.
     Drawn(Drawn),
+}
+
+/// A step that was launched and is to be finished.
+pub(super) struct LaunchedStep {
+    input: Arc<StepInput>,
+    work: Work,
+}
+
+/// What a launched step still lacks.
+enum Work {
+    /// Logits of these hidden states, on the CPU.
+    Logits(Tensor),
+    /// The same on a GPU, of the batch as it is staged.
+    StagedLogits(Tensor, Box<AttentionBatch>),
+    /// Drawing from some of these logits and reading the others.
+    Reading(Tensor),
+    /// The tokens that the device draws.
+    Drawing(PendingDraws),
+    /// Nothing that this rank sees.
+    Nothing,
 }
 
 /// A step of one bucket, recorded.
@@ -145,7 +169,8 @@ impl ModelRunner {
         self.allocate_kv_cache(1)?;
         let (tokens, sequences) = (self.config.max_num_tokens, self.config.max_num_seqs);
         let input = StepInput::largest(tokens, sequences, self.config.block_size);
-        self.run(&input, |_, _| {})?;
+        self.run(Arc::new(input))?;
+        self.kernels.synchronize()?;
         self.kv_cache.clear();
         self.recorded.clear();
         self.kernels.settle_activations()?;
@@ -167,7 +192,9 @@ impl ModelRunner {
         }
         // Records every bucket now, so that no request waits for it.
         for bucket in self.config.graphs.buckets(self.config.max_num_seqs) {
-            self.run(&StepInput::decodes(bucket), |_, _| {})?;
+            self.run(Arc::new(StepInput::decodes(bucket)))?;
+            // Building the next graph allocates: nothing may run then that waits for a peer.
+            self.kernels.synchronize()?;
         }
         Ok(())
     }
@@ -199,42 +226,63 @@ impl ModelRunner {
         }
     }
 
-    /// Runs one step and hands over what became of each row of `input.logits_rows`, in order.
-    pub(super) fn run(
-        &mut self,
-        input: &StepInput,
-        mut on_row: impl FnMut(usize, RowOutput<'_>),
-    ) -> Result<()> {
-        self.kernels
-            .copy_blocks(&mut self.kv_cache, &input.block_copies)?;
-        match self.kernels.is_on_gpu() {
-            true => {
-                self.run_on_gpu(input, on_row)?;
-                self.check_peers()
-            }
-            false => {
-                let hidden = self.forward(input, &input.attention)?;
-                let rows = &input.logits_rows;
-                for (chunk, rows) in rows.chunks(LOGITS_CHUNK).enumerate() {
-                    let selected = self.kernels.gather_rows(&hidden, rows)?;
-                    let logits = self.logits(&selected, &input.attention)?;
-                    with_values(&logits, |values| {
-                        let width = values.len() / rows.len();
-                        for (i, values) in values.chunks_exact(width).enumerate() {
-                            on_row(chunk * LOGITS_CHUNK + i, RowOutput::Logits(values));
-                        }
-                    })?;
-                }
-                Ok(())
-            }
-        }
+    /// Runs one step for its effect on the cache and the other ranks.
+    pub(super) fn run(&mut self, input: Arc<StepInput>) -> Result<()> {
+        let step = self.launch(input)?;
+        self.finish_step(step, |_, _| {})
     }
 
-    fn run_on_gpu(
+    /// Launches one step. It must be finished before the next one is launched, unless it
+    /// [is drawn on the device](StepInput::is_drawn_on_device).
+    pub(super) fn launch(&mut self, input: Arc<StepInput>) -> Result<LaunchedStep> {
+        self.kernels
+            .copy_blocks(&mut self.kv_cache, &input.block_copies)?;
+        let work = match self.kernels.is_on_gpu() {
+            true => self.launch_on_gpu(&input)?,
+            false => {
+                let hidden = self.forward(&input, &input.attention)?;
+                Work::Logits(hidden)
+            }
+        };
+        Ok(LaunchedStep { input, work })
+    }
+
+    /// Hands over what became of each row of a step's `logits_rows`, in order. Steps are finished
+    /// in the order of their launches.
+    pub(super) fn finish_step(
         &mut self,
-        input: &StepInput,
+        step: LaunchedStep,
         mut on_row: impl FnMut(usize, RowOutput<'_>),
     ) -> Result<()> {
+        let LaunchedStep { input, work } = step;
+        match work {
+            Work::Logits(hidden) => self.read_on_cpu(&hidden, &input, &mut on_row)?,
+            Work::StagedLogits(hidden, batch) => {
+                let num_rows = input.logits_rows.len();
+                for start in (0..num_rows).step_by(self.config.max_num_seqs) {
+                    let rows = start..(start + self.config.max_num_seqs).min(num_rows);
+                    let selected =
+                        self.kernels
+                            .gather_logits_rows(&hidden, &batch, rows.clone())?;
+                    let logits = self.logits(&selected, &batch)?;
+                    self.read_rows(&logits, rows, &input, &mut on_row)?;
+                }
+            }
+            Work::Reading(logits) => {
+                self.read_rows(&logits, 0..input.logits_rows.len(), &input, &mut on_row)?;
+            }
+            Work::Drawing(draws) => {
+                let drawn = self.kernels.finish_draws(draws)?.into_iter().flatten();
+                for (row, drawn) in drawn.enumerate() {
+                    on_row(row, RowOutput::Drawn(drawn));
+                }
+            }
+            Work::Nothing => {}
+        }
+        self.check_peers()
+    }
+
+    fn launch_on_gpu(&mut self, input: &StepInput) -> Result<Work> {
         let num_rows = input.logits_rows.len();
         let bucket = input
             .num_decodes()
@@ -246,22 +294,64 @@ impl ModelRunner {
         };
         self.kernels
             .stage(&input.input_ids, &mut batch, &input.logits_rows, bucket, kv)?;
-        if let Some(bucket) = bucket {
-            let logits = self.run_bucket(bucket, input, &batch)?;
-            return self.read_rows(&logits, 0..num_rows, input, &mut on_row);
+        let logits = match bucket {
+            Some(bucket) => self.run_bucket(bucket, input, &batch)?,
+            None => {
+                let hidden = self.forward(input, &batch)?;
+                if num_rows == 0 {
+                    return self.end_without_rows();
+                }
+                if !input.is_drawn_on_device() {
+                    return Ok(Work::StagedLogits(hidden, Box::new(batch)));
+                }
+                let selected = self
+                    .kernels
+                    .gather_logits_rows(&hidden, &batch, 0..num_rows)?;
+                self.logits(&selected, &batch)?
+            }
+        };
+        match input.is_drawn_on_device() {
+            true => self.launch_draws(&logits, input),
+            false => Ok(Work::Reading(logits)),
         }
-        let hidden = self.forward(input, &batch)?;
-        if num_rows == 0 {
-            // The next step is staged where this one lies.
-            return self.kernels.synchronize();
+    }
+
+    /// Lets the first rank draw from all rows, and tells the other GPUs what it draws.
+    fn launch_draws(&self, logits: &Tensor, input: &StepInput) -> Result<Work> {
+        let work = match self.comm.rank() {
+            0 => Work::Drawing(self.kernels.launch_draws(logits, &input.draws)?),
+            _ => Work::Nothing,
+        };
+        if self.config.launches_ahead {
+            self.kernels.share_drawn_ids(input.draws.len())?;
         }
-        for start in (0..num_rows).step_by(self.config.max_num_seqs) {
-            let rows = start..(start + self.config.max_num_seqs).min(num_rows);
-            let selected = self
-                .kernels
-                .gather_logits_rows(&hidden, &batch, rows.clone())?;
-            let logits = self.logits(&selected, &batch)?;
-            self.read_rows(&logits, rows, input, &mut on_row)?;
+        Ok(work)
+    }
+
+    /// A prompt that goes on in the next step draws nothing; the first rank waits for it all the
+    /// same, so that no more than one step is launched ahead.
+    fn end_without_rows(&self) -> Result<Work> {
+        Ok(match self.comm.rank() {
+            0 => Work::Drawing(self.kernels.launch_no_draws()?),
+            _ => Work::Nothing,
+        })
+    }
+
+    fn read_on_cpu(
+        &self,
+        hidden: &Tensor,
+        input: &StepInput,
+        on_row: &mut impl FnMut(usize, RowOutput<'_>),
+    ) -> Result<()> {
+        for (chunk, rows) in input.logits_rows.chunks(LOGITS_CHUNK).enumerate() {
+            let selected = self.kernels.gather_rows(hidden, rows)?;
+            let logits = self.logits(&selected, &input.attention)?;
+            with_values(&logits, |values| {
+                let width = values.len() / rows.len();
+                for (i, values) in values.chunks_exact(width).enumerate() {
+                    on_row(chunk * LOGITS_CHUNK + i, RowOutput::Logits(values));
+                }
+            })?;
         }
         Ok(())
     }
@@ -328,11 +418,14 @@ impl ModelRunner {
         on_row: &mut impl FnMut(usize, RowOutput<'_>),
     ) -> Result<()> {
         if self.comm.rank() != 0 {
-            return self.kernels.synchronize();
+            return Ok(());
         }
         let draws = &input.draws[rows.clone()];
         let drawn = match draws.iter().any(Option::is_some) {
-            true => self.kernels.sample(logits, draws)?,
+            true => {
+                let pending = self.kernels.launch_draws(logits, draws)?;
+                self.kernels.finish_draws(pending)?
+            }
             false => vec![None; draws.len()],
         };
         for (i, drawn) in drawn.into_iter().enumerate() {

@@ -11,7 +11,7 @@ use crate::weights::ModelSource;
 
 use super::EngineError;
 use super::batch::StepInput;
-use super::model_runner::{ModelRunner, RowOutput, RunnerConfig};
+use super::model_runner::{LaunchedStep, ModelRunner, RowOutput, RunnerConfig};
 
 /// What a rank other than the first is told.
 enum RankCommand {
@@ -90,17 +90,26 @@ impl Ranks {
         self.first.finish(num_blocks)
     }
 
-    /// Runs one step on every rank; rows of logits arrive on the calling thread.
-    pub(super) fn run(
-        &mut self,
-        input: StepInput,
-        on_row: impl FnMut(usize, RowOutput<'_>),
-    ) -> Result<()> {
+    /// Launches one step on every rank; the others than the first also finish it.
+    ///
+    /// It must be finished before the next one is launched, unless it
+    /// [is drawn on the device](StepInput::is_drawn_on_device).
+    pub(super) fn launch(&mut self, input: StepInput) -> Result<LaunchedStep> {
         let input = Arc::new(input);
         for (rank, _) in &self.others {
             let _ = rank.send(RankCommand::Step(Arc::clone(&input)));
         }
-        self.first.run(&input, on_row)
+        self.first.launch(input)
+    }
+
+    /// Waits for a step; its rows arrive on the calling thread. Steps are finished in the order of
+    /// their launches.
+    pub(super) fn finish_step(
+        &mut self,
+        step: LaunchedStep,
+        on_row: impl FnMut(usize, RowOutput<'_>),
+    ) -> Result<()> {
+        self.first.finish_step(step, on_row)
     }
 
     /// Returns whether tokens are drawn on the device.
@@ -158,7 +167,7 @@ fn run_rank(
     while let Ok(command) = commands.recv() {
         let done = match command {
             RankCommand::Finish(num_blocks) => runner.finish(num_blocks),
-            RankCommand::Step(input) => runner.run(&input, |_, _| {}),
+            RankCommand::Step(input) => runner.run(input),
         };
         if let Err(error) = done {
             tracing::error!(rank, %error, "a step failed");

@@ -10,19 +10,30 @@
 //! later sequence of the same step shares it already: the choices of one request compute their
 //! prompt once.
 //!
-//! Pure: knows no tensor, thread or clock. The engine thread calls [`Scheduler::schedule`], runs
-//! the batch, and reports back through [`Scheduler::update`].
+//! Steps run in the order of their launches, so what is launched counts as computed. A step may
+//! be launched before the one before it is read: the token that a sequence draws there is then
+//! pending, and may be scheduled although nobody knows it.
+//!
+//! Pure: knows no tensor, thread or clock. The engine thread calls [`Scheduler::schedule`], lays
+//! out the batch, calls [`Scheduler::note_launch`], and reports what came of it through
+//! [`Scheduler::update`], at the latest before the schedule after the next.
 
 use std::collections::{BTreeMap, HashMap};
 
 use super::block_manager::{BlockHash, BlockManager, FullBlock, OutOfBlocks, PrefixCaching};
-use super::request::{FinishReason, GenerateRequest};
+use super::request::GenerateRequest;
 use super::sequence::{Sequence, SequenceId, SequenceStatus};
 
+#[cfg(test)]
+mod ahead_tests;
+mod scheduled;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod tests;
+
+use scheduled::SchedulerCounters;
+pub(super) use scheduled::{BlockCopy, ScheduledBatch, Update};
 
 /// Which sequence is served first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -68,72 +79,6 @@ pub(super) enum AddError {
         min_output_len: usize,
         max_model_len: usize,
     },
-}
-
-/// A sequence's part of a step: the tokens from `num_computed_tokens` on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ScheduledSequence {
-    pub(super) id: SequenceId,
-    /// Tokens to compute, at least 1.
-    pub(super) num_tokens: usize,
-}
-
-/// What one step computes. Running sequences come first, in the order of their admission.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct ScheduledBatch {
-    pub(super) sequences: Vec<ScheduledSequence>,
-    /// Sum over `sequences`.
-    pub(super) num_tokens: usize,
-    /// To be done in this order before anything is computed.
-    pub(super) copies: Vec<BlockCopy>,
-}
-
-impl ScheduledBatch {
-    fn push(&mut self, id: SequenceId, num_tokens: usize) {
-        self.num_tokens += num_tokens;
-        self.sequences.push(ScheduledSequence { id, num_tokens });
-    }
-
-    fn remove(&mut self, id: SequenceId) {
-        if let Some(index) = self.sequences.iter().position(|entry| entry.id == id) {
-            self.num_tokens -= self.sequences.remove(index).num_tokens;
-        }
-    }
-}
-
-/// One block's keys and values to be copied into another, on every layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct BlockCopy {
-    pub(super) source: u32,
-    pub(super) target: u32,
-}
-
-/// What a step meant for one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Update {
-    pub(super) id: SequenceId,
-    /// The token drawn; `None` when the request asked for no token.
-    pub(super) token_id: Option<u32>,
-    /// Whether the prompt is computed now and was not before; true once a sequence.
-    pub(super) prompt_done: bool,
-    /// Prompt tokens that the prefix cache gave.
-    pub(super) num_cached_tokens: usize,
-    /// Set when the sequence has ended; the scheduler does not know it any more.
-    pub(super) finish: Option<FinishReason>,
-}
-
-/// Counters since the start, and gauges.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct SchedulerCounters {
-    /// Prompt tokens looked up in the prefix cache, each sequence once.
-    pub(super) prefix_cache_queries: u64,
-    /// Prompt tokens found there.
-    pub(super) prefix_cache_hits: u64,
-    /// Prompt tokens of admitted sequences, each sequence once.
-    pub(super) prompt_tokens: u64,
-    pub(super) num_preemptions: u64,
-    pub(super) num_blocks_total: usize,
-    pub(super) num_blocks_used: usize,
 }
 
 /// Lower is served first. Arrival numbers are unique, so keys are too.
@@ -216,10 +161,10 @@ impl Scheduler {
     /// Chooses the next step's tokens and gives their sequences blocks.
     ///
     /// The batch is empty only when no sequence can be computed, which is when there is none or
-    /// each one misses the token that the last [`Self::update`] should have brought.
+    /// each one waits for the token that an [`Self::update`] is to bring.
     ///
-    /// The batch must run as it is: nothing may be aborted before its keys and values are
-    /// written, because sequences of one batch share blocks.
+    /// The batch must be launched as it is: nothing may be aborted before, because sequences of
+    /// one batch share blocks.
     pub(super) fn schedule(&mut self) -> ScheduledBatch {
         let num_preemptions = self.counters.num_preemptions;
         let mut batch = ScheduledBatch {
@@ -227,6 +172,7 @@ impl Scheduler {
             num_tokens: 0,
             copies: Vec::new(),
         };
+        self.retire_ending();
         self.blocks.begin_step();
         self.schedule_running(&mut batch);
         // Blocks just taken from a sequence are meant for those that run, not for newcomers.
@@ -244,12 +190,22 @@ impl Scheduler {
         &self.sequences[&id]
     }
 
-    /// Takes note of a step that ran: its tokens are computed, `sampled` tokens are appended.
+    /// Takes note that a batch just scheduled was launched: its tokens count as computed, and
+    /// the tokens it draws are pending.
+    pub(super) fn note_launch(&mut self, batch: &ScheduledBatch) {
+        for entry in &batch.sequences {
+            let sequence = known(&mut self.sequences, entry.id);
+            sequence.num_computed_tokens += entry.num_tokens;
+            let draws = entry.is_last && sequence.sampling_params.max_tokens > 0;
+            sequence.num_pending_tokens += usize::from(draws);
+        }
+    }
+
+    /// Takes note of what a launched step drew. Steps are reported in the order of their launches.
     ///
-    /// `sampled` holds one token for each sequence of the batch for which
-    /// [`Sequence::samples_after`] holds, best in the batch's order. One that fails in sampling
-    /// must be aborted: it is not computed further without its token. Sequences that were
-    /// aborted since `schedule` are passed over.
+    /// `sampled` holds one token for each sequence of the batch that draws one, best in the
+    /// batch's order. One that fails in sampling must be aborted: it is not computed further
+    /// without its token. Sequences that ended or were aborted since the launch are passed over.
     ///
     /// Returns the sequences whose prompt is done or that have a new token, in the batch's order.
     pub(super) fn update(
@@ -263,19 +219,28 @@ impl Scheduler {
             let Some(sequence) = self.sequences.get_mut(&entry.id) else {
                 continue;
             };
-            sequence.num_computed_tokens += entry.num_tokens;
-            if sequence.num_uncomputed_tokens() > 0 {
+            if !entry.is_last {
                 continue;
             }
             let token_id = token_of(sampled, &mut next, entry.id);
             let wants_token = sequence.sampling_params.max_tokens > 0;
+            sequence.num_pending_tokens -= usize::from(wants_token);
             if wants_token && token_id.is_none() {
                 continue;
             }
             // The first token is drawn from the logits of the prompt's end.
             let prompt_done = sequence.num_output_tokens() == 0;
             let token_id = token_id.filter(|_| wants_token);
+            let num_known = sequence.token_ids.len();
             sequence.token_ids.extend(token_id);
+            // The next step, launched already, may have filled a block with the token.
+            let num_filled = sequence.num_computed_tokens;
+            register_filled(
+                &mut self.blocks,
+                sequence,
+                num_filled.min(num_known),
+                num_filled,
+            );
             updates.push(Update {
                 id: entry.id,
                 token_id,
@@ -302,6 +267,7 @@ impl Scheduler {
                 self.running.retain(|&running| running != id);
                 free_blocks(&mut self.blocks, &mut sequence);
             }
+            SequenceStatus::Ending => {}
         }
     }
 
@@ -316,9 +282,9 @@ impl Scheduler {
         self.sequences.is_empty()
     }
 
-    /// Returns how many sequences are admitted.
+    /// Returns how many sequences are admitted, those included whose last token is pending.
     pub(super) fn num_running(&self) -> usize {
-        self.running.len()
+        self.sequences.len() - self.waiting.len()
     }
 
     /// Returns how many sequences wait, the preempted ones included.
@@ -335,6 +301,22 @@ impl Scheduler {
         }
     }
 
+    /// Takes the blocks and the places of sequences whose last step is launched.
+    fn retire_ending(&mut self) {
+        let max_model_len = self.config.max_model_len;
+        let (sequences, blocks) = (&mut self.sequences, &mut self.blocks);
+        self.running.retain(|&id| {
+            let sequence = known(sequences, id);
+            let is_ending = sequence.is_launched_to_its_end(max_model_len);
+            if is_ending {
+                sequence.status = SequenceStatus::Ending;
+                keep_beginning(blocks, sequence);
+                blocks.free(&mut sequence.block_table);
+            }
+            !is_ending
+        });
+    }
+
     fn schedule_running(&mut self, batch: &mut ScheduledBatch) {
         let mut index = 0;
         while let Some(&id) = self.running.get(index) {
@@ -348,14 +330,11 @@ impl Scheduler {
                 index += 1;
                 continue;
             }
-            let num_computed_tokens = sequence.num_computed_tokens + num_tokens;
-            if self
-                .blocks
-                .grow(num_computed_tokens, &mut sequence.block_table)
-                .is_ok()
-            {
-                register_filled(&mut self.blocks, sequence, num_tokens);
-                batch.push(id, num_tokens);
+            let start = sequence.num_computed_tokens;
+            let end = start + num_tokens;
+            if self.blocks.grow(end, &mut sequence.block_table).is_ok() {
+                register_filled(&mut self.blocks, sequence, start, end);
+                batch.push(sequence, num_tokens);
                 index += 1;
             } else if self.preempt_one(batch) < index {
                 // The victim stood before this sequence, which has moved up.
@@ -379,7 +358,7 @@ impl Scheduler {
             };
             self.waiting.remove(&key);
             self.running.push(id);
-            batch.push(id, num_tokens);
+            batch.push(&self.sequences[&id], num_tokens);
         }
     }
 
@@ -399,6 +378,12 @@ impl Scheduler {
     ) -> Result<usize, OutOfBlocks> {
         let block_size = self.config.block_size;
         let sequence = known(&mut self.sequences, id);
+        // The step that preempts a sequence admits nobody, and before the next one is scheduled
+        // the token is known that was pending then.
+        debug_assert_eq!(
+            sequence.num_pending_tokens, 0,
+            "a token to be computed is not known"
+        );
         let reads_cache = self.config.prefix_caching == PrefixCaching::Enabled
             && sequence.may_read_prefix_cache();
         let num_cached_blocks = if reads_cache {
@@ -442,7 +427,8 @@ impl Scheduler {
             }
         }
         let num_tokens = self.config.chunk_len(sequence, budget);
-        register_filled(&mut self.blocks, sequence, num_tokens);
+        let start = sequence.num_computed_tokens;
+        register_filled(&mut self.blocks, sequence, start, start + num_tokens);
         Ok(num_tokens)
     }
 
@@ -471,10 +457,21 @@ impl Scheduler {
     fn remove_finished(&mut self, updates: &[Update]) {
         let num_sequences = self.sequences.len();
         for update in updates.iter().filter(|update| update.finish.is_some()) {
-            if let Some(mut sequence) = self.sequences.remove(&update.id) {
-                // All its blocks are computed by now, so none is to be forgotten.
-                keep_beginning(&mut self.blocks, &sequence);
-                self.blocks.free(&mut sequence.block_table);
+            let Some(mut sequence) = self.sequences.remove(&update.id) else {
+                continue;
+            };
+            match sequence.status {
+                // It was preempted before anybody knew that this token is its last.
+                SequenceStatus::Waiting => {
+                    let key = service_key(self.config.policy, &sequence);
+                    self.waiting.remove(&key);
+                }
+                SequenceStatus::Running => {
+                    // All its blocks are computed by now, so none is to be forgotten.
+                    keep_beginning(&mut self.blocks, &sequence);
+                    self.blocks.free(&mut sequence.block_table);
+                }
+                SequenceStatus::Ending => {}
             }
         }
         if self.sequences.len() < num_sequences {
@@ -508,12 +505,13 @@ fn known(sequences: &mut HashMap<SequenceId, Sequence>, id: SequenceId) -> &mut 
         .expect("ids in the queues are removed together with their sequence")
 }
 
-/// Enters the blocks that a step fills into the prefix cache.
-fn register_filled(blocks: &mut BlockManager, sequence: &mut Sequence, num_tokens: usize) {
+/// Enters the blocks that are full once tokens `start..end` are computed into the prefix cache.
+/// One that a pending token fills is entered when the token is known.
+fn register_filled(blocks: &mut BlockManager, sequence: &mut Sequence, start: usize, end: usize) {
     let block_size = blocks.block_size();
-    let num_full_before = sequence.num_computed_tokens / block_size;
-    let num_full = (sequence.num_computed_tokens + num_tokens) / block_size;
-    if num_full == num_full_before || blocks.prefix_caching() == PrefixCaching::Disabled {
+    let num_full_before = start / block_size;
+    let num_full = end.min(sequence.token_ids.len()) / block_size;
+    if num_full <= num_full_before || blocks.prefix_caching() == PrefixCaching::Disabled {
         return;
     }
     sequence.hash_full_blocks(block_size);

@@ -16,6 +16,8 @@ pub(super) enum SequenceStatus {
     Waiting,
     /// Admitted: holds blocks and is part of each step that has budget for it.
     Running,
+    /// Its last step is launched, and its blocks are free again.
+    Ending,
 }
 
 /// The state of one sequence.
@@ -25,8 +27,12 @@ pub(super) struct Sequence {
     /// Prompt, then generated tokens.
     pub(super) token_ids: Vec<u32>,
     pub(super) num_prompt_tokens: usize,
-    /// Leading tokens whose keys and values lie in `block_table`.
+    /// Leading tokens whose keys and values lie in `block_table`, or will before a later step
+    /// reads them: those of launched steps count.
     pub(super) num_computed_tokens: usize,
+    /// Tokens that launched steps draw and that nobody knows yet; they follow `token_ids`. At
+    /// most 1 while a step is scheduled, 2 from its launch until the step before is finished.
+    pub(super) num_pending_tokens: usize,
     /// Prompt tokens that the prefix cache gave at the first admission.
     pub(super) num_cached_tokens: usize,
     /// Times the sequence lost its blocks.
@@ -57,6 +63,7 @@ impl Sequence {
             num_prompt_tokens: prompt_token_ids.len(),
             token_ids: prompt_token_ids,
             num_computed_tokens: 0,
+            num_pending_tokens: 0,
             num_cached_tokens: 0,
             num_preemptions: 0,
             block_table: Vec::new(),
@@ -68,25 +75,44 @@ impl Sequence {
         }
     }
 
-    /// Returns the tokens drawn so far.
+    /// Returns the tokens drawn so far that are known.
     pub(super) fn output_token_ids(&self) -> &[u32] {
         &self.token_ids[self.num_prompt_tokens..]
     }
 
-    /// Returns how many tokens were drawn so far.
+    /// Returns how many known tokens were drawn so far.
     pub(super) fn num_output_tokens(&self) -> usize {
         self.token_ids.len() - self.num_prompt_tokens
     }
 
-    /// Returns how many known tokens are not computed yet.
+    /// Returns how many tokens there are, pending ones included.
+    pub(super) fn num_tokens(&self) -> usize {
+        self.token_ids.len() + self.num_pending_tokens
+    }
+
+    /// Returns how many tokens were drawn so far, pending ones included.
+    pub(super) fn num_drawn_tokens(&self) -> usize {
+        self.num_output_tokens() + self.num_pending_tokens
+    }
+
+    /// Returns how many tokens are not computed yet.
     pub(super) fn num_uncomputed_tokens(&self) -> usize {
-        self.token_ids.len() - self.num_computed_tokens
+        self.num_tokens() - self.num_computed_tokens
     }
 
     /// Returns whether a step that computes `num_tokens` more yields logits to draw from.
     pub(super) fn samples_after(&self, num_tokens: usize) -> bool {
-        self.num_computed_tokens + num_tokens == self.token_ids.len()
+        self.num_computed_tokens + num_tokens == self.num_tokens()
             && self.sampling_params.max_tokens > 0
+    }
+
+    /// Returns whether nothing is left to compute: all tokens that the request may have are
+    /// there, the last one pending, or it wants none and its prompt is computed.
+    pub(super) fn is_launched_to_its_end(&self, max_model_len: usize) -> bool {
+        let max_tokens = self.sampling_params.max_tokens;
+        let is_last_pending = self.num_pending_tokens > 0
+            && (self.num_drawn_tokens() >= max_tokens || self.num_tokens() >= max_model_len);
+        is_last_pending || (max_tokens == 0 && self.num_uncomputed_tokens() == 0)
     }
 
     /// Returns whether cached blocks may stand for computed tokens.
@@ -97,7 +123,7 @@ impl Sequence {
         self.sampling_params.prompt_logprobs.is_none() || self.num_output_tokens() > 0
     }
 
-    /// Extends `block_hashes` to all full blocks of the present tokens.
+    /// Extends `block_hashes` to all full blocks of the known tokens.
     pub(super) fn hash_full_blocks(&mut self, block_size: usize) {
         let hashed_tokens = self.block_hashes.len() * block_size;
         for block in self.token_ids[hashed_tokens..].chunks_exact(block_size) {
@@ -202,6 +228,32 @@ mod tests {
         );
         assert_eq!(sequence.finish_reason(100), Some(FinishReason::Length));
         assert!(!sequence.samples_after(3));
+    }
+
+    #[test]
+    fn the_length_ends_a_sequence_before_its_last_token_is_known() {
+        let limited = SamplingParams {
+            max_tokens: 2,
+            ..params()
+        };
+        // Output, pending tokens, limits, whether it ends.
+        let cases: [(&[u32], usize, SamplingParams, usize, bool); 6] = [
+            (&[9], 0, limited.clone(), 100, false),
+            (&[9], 1, limited.clone(), 100, true),
+            (&[], 1, limited, 100, false),
+            (&[9], 1, params(), 5, true),
+            (&[9], 1, params(), 6, false),
+            (&[9, 9], 0, params(), 5, false),
+        ];
+        for (output, num_pending, params, max_model_len, want) in cases {
+            let mut sequence = sequence(output, params);
+            sequence.num_pending_tokens = num_pending;
+            assert_eq!(
+                sequence.is_launched_to_its_end(max_model_len),
+                want,
+                "output {output:?}, {num_pending} pending, {max_model_len}"
+            );
+        }
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub(super) enum Staged {}
 
 pub(super) enum Graph {}
 
+pub(super) enum PendingDraws {}
+
 pub(super) struct GpuMatrix {
     pub(super) rows: usize,
     pub(super) cols: usize,
@@ -91,7 +93,10 @@ unreachable_methods! {
     fn copy_blocks(&self, layers: &[&GpuKv], copies: &[(u32, u32)]) -> Result<()>;
     fn rope_and_cache(&self, qkv: &Tensor, args: &RopeAndCache<'_>, staged: &Staged, kv: &GpuKv) -> Result<Tensor>;
     fn paged_attention(&self, q: &Tensor, kv: &GpuKv, staged: &Staged, num_heads: usize, scale: f32) -> Result<Tensor>;
-    fn sample(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>>;
+    fn launch_draws(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<PendingDraws>;
+    fn launch_no_draws(&self) -> Result<PendingDraws>;
+    fn finish_draws(&self, draws: PendingDraws) -> Result<Vec<Option<Drawn>>>;
+    fn share_drawn_ids(&self, num_rows: usize) -> Result<()>;
     fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()>;
     fn has_peers(&self) -> bool;
     fn peer_addresses(&self) -> Result<[u64; 2]>;

@@ -134,6 +134,16 @@ pub enum DrawOutcome {
     NothingLeft,
 }
 
+/// What a GPU is drawing; to be given to [`Kernels::finish_draws`].
+pub struct PendingDraws(cuda::PendingDraws);
+
+/// Returns the input id that stands for the token that row `row` of the draws launched last gets.
+/// Only [`Kernels::stage`] takes it.
+pub fn drawn_id(row: u32) -> u32 {
+    // Read as a signed number it is -1 - row, which no token has.
+    !row
+}
+
 /// Where a step's integers lie on the GPU.
 #[derive(Debug, Clone, Copy)]
 pub struct Staged(pub(super) cuda::Staged);
@@ -244,8 +254,8 @@ impl Kernels {
             .map_or(Ok(()), |gpu| gpu.settle_activations())
     }
 
-    /// Uploads a step's integers, after the step before has run; with a `bucket`, padded to that
-    /// many sequences of one token each. `kv` is any layer of the cache that the step works on; a
+    /// Uploads a step's integers, of which some ids may be [`drawn_id`]s; with a `bucket`, padded
+    /// to that many sequences of one token each. `kv` is any layer of the cache that the step works on; a
     /// token whose slot is [`NO_SLOT`] writes nothing there. On the CPU nothing happens.
     ///
     /// # Errors
@@ -367,16 +377,49 @@ impl Kernels {
         }
     }
 
-    /// Draws a token for each row that has a [`Draw`], on the GPU, and waits for it. `logits` is
-    /// what [`Kernels::logits`] returned last, with at least as many rows.
+    /// Draws a token for each row that has a [`Draw`], on the GPU. `logits` is what
+    /// [`Kernels::logits`] returned last, with at least as many rows.
     ///
     /// # Errors
-    /// On the CPU, or when the GPU has faulted.
-    pub fn sample(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<Vec<Option<Drawn>>> {
+    /// On the CPU, when two draws are pending already, or when the GPU has faulted.
+    pub fn launch_draws(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<PendingDraws> {
         match &self.gpu {
-            Some(gpu) => gpu.sample(logits, draws),
+            Some(gpu) => gpu.launch_draws(logits, draws).map(PendingDraws),
             None => bail!("the engine draws tokens itself on the CPU"),
         }
+    }
+
+    /// Draws nothing: what is pending is only that the GPU comes here.
+    ///
+    /// # Errors
+    /// As [`Kernels::launch_draws`].
+    pub fn launch_no_draws(&self) -> Result<PendingDraws> {
+        match &self.gpu {
+            Some(gpu) => gpu.launch_no_draws().map(PendingDraws),
+            None => bail!("the engine draws tokens itself on the CPU"),
+        }
+    }
+
+    /// Waits for draws and returns what became of each row; none where there was no [`Draw`].
+    ///
+    /// # Errors
+    /// When the GPU has faulted.
+    pub fn finish_draws(&self, draws: PendingDraws) -> Result<Vec<Option<Drawn>>> {
+        match &self.gpu {
+            Some(gpu) => gpu.finish_draws(draws.0),
+            None => bail!("the engine draws tokens itself on the CPU"),
+        }
+    }
+
+    /// Gives all ranks the ids that rank 0's last [`Kernels::launch_draws`] draws for `num_rows`
+    /// rows, so that the next step of each may have [`drawn_id`]s. Every rank must call it.
+    ///
+    /// # Errors
+    /// When the GPU has faulted.
+    pub fn share_drawn_ids(&self, num_rows: usize) -> Result<()> {
+        self.gpu
+            .as_ref()
+            .map_or(Ok(()), |gpu| gpu.share_drawn_ids(num_rows))
     }
 
     /// Fills a penalty slot: tokens of the prompt and drawn ones, the latter as often as drawn.

@@ -350,6 +350,19 @@ mod tests {
     }
 
     #[test]
+    fn the_later_async_scheduling_flag_wins() {
+        let (on, off) = ("--async-scheduling", "--no-async-scheduling");
+        for (flags, want) in [
+            (vec![], (false, false)),
+            (vec![on, off], (false, true)),
+            (vec![off, on], (true, false)),
+        ] {
+            let engine = parse(&[vec!["m"], flags].concat()).unwrap().engine;
+            assert_eq!((engine.async_scheduling, engine.no_async_scheduling), want);
+        }
+    }
+
+    #[test]
     fn a_model_is_required_once() {
         assert!(parse(&[]).is_err());
         assert!(parse(&["a", "--model", "b"]).is_err());

@@ -139,8 +139,10 @@ fn push_yaml(arguments: &mut Vec<OsString>, flag: String, value: Yaml) -> anyhow
         Yaml::Bool(true) => arguments.push(flag.into()),
         Yaml::Bool(false) => {
             // Only switches that are on by default have an off form; the others stay unset.
-            if flag == "--enable-prefix-caching" {
-                arguments.push("--no-enable-prefix-caching".into());
+            match flag.as_str() {
+                "--enable-prefix-caching" => arguments.push("--no-enable-prefix-caching".into()),
+                "--async-scheduling" => arguments.push("--no-async-scheduling".into()),
+                _ => {}
             }
         }
         Yaml::Sequence(values) if takes_json(&flag) => {
@@ -271,7 +273,7 @@ mod tests {
         let path = folder.path().join("serve.yaml");
         std::fs::write(
             &path,
-            "model: other\nport: 12\nserved_model_name: [a, b]\nenable_prefix_caching: false\n\
+            "model: other\nport: 12\nserved_model_name: [a, b]\nenable_prefix_caching: false\nasync-scheduling: false\n\
              allowed-origins: [x]\noverride-generation-config: {top_k: 3}\nswap-space: 1\n\
              dtype: half\n",
         )
@@ -290,6 +292,7 @@ mod tests {
                 "a",
                 "b",
                 "--no-enable-prefix-caching",
+                "--no-async-scheduling",
                 "--allowed-origins=[\"x\"]",
                 "--override-generation-config={\"top_k\":3}",
                 "--dtype=half",

@@ -107,8 +107,6 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
         One,
         Ignored("the token budget of a step is shared by arrival"),
     ),
-    ("--async-scheduling", Nothing, Ignored(CPU)),
-    ("--no-async-scheduling", Nothing, Ignored(ALWAYS)),
     (
         "--prefix-caching-hash-algo",
         One,

@@ -30,7 +30,8 @@ WORLDS = [2] if QUICK else [2, 3, 4, 6, 8]
 SLOT_BYTES = 17 << 20
 EPS = 1e-6
 PUSH_BYTES = 98304
-BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32,
+        torch.int32: torch.int32}
 
 
 def make_ranks(kernels, world, timeout_s=10.0):
@@ -183,6 +184,30 @@ class Gather(Operation):
                           self.width, self.outs)
 
 
+class Broadcast(Operation):
+    """Rank 0's ids on all ranks; what fills the last vector goes along."""
+
+    def __init__(self, ranks, num_ids, block):
+        super().__init__(ranks, "f16", 1, block)
+        self.name = "broadcast_ids"
+        self.num_vectors = -(-num_ids // 4)
+        first, *others = [
+            torch.randint(0, 1 << 31, (4 * self.num_vectors,), device="cuda:0").int()
+            for _ in range(ranks.world_size)
+        ]
+        self.ids = self.place([first, *others])
+        for ids in self.ids:
+            self.wants.append(first.to(ids.device))
+            self.outputs.append(ids)
+
+    def reset(self):
+        for copy, master in self.inputs:
+            copy.copy_(master)
+
+    def run(self, rank):
+        self.ranks.launch(rank, self.name, 1, self.block, self.ids[rank], self.num_vectors)
+
+
 def norm_block(width):
     return min(512, -(-width // 8 // 32) * 32)
 
@@ -192,7 +217,9 @@ def random_operation(ranks, type_name, chance):
     grid = chance.choice([1, 2, 3, limit, chance.randint(1, limit)])
     shots = chance.choice(["", "two_shot_"])
     in_place = chance.random() < 0.4
-    kind = chance.choice(["reduction", "reduction", "norm", "norm", "pushed", "gather"])
+    kind = chance.choice(["reduction", "reduction", "norm", "norm", "pushed", "gather", "ids"])
+    if kind == "ids":
+        return Broadcast(ranks, chance.choice([1, 5, 256, 512]), chance.choice([32, 128]))
     if kind == "pushed":
         # Few blocks where ranks share a GPU: those that wait for their turn take room, too.
         width = chance.choice([64, 128] if world > NUM_GPUS else [64, 896, 3584])
@@ -252,6 +279,7 @@ def test_each_collective_alone(kernels, type_name):
                       for rows, width in [(world, 3584), (3 * world + 1, 512), (70, 8192)]]
             if not shots:
                 cases += [Norm(ranks, shots, type_name, 1, 3584, 1, 448, in_place),
+                          Broadcast(ranks, 3, 32), Broadcast(ranks, 512, 128),
                           PushedNorm(ranks, type_name, 3, 512, 256, 2, 64),
                           PushedNorm(ranks, type_name, 16, 896, 1000, 16, 128)]
             for case in cases:
@@ -327,7 +355,8 @@ def test_missing_rank_ends_the_wait(kernels, type_name):
                  lambda ranks: Reduction(ranks, "two_shot_", type_name, 20_000, 8, 512),
                  lambda ranks: Norm(ranks, "", type_name, 9, 3584, 9, 448),
                  lambda ranks: Norm(ranks, "two_shot_", type_name, 9, 3584, 9, 448),
-                 lambda ranks: Gather(ranks, 3, 400, 4, 512, [0, 1])]:
+                 lambda ranks: Gather(ranks, 3, 400, 4, 512, [0, 1]),
+                 lambda ranks: Broadcast(ranks, 100, 32)]:
         ranks = make_ranks(kernels, 2, timeout_s=0.2)
         case = make(ranks)
         ranks.synchronize()

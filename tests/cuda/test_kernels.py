@@ -183,12 +183,18 @@ def test_elementwise(kernels, name, dtype):
         gate, up = gate_up.double().chunk(2, -1)
         assert_close(out, torch.nn.functional.silu(gate) * up, name, "silu_and_mul")
         table = random(500, width, dtype=dtype)
-        ids = torch.randint(90, 610, (rows,), device="cuda", dtype=torch.int32)
-        out = poisoned(rows, width, dtype=dtype)
-        kernels.launch(f"embedding_{name}", grid, 256, out, table, ids, 100, 500, width)
-        known = (ids >= 100) & (ids < 600)
-        want = torch.where(known[:, None], table[(ids - 100).clamp(0, 499).long()], 0)
-        assert torch.equal(out, want), "embedding"
+        tokens = torch.randint(90, 610, (rows,), device="cuda", dtype=torch.int32)
+        known = (tokens >= 100) & (tokens < 600)
+        want = torch.where(known[:, None], table[(tokens - 100).clamp(0, 499).long()], 0)
+        # Some ids stand for what a row of the step before drew.
+        places = torch.randperm(rows, device="cuda")
+        drawn = torch.empty_like(tokens)
+        drawn[places] = tokens
+        is_drawn = torch.rand(rows, device="cuda") < 0.5
+        for ids in [tokens, torch.where(is_drawn, -1 - places, tokens).int()]:
+            out = poisoned(rows, width, dtype=dtype)
+            kernels.launch(f"embedding_{name}", grid, 256, out, table, ids, drawn, 100, 500, width)
+            assert torch.equal(out, want), "embedding"
         picked = torch.randint(-1, 500, (rows,), device="cuda", dtype=torch.int32)
         out = poisoned(rows, width, dtype=dtype)
         kernels.launch(f"gather_rows_{name}", grid, 256, out, table, picked, 500, width)

@@ -1,9 +1,9 @@
 //! One test a rule. Blocks hold 4 tokens unless a test says otherwise.
 
-use super::super::request::SamplingParams;
+use super::super::request::{FinishReason, SamplingParams};
 use super::*;
 
-fn config() -> SchedulerConfig {
+pub(super) fn config() -> SchedulerConfig {
     SchedulerConfig {
         max_num_seqs: 8,
         max_num_batched_tokens: 64,
@@ -16,7 +16,7 @@ fn config() -> SchedulerConfig {
     }
 }
 
-fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
+pub(super) fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
     GenerateRequest {
         request_id: "request".to_owned(),
         prompt_token_ids: prompt.to_vec(),
@@ -28,7 +28,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
     }
 }
 
-fn add_with_priority(
+pub(super) fn add_with_priority(
     scheduler: &mut Scheduler,
     id: SequenceId,
     request: GenerateRequest,
@@ -42,28 +42,35 @@ fn add_with_priority(
 }
 
 /// A prompt that shares nothing with a prompt of another `first` token.
-fn prompt(first: u32, len: u32) -> Vec<u32> {
+pub(super) fn prompt(first: u32, len: u32) -> Vec<u32> {
     (first..first + len).collect()
 }
 
-fn scheduled(batch: &ScheduledBatch) -> Vec<(SequenceId, usize)> {
+pub(super) fn scheduled(batch: &ScheduledBatch) -> Vec<(SequenceId, usize)> {
     let pairs = batch.sequences.iter();
     pairs.map(|entry| (entry.id, entry.num_tokens)).collect()
 }
 
-/// Draws `token` for each sequence of the batch that samples.
-fn finish_step(scheduler: &mut Scheduler, batch: &ScheduledBatch, token: u32) -> Vec<Update> {
-    let sampled: Vec<_> = batch
-        .sequences
-        .iter()
-        .filter(|entry| scheduler.sequence(entry.id).samples_after(entry.num_tokens))
-        .map(|entry| (entry.id, token))
-        .collect();
+pub(super) fn launch(scheduler: &mut Scheduler) -> ScheduledBatch {
+    let batch = scheduler.schedule();
+    scheduler.note_launch(&batch);
+    scheduler.blocks.assert_consistent();
+    batch
+}
+
+/// Draws `token` for each sequence of the batch that may want one.
+pub(super) fn finish_step(
+    scheduler: &mut Scheduler,
+    batch: &ScheduledBatch,
+    token: u32,
+) -> Vec<Update> {
+    let drawing = batch.sequences.iter().filter(|entry| entry.is_last);
+    let sampled: Vec<_> = drawing.map(|entry| (entry.id, token)).collect();
     scheduler.update(batch, &sampled)
 }
 
-fn step(scheduler: &mut Scheduler) -> (Vec<(SequenceId, usize)>, Vec<Update>) {
-    let batch = scheduler.schedule();
+pub(super) fn step(scheduler: &mut Scheduler) -> (Vec<(SequenceId, usize)>, Vec<Update>) {
+    let batch = launch(scheduler);
     let updates = finish_step(scheduler, &batch, 1000);
     scheduler.blocks.assert_consistent();
     (scheduled(&batch), updates)
@@ -462,7 +469,7 @@ fn sequences_aborted_during_a_step_are_passed_over() {
     let mut scheduler = Scheduler::new(config());
     scheduler.add(1, request(&prompt(100, 4), 9)).unwrap();
     scheduler.add(2, request(&prompt(200, 4), 9)).unwrap();
-    let batch = scheduler.schedule();
+    let batch = launch(&mut scheduler);
     scheduler.abort(1);
     let updates = scheduler.update(&batch, &[(1, 5), (2, 6)]);
     let news: Vec<_> = updates.iter().map(|u| (u.id, u.token_id)).collect();
@@ -474,7 +481,7 @@ fn sequence_without_its_token_is_not_scheduled() {
     let mut scheduler = Scheduler::new(config());
     scheduler.add(1, request(&prompt(100, 4), 9)).unwrap();
     scheduler.add(2, request(&prompt(200, 4), 9)).unwrap();
-    let batch = scheduler.schedule();
+    let batch = launch(&mut scheduler);
     assert_eq!(scheduler.update(&batch, &[(2, 6)]).len(), 1);
     assert_eq!(scheduled(&scheduler.schedule()), [(2, 1)]);
 }
@@ -487,7 +494,7 @@ fn tokens_are_matched_by_id_in_any_order() {
             .add(id, request(&prompt(100 * id as u32, 4), 9))
             .unwrap();
     }
-    let batch = scheduler.schedule();
+    let batch = launch(&mut scheduler);
     let updates = scheduler.update(&batch, &[(3, 33), (1, 11), (2, 22)]);
     let news: Vec<_> = updates.iter().map(|u| (u.id, u.token_id)).collect();
     assert_eq!(news, [(1, Some(11)), (2, Some(22)), (3, Some(33))]);

@@ -12,11 +12,12 @@
 //          are none, so any grid gives the same result.
 // Scale:   scale_log2 = scale · log2(e).
 // Method:  "FlashAttention-3" (Shah et al., 2024), sections 3.1 and 3.2; own code. A warp finds
-//          tiles of 128 (token, head) rows and has TMA bring keys and values, 128 tokens a tile,
-//          into two stages each; three warps bring the next tile's queries; two warpgroups of 64
+//          tiles of 128 (token, head) rows, one has TMA bring keys and values, 128 tokens a tile,
+//          into two stages each; two warps bring the next tile's queries; two warpgroups of 64
 //          rows multiply with wgmma. A warpgroup starts a tile's scores and the last tile's
-//          weights · values together and turns scores into weights meanwhile; the two take turns
-//          to start products, so that one multiplies while the other has exponentials to compute.
+//          weights · values together and turns scores into weights meanwhile, from one tile of
+//          queries to the next without a pause; the two take turns to start products, so that one
+//          multiplies while the other has exponentials to compute.
 // Guard:   a barrier that is not passed for 17 s ends the launch with an illegal access.
 #include "attention_prefill_wgmma.cuh"
 
@@ -24,10 +25,29 @@
 
 // A thread's two rows, lane / 4 and 8 further on.
 struct Rows {
+    // About the largest score so far (MAX_EXCESS), which weights are relative to.
     float max[2];
     float sum[2];
-    // The last key that the row sees, less the thread's first column.
+};
+
+// A row's maximum stays while scores are over it by no more than this, as powers of two: sums so far
+// are rescaled seldom, and weights stay below 2^8.
+constexpr float MAX_EXCESS = 8.0f;
+
+constexpr Rows FRESH_ROWS = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+
+// What a thread keeps of a job.
+struct Task {
+    int num_tiles;
+    // From this tile on a row may not see all keys.
+    int first_masked;
+    // The last key that each row sees, less the thread's first column.
     int last_key[2];
+    // Tokens of the last tile's values that are after the sequence's end: the first, and how many.
+    int first_unused;
+    int num_unused;
+    // Where each row's results begin; negative where it has none.
+    int64_t target[2];
 };
 
 template <typename T, int D>
@@ -52,17 +72,24 @@ __device__ __forceinline__ void start_values(float (&out)[D / 2],
 }
 
 // Drops the keys that a row does not see; `first` is the tile's first key.
-__device__ __forceinline__ void mask(float (&scores)[KEYS / 2], const Rows &rows, int first) {
+__device__ __forceinline__ void mask(float (&scores)[KEYS / 2], const Task &task, int first) {
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++) {
-        if (i / 4 * 8 + i % 2 > rows.last_key[i % 4 / 2] - first) {
+        if (i / 4 * 8 + i % 2 > task.last_key[i % 4 / 2] - first) {
             scores[i] = -INFINITY;
         }
     }
 }
 
-// Turns scores into weights; `rescale` is what sums so far are to be multiplied by. Every row
-// sees key 0, so that its maximum is a number from the first tile on.
+template <int COUNT> __device__ __forceinline__ void clear(float (&registers)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        registers[i] = 0.0f;
+    }
+}
+
+// Turns scores into weights; `rescale` is what sums so far are to be multiplied by, if not 1. Every
+// row sees key 0, so that its maximum is a number from the first tile on.
 __device__ __forceinline__ void soften(float (&scores)[KEYS / 2], Rows &rows, float (&rescale)[2],
                                        float scale_log2) {
 #pragma unroll
@@ -81,10 +108,10 @@ __device__ __forceinline__ void soften(float (&scores)[KEYS / 2], Rows &rows, fl
         float max = fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3]));
         max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 1));
         max = fmaxf(max, __shfl_xor_sync(FULL_MASK, max, 2));
-        max = fmaxf(max, rows.max[half]);
-        rescale[half] = exp2_fast((rows.max[half] - max) * scale_log2);
-        rows.max[half] = max;
-        const float offset = max * scale_log2;
+        const float excess = (max - rows.max[half]) * scale_log2;
+        rescale[half] = excess > MAX_EXCESS ? exp2_fast(-excess) : 1.0f;
+        rows.max[half] = excess > MAX_EXCESS ? max : rows.max[half];
+        const float offset = rows.max[half] * scale_log2;
         float sums[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++) {
@@ -115,51 +142,45 @@ __device__ __forceinline__ void pack_weights(uint32_t (&weights)[KEYS / 16][4],
 // Zeroes values after the sequence's end in the last tile's last block: weights there are zero,
 // but what an unused slot holds may be NaN. All multipliers call it.
 template <int D>
-__device__ __forceinline__ void clear_unused(const Shared<D> &shared, const Job &job, int stage) {
-    const int first = (job.num_keys - 1) / KEYS * KEYS;
-    const int begin = job.context_len - first;
-    const int end = (job.num_keys - first + BOX_TOKENS - 1) / BOX_TOKENS * BOX_TOKENS;
-    if (begin >= end) {
+__device__ __forceinline__ void clear_unused(const Shared<D> &shared, const Task &task,
+                                             int stage) {
+    if (task.num_unused <= 0) {
         return;
     }
+    constexpr int COLUMNS = D / 8;
     const int thread = threadIdx.x - WARPGROUP_SIZE;
-    for (int i = thread; i < (end - begin) * (D / 8); i += MULTIPLIERS * WARPGROUP_SIZE) {
-        store16(shared.values(stage) + panel_offset(KEYS, begin + i / (D / 8), i % (D / 8)),
+    for (int i = thread; i < task.num_unused * COLUMNS; i += MULTIPLIER_THREADS) {
+        store16(shared.values(stage) +
+                    panel_offset(KEYS, task.first_unused + i / COLUMNS, i % COLUMNS),
                 make_uint4(0, 0, 0, 0));
     }
     fence_for_async();
-    sync_threads(ALL_MULTIPLIERS, MULTIPLIERS * WARPGROUP_SIZE);
+    sync_threads(ALL_MULTIPLIERS, MULTIPLIER_THREADS);
 }
 
-// Writes the warp's rows, through its own rows of the queries' tile, so that stores are 16 bytes.
+// Writes the warp's rows to where their job said.
 template <typename T, int D>
-__device__ __forceinline__ void write_rows(const Step<T> &step, const Job &job, char *queries,
-                                           const float (&out)[D / 2], const Rows &rows) {
-    constexpr int COLUMNS = D / 8;
+__device__ __forceinline__ void write_rows(T *target, const float (&out)[D / 2],
+                                           const int64_t (&offsets)[2], const float (&sums)[2]) {
     const int lane = threadIdx.x % WARP_SIZE;
-    const int first_row = threadIdx.x / WARP_SIZE * 16 - MULTIPLIER_ROWS;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = rows.sum[half];
+        float sum = sums[half];
         sum += __shfl_xor_sync(FULL_MASK, sum, 1);
         sum += __shfl_xor_sync(FULL_MASK, sum, 2);
         const float scale = __fdividef(1.0f, sum);
-        const int row = first_row + 8 * half + lane / 4;
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j++) {
-            *reinterpret_cast<uint32_t *>(queries + panel_offset(ROWS, row, j) + 4 * (lane % 4)) =
-                pack<T>(out[4 * j + 2 * half] * scale, out[4 * j + 2 * half + 1] * scale);
-        }
-    }
-    __syncwarp();
-    T *target = step.out + step.template origin_of<D>(job);
+        for (int octet = 0; octet < D / 8; octet += 4) {
+            uint32_t words[4];
 #pragma unroll
-    for (int i = lane; i < 16 * COLUMNS; i += WARP_SIZE) {
-        const int row = first_row + i / COLUMNS;
-        const int token = step.token_of(job.tile, row);
-        if (token < job.query_len) {
-            store16(target + step.template offset_of<D>(job.tile, row, token) + i % COLUMNS * 8,
-                    load16(queries + panel_offset(ROWS, row, i % COLUMNS)));
+            for (int i = 0; i < 4; i++) {
+                const int column = 4 * (octet + i) + 2 * half;
+                words[i] = pack<T>(out[column] * scale, out[column + 1] * scale);
+            }
+            const uint4 packed = gather_octet(words[0], words[1], words[2], words[3]);
+            if (offsets[half] >= 0) {
+                store16(target + offsets[half] + 8 * (octet + lane % 4), packed);
+            }
         }
     }
 }
@@ -172,76 +193,128 @@ __device__ __forceinline__ void release(const uint64_t &barrier) {
     }
 }
 
-// Computes a warpgroup's rows of a job. `num_used` tiles of keys were used before it.
+// Waits for a job and its queries. Returns false when there are no more.
 template <typename T, int D>
-__device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &step,
-                                       const Job &job, int slot, int num_used, int multiplier) {
+__device__ __forceinline__ bool begin_task(const Shared<D> &shared, const Step<T> &step, int count,
+                                           Task &task) {
+    const int slot = slot_of(count);
+    wait_barrier(shared_address(&shared.barriers->job_full[slot]), parity_of(count));
+    const Job job = shared.jobs[slot];
+    if (job.num_keys == 0) {
+        return false;
+    }
+    wait_barrier(shared_address(&shared.barriers->query_full[slot]), parity_of(count));
+    const int lane = threadIdx.x % WARP_SIZE;
+    const int first_position = job.context_len - job.query_len;
+    task.num_tiles = (job.num_keys + KEYS - 1) / KEYS;
+    task.first_masked = (first_position + step.token_of(job.tile, 0) + 1) / KEYS;
+    const int first_key = (task.num_tiles - 1) * KEYS;
+    const int num_boxes = (job.num_keys - first_key + BOX_TOKENS - 1) / BOX_TOKENS;
+    task.first_unused = job.context_len - first_key;
+    task.num_unused = num_boxes * BOX_TOKENS - task.first_unused;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = threadIdx.x / WARP_SIZE * 16 - MULTIPLIER_ROWS + 8 * half + lane / 4;
+        const int token = step.token_of(job.tile, row);
+        // Rows beyond the last token see what it sees, and are not written.
+        task.last_key[half] = min(first_position + token, job.num_keys - 1) - lane % 4 * 2;
+        task.target[half] = token < job.query_len
+                                ? step.template origin_of<D>(job) +
+                                      step.template offset_of<D>(job.tile, row, token)
+                                : -1;
+    }
+    return true;
+}
+
+// What a multiplying warpgroup does: it goes through the tiles of all its jobs, a job's last values
+// together with the next job's first scores.
+template <typename T, int D>
+__device__ __forceinline__ void multiply_tiles(const Shared<D> &shared, const Step<T> &step,
+                                               int multiplier) {
     constexpr int TILE_BYTES = Shared<D>::TILE_BYTES;
     Barriers &barriers = *shared.barriers;
-    const int first_position = job.context_len - job.query_len;
-    const int num_tiles = (job.num_keys + KEYS - 1) / KEYS;
-    // From here on a row may not see all keys of a tile.
-    const int first_masked = (first_position + step.token_of(job.tile, 0) + 1) / KEYS;
-    const uint64_t queries = describe_panels(shared_address(shared.queries(slot)) +
+    const uint64_t queries = describe_panels(shared_address(shared.queries(0)) +
                                              multiplier * MULTIPLIER_ROWS * PANEL_ROW_BYTES);
     const uint64_t keys = describe_panels(shared_address(shared.keys(0)));
     const uint64_t values =
         describe_panels(shared_address(shared.values(0)), Shared<D>::PANEL_BYTES);
-
-    Rows rows;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int lane = threadIdx.x % WARP_SIZE;
-        const int row = threadIdx.x / WARP_SIZE * 16 - MULTIPLIER_ROWS + 8 * half + lane / 4;
-        // Rows beyond the last token see what it sees, and are not written.
-        const int position = first_position + step.token_of(job.tile, row);
-        rows.last_key[half] = min(position, job.num_keys - 1) - lane % 4 * 2;
-        rows.max[half] = -INFINITY;
-        rows.sum[half] = 0.0f;
+    Task task;
+    // How many jobs and tiles came before.
+    int count = 0;
+    int value = 0;
+    if (!begin_task<T, D>(shared, step, count, task)) {
+        return;
     }
+    // The first one begins.
+    if (multiplier == 1) {
+        arrive_threads(TURN, MULTIPLIER_THREADS);
+    }
+    Rows rows = FRESH_ROWS;
     float scores[KEYS / 2];
     float out[D / 2];
     uint32_t weights[KEYS / 16][4];
     float rescale[2];
-#pragma unroll
-    for (int i = 0; i < D / 2; i++) {
-        out[i] = 0.0f;
-    }
+    int64_t target[2];
+    float sums[2];
+    clear<D / 2>(out);
 
-    int key = num_used;
-    wait_barrier(shared_address(&barriers.key_full[slot_of(key)]), parity_of(key));
+    wait_barrier(shared_address(&barriers.key_full[0]), 0);
     begin_products();
-    start_scores<T, D>(scores, queries, advance(keys, slot_of(key) * TILE_BYTES));
+    start_scores<T, D>(scores, queries, keys);
     commit_products();
     wait_for_products<0>();
     pin(scores);
-    release(barriers.key_empty[slot_of(key)]);
-    if (first_masked == 0) {
-        mask(scores, rows, 0);
+    release(barriers.key_empty[0]);
+    if (task.num_tiles == 1) {
+        release(barriers.query_empty[0]);
+    }
+    if (task.first_masked == 0) {
+        mask(scores, task, 0);
     }
     soften(scores, rows, rescale, step.scale_log2);
     pack_weights<T>(weights, scores);
-    wait_barrier(shared_address(&barriers.value_full[slot_of(key)]), parity_of(key));
+    wait_barrier(shared_address(&barriers.value_full[0]), 0);
 
-    for (int tile = 1; tile < num_tiles; tile++) {
-        const int value = key;
-        key++;
+    // The tile whose scores are next.
+    for (int tile = 1;; tile++, value++) {
+        const bool is_end = tile == task.num_tiles;
+        if (is_end) {
+            clear_unused<D>(shared, task, slot_of(value));
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                target[half] = task.target[half];
+                sums[half] = rows.sum[half];
+            }
+            count++;
+            if (!begin_task<T, D>(shared, step, count, task)) {
+                break;
+            }
+            rows = FRESH_ROWS;
+            tile = 0;
+        }
+        const int key = value + 1;
         wait_barrier(shared_address(&barriers.key_full[slot_of(key)]), parity_of(key));
-        sync_threads(TURN + multiplier, MULTIPLIERS * WARPGROUP_SIZE);
+        sync_threads(TURN + multiplier, MULTIPLIER_THREADS);
         pin(out);
         begin_products();
-        start_scores<T, D>(scores, queries, advance(keys, slot_of(key) * TILE_BYTES));
+        start_scores<T, D>(scores, advance(queries, slot_of(count) * TILE_BYTES),
+                           advance(keys, slot_of(key) * TILE_BYTES));
         commit_products();
         start_values<T, D>(out, weights, advance(values, slot_of(value) * TILE_BYTES));
         commit_products();
-        arrive_threads(TURN + 1 - multiplier, MULTIPLIERS * WARPGROUP_SIZE);
+        arrive_threads(TURN + 1 - multiplier, MULTIPLIER_THREADS);
         wait_for_products<1>();
         pin(scores);
         release(barriers.key_empty[slot_of(key)]);
-        if (tile >= first_masked) {
-            mask(scores, rows, tile * KEYS);
+        if (tile == task.num_tiles - 1) {
+            release(barriers.query_empty[slot_of(count)]);
+        }
+        if (tile >= task.first_masked) {
+            mask(scores, task, tile * KEYS);
         }
         soften(scores, rows, rescale, step.scale_log2);
+        const bool is_rescaled =
+            __any_sync(FULL_MASK, rescale[0] != 1.0f || rescale[1] != 1.0f);
         // All of it while the products run: the pins and the loop of the next values' wait keep
         // the compiler from putting the products' wait before it.
         pin(scores);
@@ -250,50 +323,27 @@ __device__ __forceinline__ void attend(const Shared<D> &shared, const Step<T> &s
         wait_for_products<0>();
         pin(out);
         release(barriers.value_empty[slot_of(value)]);
+        if (is_end) {
+            write_rows<T, D>(step.out, out, target, sums);
+            clear<D / 2>(out);
+        } else if (is_rescaled) {
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) {
-            out[i] *= rescale[i % 4 / 2];
+            for (int i = 0; i < D / 2; i++) {
+                out[i] *= rescale[i % 4 / 2];
+            }
         }
         pack_weights<T>(weights, scores);
     }
 
-    clear_unused<D>(shared, job, slot_of(key));
     pin(out);
     begin_products();
-    start_values<T, D>(out, weights, advance(values, slot_of(key) * TILE_BYTES));
+    start_values<T, D>(out, weights, advance(values, slot_of(value) * TILE_BYTES));
     commit_products();
     wait_for_products<0>();
     pin(out);
-    release(barriers.value_empty[slot_of(key)]);
-    // All warps of the warpgroup have multiplied with the queries.
-    sync_threads(MULTIPLIER + multiplier, WARPGROUP_SIZE);
-    write_rows<T, D>(step, job, shared.queries(slot), out, rows);
-    release(barriers.query_empty[slot]);
-}
-
-// What a multiplying warpgroup does.
-template <typename T, int D>
-__device__ __forceinline__ void multiply_tiles(const Shared<D> &shared, const Step<T> &step,
-                                               int multiplier) {
-    constexpr int NUM_THREADS = MULTIPLIERS * WARPGROUP_SIZE;
-    // The first one begins.
-    if (multiplier == 1) {
-        arrive_threads(TURN, NUM_THREADS);
-    }
-    int num_used = 0;
-    for (int count = 0;; count++) {
-        const int slot = slot_of(count);
-        wait_barrier(shared_address(&shared.barriers->job_full[slot]), parity_of(count));
-        const Job job = shared.jobs[slot];
-        if (job.num_keys == 0) {
-            break;
-        }
-        wait_barrier(shared_address(&shared.barriers->query_full[slot]), parity_of(count));
-        attend<T, D>(shared, step, job, slot, num_used, multiplier);
-        num_used += (job.num_keys + KEYS - 1) / KEYS;
-    }
+    write_rows<T, D>(step.out, out, target, sums);
     if (multiplier == 0) {
-        sync_threads(TURN, NUM_THREADS);
+        sync_threads(TURN, MULTIPLIER_THREADS);
     }
 }
 
@@ -332,6 +382,8 @@ __device__ __forceinline__ void attention_prefill_wgmma(const Step<T> &step) {
         give_registers<BRINGER_REGISTERS>();
         if (warp == 0) {
             bring_keys<T, D>(shared, step);
+        } else if (warp == 1) {
+            find_jobs<T, D>(shared, step);
         } else {
             bring_queries<T, D>(shared, step);
         }

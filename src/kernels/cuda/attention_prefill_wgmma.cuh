@@ -1,12 +1,17 @@
-// attention_prefill_wgmma's tiles of queries, what they are held in, and the warpgroup that brings
-// them and their keys and values; attention_prefill_wgmma.cu has the warpgroups that multiply.
+// attention_prefill_wgmma's tiles of queries, in which order they are taken, what they are held in,
+// and the warpgroup that brings them and their keys and values; attention_prefill_wgmma.cu has the
+// warpgroups that multiply.
+//
+// The rows of a tile are (token, head of a kv head's group) pairs, token by token: row r of tile t
+// is head (128 t + r) % group of token (128 t + r) / group.
 #pragma once
 
 #include "hopper.cuh"
-#include "prefill_work.cuh"
 
 #ifdef HAS_HOPPER
 
+// Rows of a tile of queries.
+constexpr int ROWS = 128;
 // Tokens of a tile of keys or values, and of a box.
 constexpr int KEYS = 128;
 constexpr int BOX_TOKENS = 16;
@@ -15,8 +20,9 @@ constexpr int STAGES = 2;
 constexpr int MULTIPLIERS = 2;             // Warpgroups that multiply; one more brings data.
 constexpr int THREADS = (MULTIPLIERS + 1) * WARPGROUP_SIZE;
 constexpr int MULTIPLIER_ROWS = ROWS / MULTIPLIERS;
-constexpr int MULTIPLIER_WARPS = MULTIPLIERS * WARPGROUP_SIZE / WARP_SIZE;
-constexpr int QUERY_THREADS = WARPGROUP_SIZE - WARP_SIZE;
+constexpr int MULTIPLIER_THREADS = MULTIPLIERS * WARPGROUP_SIZE;
+constexpr int MULTIPLIER_WARPS = MULTIPLIER_THREADS / WARP_SIZE;
+constexpr int QUERY_THREADS = WARPGROUP_SIZE - 2 * WARP_SIZE;
 static_assert(MULTIPLIER_ROWS == 64, "wgmma has 64 rows");
 // 65,536 registers in all.
 constexpr int BRINGER_REGISTERS = 40;
@@ -27,7 +33,6 @@ constexpr int NO_ROW = -BOX_TOKENS;
 // Barriers of sync_threads.
 constexpr int ALL_MULTIPLIERS = 1;
 constexpr int TURN = 2;                    // + multiplier.
-constexpr int MULTIPLIER = 4;              // + multiplier.
 
 // A tile of queries. num_keys is how many its last row sees; 0 when there are no more tiles.
 struct Job {
@@ -36,6 +41,8 @@ struct Job {
     int query_start;
     int query_len;
     int context_len;
+    // Where the sequence's blocks begin in block_tables.
+    int first_block;
     int num_keys;
 };
 
@@ -43,7 +50,7 @@ struct Job {
 struct Barriers {
     uint64_t job_full[2];
     uint64_t query_full[2];
-    // The slot's queries and job have been used.
+    // The slot's queries and job are not needed any more.
     uint64_t query_empty[2];
     uint64_t key_full[STAGES];
     uint64_t key_empty[STAGES];
@@ -135,40 +142,177 @@ __device__ __forceinline__ void bring_tile(char *target, const TensorMap &map, i
     }
 }
 
-// Finds the job numbered `index` and publishes it. Returns it and its place in the block tables.
-template <typename T, int D>
-__device__ __forceinline__ Job publish_job(const Shared<D> &shared, const Step<T> &step,
-                                           int index, int count, const int *&block_table) {
-    wait_barrier(shared_address(&shared.barriers->query_empty[slot_of(count)]), parity_of(count) ^ 1);
-    const Work work = find_work(index / step.num_kv_heads, step.cu_seqlens_q, step.num_sequences,
-                                max(step.min_query_len, 1), step.group_size);
-    Job job = {index % step.num_kv_heads, work.tile, work.query_start, work.query_len, 0, 0};
-    if (work.sequence >= 0) {
-        job.context_len = step.context_lens[work.sequence];
-        const int last_token = min(step.token_of(work.tile, ROWS - 1), work.query_len - 1);
-        job.num_keys = job.context_len - work.query_len + last_token + 1;
-        block_table = step.block_tables + step.cu_blocks[work.sequence];
+// A sequence's tiles of queries.
+struct Sequence {
+    int query_start;
+    int query_len;
+    int context_len;
+    // Where its blocks begin in block_tables.
+    int first_block;
+    // 0 where another kernel has its queries.
+    int num_tiles;
+
+    // Returns how many tiles of keys tile `tile` sees.
+    template <typename T>
+    __device__ __forceinline__ int level_of(const Step<T> &step, int tile) const {
+        const int last_token = min(step.token_of(tile, ROWS - 1), query_len - 1);
+        return (context_len - query_len + last_token + KEYS) / KEYS;
     }
-    if (threadIdx.x % WARP_SIZE == 0) {
-        shared.jobs[slot_of(count)] = job;
-        arrive(shared_address(&shared.barriers->job_full[slot_of(count)]));
+    // Returns the first tile that sees so many or more, num_tiles if none does: the one that has
+    // the first row of the first token that sees a key of that tile of keys.
+    template <typename T>
+    __device__ __forceinline__ int first_of(const Step<T> &step, int level) const {
+        const int token = (level - 1) * KEYS - (context_len - query_len);
+        return token <= 0 ? 0 : token < query_len ? token * step.group_size / ROWS : num_tiles;
     }
-    return job;
+};
+
+template <typename T>
+__device__ __forceinline__ Sequence sequence_of(const Step<T> &step, int sequence) {
+    if (sequence >= step.num_sequences) {
+        return {0, 0, 0, 0, 0};
+    }
+    const int start = step.cu_seqlens_q[sequence];
+    const int len = step.cu_seqlens_q[sequence + 1] - start;
+    const bool is_here = len >= max(step.min_query_len, 1);
+    return {start, len, step.context_lens[sequence], step.cu_blocks[sequence],
+            is_here ? (len * step.group_size + ROWS - 1) / ROWS : 0};
 }
 
-// What the first warp does: finds jobs and brings their keys and values.
+// The order in which tiles of queries are taken: those that see most tiles of keys ("level") first,
+// through all sequences, so that blocks end together. A warp goes through it.
+template <typename T> struct Queue {
+    const Step<T> &step;
+    // Tiles before this level and in it, and the greatest level below; 0 is none.
+    int level;
+    int num_before;
+    int num_here;
+    int next_level;
+
+    __device__ __forceinline__ explicit Queue(const Step<T> &step) : step(step), num_before(0) {
+        const int lane = threadIdx.x % WARP_SIZE;
+        int greatest = 0;
+        for (int first = 0; first < step.num_sequences; first += WARP_SIZE) {
+            const Sequence sequence = sequence_of(step, first + lane);
+            if (sequence.num_tiles > 0) {
+                greatest = max(greatest, sequence.level_of(step, sequence.num_tiles - 1));
+            }
+        }
+        go_to(__reduce_max_sync(FULL_MASK, greatest));
+    }
+
+    __device__ __forceinline__ void go_to(int new_level) {
+        const int lane = threadIdx.x % WARP_SIZE;
+        int count = 0;
+        int below = 0;
+        for (int first = 0; first < step.num_sequences; first += WARP_SIZE) {
+            const Sequence sequence = sequence_of(step, first + lane);
+            const int begin = min(sequence.first_of(step, new_level), sequence.num_tiles);
+            const int end = min(sequence.first_of(step, new_level + 1), sequence.num_tiles);
+            count += end - begin;
+            if (begin > 0) {
+                below = max(below, sequence.level_of(step, begin - 1));
+            }
+        }
+        level = new_level;
+        num_here = __reduce_add_sync(FULL_MASK, count);
+        next_level = __reduce_max_sync(FULL_MASK, below);
+    }
+
+    // Finds the tile numbered `index`, not smaller than in the call before. Returns false when
+    // there is none.
+    __device__ __forceinline__ bool find(int index, Sequence &found, int &tile) {
+        while (level > 0 && index >= num_before + num_here) {
+            num_before += num_here;
+            go_to(next_level);
+        }
+        if (level == 0) {
+            return false;
+        }
+        const int lane = threadIdx.x % WARP_SIZE;
+        int rest = index - num_before;
+        for (int first = 0;; first += WARP_SIZE) {
+            const Sequence sequence = sequence_of(step, first + lane);
+            const int begin = min(sequence.first_of(step, level), sequence.num_tiles);
+            const int end = min(sequence.first_of(step, level + 1), sequence.num_tiles);
+            int after = end - begin;
+#pragma unroll
+            for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
+                const int other = __shfl_up_sync(FULL_MASK, after, offset);
+                after += lane >= offset ? other : 0;
+            }
+            const uint32_t beyond = __ballot_sync(FULL_MASK, rest < after);
+            if (beyond != 0) {
+                const int source = __ffs(beyond) - 1;
+                const auto from = [&](int value) {
+                    return __shfl_sync(FULL_MASK, value, source);
+                };
+                tile = from(end - (after - rest));
+                found = {from(sequence.query_start), from(sequence.query_len),
+                         from(sequence.context_len), from(sequence.first_block),
+                         from(sequence.num_tiles)};
+                return true;
+            }
+            rest -= __shfl_sync(FULL_MASK, after, WARP_SIZE - 1);
+        }
+    }
+};
+
+// What the second warp does: finds the block's jobs and publishes each once its slot is free, while
+// the job before is worked on.
+template <typename T, int D>
+__device__ __forceinline__ void find_jobs(const Shared<D> &shared, const Step<T> &step) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    Queue<T> queue(step);
+    int index = blockIdx.x;
+    for (int count = 0;; count++) {
+        Job job = {index % step.num_kv_heads, 0, 0, 0, 0, 0, 0};
+        Sequence sequence;
+        if (queue.find(index / step.num_kv_heads, sequence, job.tile)) {
+            job.query_start = sequence.query_start;
+            job.query_len = sequence.query_len;
+            job.context_len = sequence.context_len;
+            job.first_block = sequence.first_block;
+            const int last_token = min(step.token_of(job.tile, ROWS - 1), job.query_len - 1);
+            job.num_keys = job.context_len - job.query_len + last_token + 1;
+        }
+        if (lane == 0) {
+            shared.jobs[slot_of(count)] = job;
+            arrive(shared_address(&shared.barriers->job_full[slot_of(count)]));
+        }
+        if (job.num_keys == 0) {
+            break;
+        }
+        wait_barrier(shared_address(&shared.barriers->query_empty[slot_of(count + 1)]),
+                     parity_of(count + 1) ^ 1);
+        if (lane == 0) {
+            index = gridDim.x + atomicAdd(step.counters, 1u);
+        }
+        index = __shfl_sync(FULL_MASK, index, 0);
+    }
+    // The last block to come here has seen all others' requests.
+    if (lane == 0) {
+        __threadfence();
+        if (atomicAdd(step.counters + 1, 1u) == gridDim.x - 1) {
+            step.counters[0] = 0;
+            step.counters[1] = 0;
+        }
+    }
+}
+
+// What the first warp does: brings keys and values.
 template <typename T, int D>
 __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T> &step) {
     const int lane = threadIdx.x % WARP_SIZE;
     Barriers &barriers = *shared.barriers;
-    const int *block_table = nullptr;
-    int index = blockIdx.x;
     int num_brought = 0;
     for (int count = 0;; count++) {
-        const Job job = publish_job(shared, step, index, count, block_table);
+        wait_barrier(shared_address(&barriers.job_full[slot_of(count)]), parity_of(count));
+        const Job job = shared.jobs[slot_of(count)];
         if (job.num_keys == 0) {
             break;
         }
+        const int *block_table = step.block_tables + job.first_block;
         const int num_tiles = (job.num_keys + KEYS - 1) / KEYS;
         const int box_token = lane % NUM_BOXES * BOX_TOKENS;
         // The block of the lane's box; looked up one tile ahead.
@@ -176,7 +320,6 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
             const int token = tile * KEYS + box_token;
             return token < job.num_keys ? block_table[token >> step.block_shift] : -1;
         };
-        int next_index = 0;
         int value_row = NO_ROW;
         int block = block_of(0);
         // In the order in which they are used: keys of a tile, values of the tile before.
@@ -187,9 +330,6 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
                     ? ((block * step.num_kv_heads + job.kv_head) << step.block_shift) + slot
                     : NO_ROW;
             block = block_of(tile + 1);
-            if (tile == max(num_tiles - 2, 0) && lane == 0) {
-                next_index = gridDim.x + atomicAdd(step.counters, 1u);
-            }
             if (tile < num_tiles) {
                 const int key = num_brought + tile;
                 bring_tile<D>(shared.keys(slot_of(key)), *step.key_map, row,
@@ -205,15 +345,6 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
             value_row = row;
         }
         num_brought += num_tiles;
-        index = __shfl_sync(FULL_MASK, next_index, 0);
-    }
-    // The last block to come here has seen all others' requests.
-    if (lane == 0) {
-        __threadfence();
-        if (atomicAdd(step.counters + 1, 1u) == gridDim.x - 1) {
-            step.counters[0] = 0;
-            step.counters[1] = 0;
-        }
     }
 }
 
@@ -221,7 +352,7 @@ __device__ __forceinline__ void bring_keys(const Shared<D> &shared, const Step<T
 template <typename T, int D>
 __device__ __forceinline__ void bring_queries(const Shared<D> &shared, const Step<T> &step) {
     constexpr int COLUMNS = D / 8;
-    const int thread = threadIdx.x - WARP_SIZE;
+    const int thread = threadIdx.x - (WARPGROUP_SIZE - QUERY_THREADS);
     for (int count = 0;; count++) {
         const int slot = slot_of(count);
         // The slot is free too: the job was published after that.

@@ -1,7 +1,8 @@
 //! A step's integers on the GPU: one upload from pinned memory into one buffer.
 //!
 //! The places depend on the padded numbers of tokens and sequences alone, so that a graph
-//! recorded for a bucket finds its inputs where it found them when it was recorded.
+//! recorded for a bucket finds its inputs where it found them when it was recorded. An upload comes
+//! in the stream after the step that still reads what it overwrites.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -9,7 +10,8 @@ use candle_core::{Result, bail};
 
 use super::super::{AttentionBatch, check};
 use super::driver::{Address, Driver};
-use super::memory::{Buffer, Pinned};
+use super::memory::Buffer;
+use super::turns::Turns;
 
 /// Tokens that `attention_decode`'s split takes at least.
 const MIN_SPLIT_TOKENS: usize = 64;
@@ -53,7 +55,7 @@ pub(in crate::kernels) struct Staged {
 /// The buffers that steps are staged in.
 pub(super) struct Stage {
     device: Buffer,
-    host: Mutex<Pinned<i32>>,
+    host: Mutex<Turns<i32>>,
     limits: Limits,
 }
 
@@ -74,15 +76,15 @@ impl Stage {
             + limits.num_sequences * limits.num_sequence_blocks;
         Ok(Self {
             device: driver.allocate(4 * len)?,
-            host: Mutex::new(Pinned::new(driver, len)?),
+            host: Mutex::new(Turns::new(driver, len)?),
             limits,
         })
     }
 
-    /// Uploads a step. The one before must have run: its pinned memory is written again.
+    /// Uploads a step, after the upload of the one before the last has run.
     ///
     /// # Errors
-    /// When the step is larger than the limits.
+    /// When the step is larger than the limits, or an input id stands for a row that no step has.
     pub(super) fn stage(
         &self,
         driver: &Driver,
@@ -99,7 +101,18 @@ impl Stage {
                 self.limits
             );
         }
+        let is_drawn = |id: i32| id < 0;
+        let mut rows = step.input_ids.iter().map(|&id| id as i32);
+        if let Some(id) = rows.find(|&id| is_drawn(id) && !id as usize >= self.limits.num_sequences)
+        {
+            bail!(
+                "an input id stands for row {} of the step before; a step has at most {} rows",
+                !id,
+                self.limits.num_sequences
+            );
+        }
         let mut host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        let (host, uploaded) = host.take(driver)?;
         let mut writer = Writer {
             values: host.get_mut(),
             len: 0,
@@ -143,6 +156,7 @@ impl Stage {
         let len = writer.len;
         // SAFETY: `Writer` keeps inside the buffers, which are of one length.
         unsafe { driver.upload(self.device.address(), &host.get()[..len])? };
+        uploaded.record(driver)?;
         Ok(staged)
     }
 }

@@ -3,8 +3,9 @@
 // silu_and_mul   out[r][c] = silu(gate_up[r][c]) · gate_up[r][width + c]
 //                gate_up [rows, 2 width], out [rows, width]; grid (⌈width / (8 block)⌉, rows).
 // embedding      out[r] = table[ids[r] − first_id], zeros where the id is not in the table's
-//                num_ids ids (ranks that share a vocabulary add their results); ids u32 [rows],
+//                num_ids ids (ranks that share a vocabulary add their results); ids i32 [rows],
 //                table [num_ids, width], out [rows, width]; grid (⌈width / (8 block)⌉, rows).
+//                An id below 0 is drawn[-1 - id]: what row -1 - id of the step before drew (u32).
 // gather_rows    out[r] = x[rows[r]], zeros where rows[r] < 0 (a bucket's padding); rows i32;
 //                grid (⌈width / (8 block)⌉, rows).
 // copy_blocks    Copies whole blocks of the KV cache, pairs i32 [n][source, target], source < 0
@@ -71,11 +72,14 @@ extern "C" __global__ void copy_blocks(uint4 *cache, const int *pairs, int64_t l
     extern "C" __global__ void silu_and_mul_##SUFFIX(T *out, const T *gate_up, int width) {        \
         silu_and_mul(out, gate_up, width);                                                         \
     }                                                                                              \
-    extern "C" __global__ void embedding_##SUFFIX(T *out, const T *table, const uint32_t *ids,     \
-                                                  uint32_t first_id, int num_ids, int width) {     \
+    extern "C" __global__ void embedding_##SUFFIX(T *out, const T *table, const int *ids,          \
+                                                  const uint32_t *drawn, uint32_t first_id,        \
+                                                  int num_ids, int width) {                        \
         wait_for_producer();                                                                       \
         release_consumer();                                                                        \
-        copy_row(out, table, (int64_t)ids[blockIdx.y] - first_id, num_ids, width);                 \
+        const int id = ids[blockIdx.y];                                                            \
+        const int64_t token = id < 0 ? (int64_t)drawn[-1 - id] : (int64_t)id;                      \
+        copy_row(out, table, token - first_id, num_ids, width);                                    \
     }                                                                                              \
     extern "C" __global__ void gather_rows_##SUFFIX(T *out, const T *x, const int *rows,           \
                                                     int num_rows, int width) {                     \

@@ -59,21 +59,6 @@ template <int STAGES> struct Turn {
     }
 };
 
-// Gives each of four lanes one octet of columns of a row, of which each lane had two columns.
-__device__ __forceinline__ uint4 gather_octet(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const bool is_odd = threadIdx.x & 1;
-    const uint32_t ab = __shfl_xor_sync(FULL_MASK, is_odd ? a : b, 1);
-    const uint32_t cd = __shfl_xor_sync(FULL_MASK, is_odd ? c : d, 1);
-    (is_odd ? a : b) = ab;
-    (is_odd ? c : d) = cd;
-    const bool is_high = threadIdx.x & 2;
-    const uint32_t ac = __shfl_xor_sync(FULL_MASK, is_high ? a : c, 2);
-    const uint32_t bd = __shfl_xor_sync(FULL_MASK, is_high ? b : d, 2);
-    (is_high ? a : c) = ac;
-    (is_high ? b : d) = bd;
-    return make_uint4(a, b, c, d);
-}
-
 // The scales of columns 8 j + i of W for j < 4, i < 2; of those from `n` on, none are read.
 __device__ __forceinline__ void load_scales(float (&scales)[4][2], const float *source, int column,
                                             int n) {

@@ -224,6 +224,22 @@ template <int COUNT> __device__ __forceinline__ void pin(uint32_t (&registers)[C
     }
 }
 
+// Gives each of four lanes one octet of columns of a row of sums, of which each had two columns:
+// lane i % 4 == 0 the octet that a is of, and so on.
+__device__ __forceinline__ uint4 gather_octet(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const bool is_odd = threadIdx.x & 1;
+    const uint32_t ab = __shfl_xor_sync(FULL_MASK, is_odd ? a : b, 1);
+    const uint32_t cd = __shfl_xor_sync(FULL_MASK, is_odd ? c : d, 1);
+    (is_odd ? a : b) = ab;
+    (is_odd ? c : d) = cd;
+    const bool is_high = threadIdx.x & 2;
+    const uint32_t ac = __shfl_xor_sync(FULL_MASK, is_high ? a : c, 2);
+    const uint32_t bd = __shfl_xor_sync(FULL_MASK, is_high ? b : d, 2);
+    (is_high ? a : c) = ac;
+    (is_high ? b : d) = bd;
+    return make_uint4(a, b, c, d);
+}
+
 // Starts sums += A·Bᵀ, or sums = A·Bᵀ where `adds` is 0: A is 64×16 and B N×16 in shared memory,
 // both with their 16 columns side by side. Of rows lane / 4 and lane / 4 + 8 of its warp's 16, a
 // thread has at [4 j + 2 half + i] column 8 j + 2 (lane % 4) + i. Products of E4m3Pair keep about

@@ -4,8 +4,8 @@
 //! `driver` is the GPU (streams, launches, graphs), `memory` what owns memory, `weights` loads
 //! matrices, `fp8` quantises them and what they multiply, `activations` is where results go,
 //! `batch` stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels,
-//! `sampler` draws tokens, `peers` are the collectives of several GPUs. `unsafe` code stays in this
-//! folder.
+//! `sampler` draws tokens, `peers` are the collectives of several GPUs, `turns` is what lets the
+//! host prepare a step while another runs. `unsafe` code stays in this folder.
 
 mod activations;
 mod batch;
@@ -17,6 +17,7 @@ mod paged;
 mod peers;
 mod sampler;
 mod tensor_map;
+mod turns;
 mod weights;
 
 use std::ops::Range;
@@ -45,6 +46,7 @@ pub(super) use batch::{Staged, StepArrays};
 pub(super) use driver::Graph;
 pub(super) use driver::num_gpus;
 pub(super) use paged::GpuKv;
+pub(super) use sampler::PendingDraws;
 pub(super) use weights::GpuMatrix;
 
 /// A GPU, its weights' memory and what its kernels need between calls.
@@ -324,7 +326,7 @@ impl Gpu {
         tensor.narrow(1, 0, width)
     }
 
-    /// Looks up the staged step's ids.
+    /// Looks up the staged step's ids, some of which may be what the step before drew.
     pub(super) fn embedding(
         &self,
         staged: &Staged,
@@ -337,6 +339,7 @@ impl Gpu {
             Arg::Pointer(out),
             Arg::Pointer(table.unquantized()?),
             Arg::Pointer(staged.ids),
+            Arg::Pointer(self.sampler.drawn_ids()),
             Arg::U32(vocab_start as u32),
             Arg::I32(table.rows as i32),
             Arg::I32(width as i32),
@@ -471,6 +474,13 @@ impl Gpu {
             other => bail!("{name}: no kernel takes {other:?}"),
         };
         Ok(base + (layout.start_offset() * dtype.size_in_bytes()) as Address)
+    }
+}
+
+impl Drop for Gpu {
+    /// Waits for what is in flight: it works on memory that goes now.
+    fn drop(&mut self) {
+        let _ = self.synchronize();
     }
 }
 

@@ -29,7 +29,7 @@ pub(in crate::kernels) struct GpuKv {
     keys: Address,
     values: Address,
     /// Keys and values for `attention_prefill_wgmma`, where the GPU has it.
-    maps: Option<[TensorMap; 2]>,
+    maps: Option<Box<[TensorMap; 2]>>,
     _memory: Arc<Buffer>,
 }
 
@@ -125,7 +125,7 @@ impl Gpu {
             let keys = memory.address() + (2 * index * half) as Address;
             let values = keys + half as Address;
             let maps = if self.scratch.has_wgmma_prefill && has_boxes {
-                Some([map(keys)?, map(values)?])
+                Some(Box::new([map(keys)?, map(values)?]))
             } else {
                 None
             };

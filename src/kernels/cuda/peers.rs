@@ -250,6 +250,23 @@ impl Gpu {
         }
     }
 
+    /// Gives all ranks the ids of the `num_rows` tokens that rank 0 drew last.
+    pub(in crate::kernels) fn share_drawn_ids(&self, num_rows: usize) -> Result<()> {
+        let Some((arguments, _)) = self.peers.as_ref().and_then(|peers| peers.connected.get())
+        else {
+            return Ok(());
+        };
+        let num_vectors = num_rows.div_ceil(4);
+        let args = [
+            Arg::Pointer(self.sampler.drawn_ids()),
+            Arg::I32(num_vectors as i32),
+            Arg::Structure(std::ptr::from_ref(arguments).cast()),
+        ];
+        let block = num_vectors.next_multiple_of(32).clamp(32, 1024);
+        self.driver
+            .launch("broadcast_ids", Geometry::new([1, 1, 1], block), &args)
+    }
+
     /// Joins the columns of f32 `x [rows, width]` of all ranks on rank 0; others get theirs back.
     pub(in crate::kernels) fn all_gather_columns(&self, x: &Tensor) -> Result<Tensor> {
         let peers = self.peers()?;

@@ -1,6 +1,10 @@
 //! Draws tokens on the GPU: packs each row's parameters, launches `sample`, reads the ids back.
+//!
+//! The drawn ids stay where they are until the next launch, so that the embedding of the step in
+//! between may read them. What goes up and comes back passes through two sets of pinned memory
+//! that take turns: one step may be prepared while the one before is not read yet.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -8,6 +12,7 @@ use super::super::{Draw, DrawOutcome, Drawn, MAX_TOP_LOGPROBS as MAX_TOP};
 use super::Gpu;
 use super::driver::{Address, Arg, Driver, Geometry};
 use super::memory::{Buffer, Pinned};
+use super::turns::Event;
 
 /// Words of `SamplingParams` in sampler.cu.
 const PARAMS_WORDS: usize = 18;
@@ -32,7 +37,7 @@ pub(super) struct Sampler {
     outputs: Buffer,
     counts: Buffer,
     marked: Buffer,
-    host: Mutex<Host>,
+    host: Mutex<[Host; 2]>,
     scratch: Option<Buffer>,
     shared_len: usize,
     cluster: usize,
@@ -41,6 +46,29 @@ pub(super) struct Sampler {
 struct Host {
     inputs: Pinned<u32>,
     outputs: Pinned<u32>,
+    /// Comes when the outputs are there.
+    done: Event,
+    /// From a launch until its outputs have been read.
+    is_pending: bool,
+}
+
+impl Host {
+    fn new(driver: &Driver, num_inputs: usize, num_outputs: usize) -> Result<Self> {
+        Ok(Self {
+            inputs: Pinned::new(driver, num_inputs)?,
+            outputs: Pinned::new(driver, num_outputs)?,
+            done: Event::new(driver)?,
+            is_pending: false,
+        })
+    }
+}
+
+/// A launch of `sample` whose outputs have not been read.
+pub(in crate::kernels) struct PendingDraws {
+    /// Which of the two hosts.
+    host: usize,
+    /// How many top tokens each row reports; none for a row that draws nothing.
+    rows: Vec<Option<usize>>,
 }
 
 impl Sampler {
@@ -63,17 +91,22 @@ impl Sampler {
             max_rows,
             logits: Mutex::new(None),
             inputs: driver.allocate(4 * num_inputs)?,
-            outputs: driver.allocate(4 * num_outputs)?,
+            outputs: driver.allocate_zeroed(4 * num_outputs)?,
             counts: driver.allocate_zeroed(max_rows * counts_stride(vocab_size) * COUNT_BYTES)?,
             marked: driver.allocate(4 * MAX_MARKED)?,
-            host: Mutex::new(Host {
-                inputs: Pinned::new(driver, num_inputs)?,
-                outputs: Pinned::new(driver, num_outputs)?,
-            }),
+            host: Mutex::new([
+                Host::new(driver, num_inputs, num_outputs)?,
+                Host::new(driver, num_inputs, num_outputs)?,
+            ]),
             scratch,
             shared_len,
             cluster,
         })
+    }
+
+    /// Returns where the ids are that the last launch draws, one a row.
+    pub(super) fn drawn_ids(&self) -> Address {
+        self.outputs.address()
     }
 
     /// Returns the first rows of the buffer of logits and their address.
@@ -102,52 +135,100 @@ impl Sampler {
 }
 
 impl Gpu {
-    /// Draws one token for each row that asks for it; `logits` is what [`Gpu::logits`] returned.
+    /// Launches the draw of one token for each row that asks for it; `logits` is what
+    /// [`Gpu::logits`] returned.
     ///
     /// # Errors
-    /// When there are more rows or biases than the buffers hold.
-    pub(in crate::kernels) fn sample(
+    /// When there are more rows or biases than the buffers hold, or two launches are pending.
+    pub(in crate::kernels) fn launch_draws(
         &self,
         logits: &Tensor,
         draws: &[Option<Draw>],
-    ) -> Result<Vec<Option<Drawn>>> {
+    ) -> Result<PendingDraws> {
         let sampler = &self.sampler;
         let num_rows = draws.len();
         if num_rows > sampler.max_rows || num_rows > logits.dims()[0] {
             bail!("{num_rows} draws from {:?} logits", logits.dims());
         }
-        let mut host = sampler.host.lock().unwrap_or_else(PoisonError::into_inner);
-        let host = &mut *host;
-        let num_inputs = pack(draws, host.inputs.get_mut())?;
-        // SAFETY: the buffers have one length; the wait below comes before the next write.
-        unsafe {
-            self.driver
-                .upload(sampler.inputs.address(), &host.inputs.get()[..num_inputs])?
+        self.launch_pending(draws, |host| {
+            let num_inputs = pack(draws, host.inputs.get_mut())?;
+            // SAFETY: the buffers have one length; the host's next turn is after the event that
+            // comes later in the stream.
+            unsafe {
+                self.driver
+                    .upload(sampler.inputs.address(), &host.inputs.get()[..num_inputs])?
+            };
+            self.launch_sample(logits, num_rows)?;
+            let num_top = draws.iter().flatten().filter_map(|draw| draw.num_logprobs);
+            let len = match num_top.max() {
+                Some(1..) => num_rows * (RESULT_WORDS + 2 * MAX_TOP),
+                _ => num_rows * RESULT_WORDS,
+            };
+            // SAFETY: the buffer is that long, and it is read after the event.
+            unsafe {
+                self.driver.download(
+                    &mut host.outputs.get_mut()[..len],
+                    sampler.outputs.address(),
+                )
+            }
+        })
+    }
+
+    /// Launches nothing, to be waited for like draws.
+    ///
+    /// # Errors
+    /// When two launches are pending.
+    pub(in crate::kernels) fn launch_no_draws(&self) -> Result<PendingDraws> {
+        self.launch_pending(&[], |_| Ok(()))
+    }
+
+    fn launch_pending(
+        &self,
+        draws: &[Option<Draw>],
+        launch: impl FnOnce(&mut Host) -> Result<()>,
+    ) -> Result<PendingDraws> {
+        let mut hosts = self.lock_hosts();
+        let free = hosts.iter().position(|host| !host.is_pending);
+        let Some(index) = free else {
+            bail!("a third step is launched before the first one is read");
         };
-        let num_top = draws
-            .iter()
-            .flatten()
-            .filter_map(|draw| draw.num_logprobs)
-            .max();
-        self.launch_sample(logits, num_rows)?;
-        let len = match num_top {
-            Some(1..) => num_rows * (RESULT_WORDS + 2 * MAX_TOP),
-            _ => num_rows * RESULT_WORDS,
-        };
-        // SAFETY: the buffer is that long; the memory lives through the wait.
-        unsafe {
-            self.driver.download(
-                &mut host.outputs.get_mut()[..len],
-                sampler.outputs.address(),
-            )?;
-        }
-        self.driver.synchronize()?;
-        let words = host.outputs.get();
-        Ok(draws
-            .iter()
-            .enumerate()
-            .map(|(row, draw)| draw.as_ref().map(|draw| unpack(words, row, num_rows, draw)))
+        let host = &mut hosts[index];
+        // Also where the launch fails: part of it may be in the stream.
+        host.is_pending = true;
+        launch(host)?;
+        host.done.record(&self.driver)?;
+        let num_top = |draw: &Draw| draw.num_logprobs.unwrap_or(0).min(MAX_TOP);
+        Ok(PendingDraws {
+            host: index,
+            rows: draws
+                .iter()
+                .map(|draw| draw.as_ref().map(num_top))
+                .collect(),
+        })
+    }
+
+    /// Waits for a launch and returns what its rows drew.
+    ///
+    /// # Errors
+    /// When a kernel has faulted.
+    pub(in crate::kernels) fn finish_draws(
+        &self,
+        draws: PendingDraws,
+    ) -> Result<Vec<Option<Drawn>>> {
+        let mut hosts = self.lock_hosts();
+        let host = &mut hosts[draws.host];
+        host.done.wait(&self.driver)?;
+        host.is_pending = false;
+        let (words, num_rows) = (host.outputs.get(), draws.rows.len());
+        let rows = draws.rows.iter().enumerate();
+        Ok(rows
+            .map(|(row, num_top)| num_top.map(|num_top| unpack(words, row, num_rows, num_top)))
             .collect())
+    }
+
+    fn lock_hosts(&self) -> MutexGuard<'_, [Host; 2]> {
+        let hosts = &self.sampler.host;
+        hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn launch_sample(&self, logits: &Tensor, num_rows: usize) -> Result<()> {
@@ -289,15 +370,14 @@ fn pack(draws: &[Option<Draw>], words: &mut [u32]) -> Result<usize> {
     })
 }
 
-/// Reads one row's result.
-fn unpack(words: &[u32], row: usize, num_rows: usize, draw: &Draw) -> Drawn {
+/// Reads one row's result and its `num_top` most likely tokens.
+fn unpack(words: &[u32], row: usize, num_rows: usize, num_top: usize) -> Drawn {
     let word = |field: usize| words[field * num_rows + row];
     let outcome = match word(1) {
         0 => DrawOutcome::Drawn,
         1 => DrawOutcome::NotFinite,
         _ => DrawOutcome::NothingLeft,
     };
-    let num_top = draw.num_logprobs.unwrap_or(0).min(MAX_TOP);
     let ids = RESULT_WORDS * num_rows + row * MAX_TOP;
     let logprobs = ids + num_rows * MAX_TOP;
     Drawn {
