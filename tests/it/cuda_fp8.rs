@@ -12,9 +12,9 @@ use infold::kernels::Kernels;
 use infold::weights::Checkpoint;
 
 use crate::cuda::{
-    Linears, SHAPES, Shape, Tolerance, assert_all_near, assert_batchings_agree, has_gpu, on_gpu,
-    params, run_alone,
+    Tolerance, assert_all_near, assert_batchings_agree, has_gpu, on_gpu, params, prompts, run_alone,
 };
+use crate::random_models::{Linears, SHAPES, Shape};
 use crate::tiny_engine::{options, run_together, start};
 
 /// Twice what the rounding of activations does.
@@ -109,6 +109,6 @@ fn fp8_on_two_gpus_answers_as_on_one() {
     let engine = start(folder.path(), &two);
     let got = run_alone(&engine, &params(40));
     assert_all_near("two GPUs", &got, &want, FP8_TOLERANCE);
-    let got = run_together(&engine, &crate::cuda::prompts(), &params(40));
+    let got = run_together(&engine, &prompts(), &params(40));
     assert_all_near("two GPUs together", &got, &want, FP8_TOLERANCE);
 }

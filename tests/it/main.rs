@@ -18,6 +18,8 @@ mod hub;
 mod merge;
 mod models_golden;
 mod openai_sdk;
+#[cfg(feature = "cuda")]
+mod random_models;
 mod tiny_engine;
 mod train;
 mod weights;
