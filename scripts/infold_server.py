@@ -3,6 +3,7 @@
 Standard library only.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -48,6 +49,8 @@ class Server:
             stdout=self.log_file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
+            # A group of its own, so that `stop` reaches what the server starts (vLLM's engine process).
+            start_new_session=True,
         )
         try:
             self._wait_until_ready(ready_timeout_secs)
@@ -118,9 +121,18 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        self._end_group()
         self.log_file.close()
         pathlib.Path(self.log_file.name).unlink(missing_ok=True)
         return self.process.returncode
+
+    def _end_group(self):
+        """Ends what the server left behind and waits for it: a GPU's memory is free only then."""
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                time.sleep(0.05)
 
     def __enter__(self):
         return self

@@ -13,7 +13,9 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
 
-use crate::engine::{EngineArgs, EngineHandle, GenerateRequest, SamplingParams, TokenEvent};
+use crate::engine::{
+    EngineArgs, EngineHandle, GenerateRequest, LoadFormat, SamplingParams, TokenEvent,
+};
 use crate::weights::ModelSource;
 
 /// Measure the engine offline: first token, time per token, throughput
@@ -52,7 +54,7 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
 
-    /// Make random weights in the shape of config.json instead of reading any [default: off]
+    /// The same as --load-format dummy [default: off]
     #[arg(long)]
     dummy_weights: bool,
 
@@ -134,9 +136,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         .or(args.model_flag.as_deref())
         .unwrap_or_default();
     let start = Instant::now();
-    let checkpoint: Arc<dyn ModelSource> = match args.dummy_weights {
-        false => args.engine.open(model)?,
-        true => args.engine.open_dummy(model)?,
+    let checkpoint: Arc<dyn ModelSource> = match args.engine.load_format {
+        LoadFormat::Auto if !args.dummy_weights => args.engine.open(model)?,
+        _ => args.engine.open_dummy(model)?,
     };
     let handle = args.engine.start(checkpoint)?;
     let load_seconds = start.elapsed().as_secs_f64();

@@ -26,6 +26,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "DIRECTORY")]
     pub download_dir: Option<PathBuf>,
 
+    /// Take weights from the model's files (auto) or make random ones in the shape of config.json (dummy)
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
+    pub load_format: LoadFormat,
+
     /// Run here: auto (a GPU where there is one), cpu, cuda, or cuda:N
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     pub device: DeviceChoice,
@@ -134,7 +138,8 @@ impl EngineArgs {
         Ok(Arc::new(Checkpoint::open(&path)?))
     }
 
-    /// Opens a model of random weights in the shape that `model`'s `config.json` gives.
+    /// Makes a model of random weights in the shape that the `config.json` of the directory `model`
+    /// gives (`--load-format dummy`).
     ///
     /// # Errors
     /// [`EngineError::Weights`] or [`EngineError::Model`] naming the file or key.
@@ -207,6 +212,16 @@ impl EngineArgs {
             max_num_waiting: self.max_queued_requests,
         }
     }
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// Safetensors or GGUF, whichever the model has.
+    #[value(aliases = ["safetensors", "hf", "gguf"])]
+    Auto,
+    /// Random numbers: for measuring speed without the files.
+    Dummy,
 }
 
 /// A number format for weights and activations.

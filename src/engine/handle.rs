@@ -207,3 +207,54 @@ pub(crate) fn mock_engine(
     });
     handle
 }
+
+/// Starts an engine without a model that waits for `num_sequences` requests and then draws one
+/// token for each every `step_time`. Its thread leaves the processor time it took, in nanoseconds,
+/// in `cpu_nanos`.
+#[cfg(test)]
+pub(crate) fn stepping_engine(
+    info: EngineInfo,
+    num_sequences: usize,
+    step_time: std::time::Duration,
+    cpu_nanos: Arc<std::sync::atomic::AtomicU64>,
+) -> EngineHandle {
+    use super::request::FinishReason;
+
+    let (commands, receiver) = mpsc::channel();
+    let shared = Arc::new(Shared {
+        info,
+        stats: SharedStats::default(),
+        death: OnceLock::new(),
+    });
+    let handle = EngineHandle::new(commands, shared);
+    std::thread::spawn(move || {
+        let mut sequences = Vec::new();
+        while sequences.len() < num_sequences
+            && let Ok(Command::Submit(submission)) = receiver.recv()
+        {
+            sequences.push((
+                submission.events,
+                submission.request.sampling_params.max_tokens,
+            ));
+        }
+        while !sequences.is_empty() {
+            let started = Instant::now();
+            for (events, left) in &mut sequences {
+                *left -= 1;
+                let _ = events.send(TokenEvent::Token {
+                    token_id: 97 + (*left % 20) as u32,
+                    logprobs: None,
+                    finish: (*left == 0).then_some(FinishReason::Length),
+                });
+            }
+            sequences.retain(|(_, left)| *left > 0);
+            let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat");
+            let nanos = schedstat
+                .ok()
+                .and_then(|text| text.split(' ').next()?.parse().ok());
+            cpu_nanos.store(nanos.unwrap_or(0), Ordering::Relaxed);
+            std::thread::sleep(step_time.saturating_sub(started.elapsed()));
+        }
+    });
+    handle
+}

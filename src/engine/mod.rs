@@ -30,7 +30,7 @@ use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
 
 pub use crate::kernels::Quantization;
-pub use args::{Dtype, EngineArgs, parse_size};
+pub use args::{Dtype, EngineArgs, LoadFormat, parse_size};
 pub use config::{AsyncScheduling, DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
@@ -38,7 +38,7 @@ pub use scheduler::SchedulingPolicy;
 pub use stats::{Stats, StepTokens};
 
 #[cfg(test)]
-pub(crate) use handle::mock_engine;
+pub(crate) use handle::{mock_engine, stepping_engine};
 
 use self::core::EngineCore;
 use block_manager::PrefixCaching;

@@ -260,7 +260,7 @@ mod tests {
         insta::assert_snapshot!(message("m --tokenizer-mode slow"), @"--tokenizer-mode slow is not supported (only auto, hf, fast): only tokenizer.json and GGUF vocabularies are read");
         insta::assert_snapshot!(message("m --lora-modules a=b c=d"), @"--lora-modules is not supported: merge the adapter into the model first");
         assert!(
-            prepare("m --load-format auto -pp 1")
+            prepare("m --config-format auto -pp 1")
                 .unwrap()
                 .warnings
                 .is_empty()

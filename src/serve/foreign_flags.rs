@@ -206,14 +206,6 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
         OnlyAs(&["auto", "hf"], "only Hugging Face configs are read"),
     ),
     (
-        "--load-format",
-        One,
-        OnlyAs(
-            &["auto", "safetensors", "hf", "gguf"],
-            "only safetensors and GGUF weights are read",
-        ),
-    ),
-    (
         "--model-impl",
         One,
         OnlyAs(&["auto", "vllm"], "models are built in"),

@@ -1,19 +1,20 @@
 //! From flags to a running engine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde_json::Value;
 
-use crate::engine::EngineHandle;
+use crate::engine::{EngineHandle, LoadFormat};
 use crate::text::{
     self, ChatTemplate, TextError, Tokenizer, fallback_template,
     fallback_template_for_architecture, resolve_chat_template,
 };
 
 use crate::weights::{
-    self, Adapter, Checkpoint, MergeOptions, MergedCheckpoint, ModelSource, TokenizerSource,
+    self, Adapter, Checkpoint, DummyCheckpoint, MergeOptions, MergedCheckpoint, ModelSource,
+    TokenizerSource,
 };
 
 use super::args::ServeArgs;
@@ -78,24 +79,62 @@ impl LoadedModel {
 /// # Errors
 /// A model that can not be found, read or run.
 pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
-    let checkpoint = args.engine.open(args.model())?;
-    // The tokenizer first: a wrong one is found in moments, an engine takes longer to start.
-    let tokenizer = match &args.tokenizer {
-        Some(directory) => Tokenizer::from_dir(directory),
-        None => tokenizer_of(&checkpoint),
-    }
-    .context("loading the tokenizer")?;
-    let generation_config = checkpoint.generation_config().cloned();
-    let root = checkpoint.path().display().to_string();
-    let model = with_adapters(checkpoint, &args.merge_adapter)?;
-    let config = model.config().clone();
-    let engine = args.engine.start(model)?;
+    let OpenedModel {
+        source,
+        tokenizer,
+        generation_config,
+    } = match args.engine.load_format {
+        LoadFormat::Auto => open_model(args)?,
+        LoadFormat::Dummy => open_dummy_model(args)?,
+    };
+    let root = source.path().display().to_string();
+    let config = source.config().clone();
+    let engine = args.engine.start(source)?;
     Ok(LoadedModel {
         engine,
         tokenizer,
         config,
         generation_config,
         root,
+    })
+}
+
+/// A model that was found, before its engine starts.
+struct OpenedModel {
+    source: Arc<dyn ModelSource>,
+    /// Read before the engine starts: a wrong one is found in moments, an engine takes longer.
+    tokenizer: Tokenizer,
+    generation_config: Option<Value>,
+}
+
+fn open_model(args: &ServeArgs) -> anyhow::Result<OpenedModel> {
+    let checkpoint = args.engine.open(args.model())?;
+    let tokenizer = match &args.tokenizer {
+        Some(directory) => Tokenizer::from_dir(directory),
+        None => tokenizer_of(&checkpoint),
+    };
+    Ok(OpenedModel {
+        tokenizer: tokenizer.context("loading the tokenizer")?,
+        generation_config: checkpoint.generation_config().cloned(),
+        source: with_adapters(checkpoint, &args.merge_adapter)?,
+    })
+}
+
+/// Opens a directory that has all but the weights.
+fn open_dummy_model(args: &ServeArgs) -> anyhow::Result<OpenedModel> {
+    if !args.merge_adapter.is_empty() {
+        bail!("--merge-adapter needs real weights: leave out --load-format dummy");
+    }
+    let directory = Path::new(args.model());
+    let source = args
+        .engine
+        .open_dummy(args.model())
+        .context("--load-format dummy needs a directory with config.json and a tokenizer")?;
+    let tokenizer = Tokenizer::from_dir(args.tokenizer.as_deref().unwrap_or(directory));
+    Ok(OpenedModel {
+        tokenizer: tokenizer.context("loading the tokenizer")?,
+        generation_config: DummyCheckpoint::read_generation_config(directory)?,
+        source,
     })
 }
 
@@ -164,5 +203,63 @@ fn to_text(vocabulary: weights::GgufVocabulary) -> text::GgufVocabulary {
         add_space_prefix,
         chat_template,
         named_chat_templates: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny-qwen2");
+
+    /// Starts what `infold serve DIRECTORY --load-format dummy FLAGS` would.
+    fn start_dummy(directory: &Path, flags: &[&str]) -> anyhow::Result<LoadedModel> {
+        let directory = directory.to_str().unwrap();
+        let start = ["infold", directory, "--load-format", "dummy"];
+        let start = start.into_iter().chain(flags.iter().copied());
+        start_engine(&Command::parse_from(start).serve)
+    }
+
+    fn without_weights(names: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for name in names {
+            std::fs::copy(Path::new(FIXTURE).join(name), folder.path().join(name)).unwrap();
+        }
+        folder
+    }
+
+    fn message(result: anyhow::Result<LoadedModel>) -> String {
+        format!("{:#}", result.err().unwrap())
+    }
+
+    #[test]
+    fn dummy_weights_need_no_weight_files() {
+        let files = ["config.json", "tokenizer.json", "generation_config.json"];
+        let folder = without_weights(&files);
+        let flags = ["--device", "cpu", "--threads", "1"];
+        let size = ["--kv-cache-memory-bytes", "1MiB", "--max-model-len", "64"];
+        let loaded = start_dummy(folder.path(), &[&flags[..], &size[..]].concat()).unwrap();
+        assert!(loaded.generation_config.is_some());
+        assert_eq!(loaded.engine.info().max_model_len, 64);
+        loaded.engine.stop();
+    }
+
+    #[test]
+    fn what_dummy_weights_lack_is_named() {
+        let no_tokenizer = without_weights(&["config.json"]);
+        let error = message(start_dummy(no_tokenizer.path(), &[]));
+        assert!(error.contains("tokenizer.json"), "{error}");
+        let error = message(start_dummy(without_weights(&[]).path(), &[]));
+        assert!(error.contains("config.json"), "{error}");
+        let error = message(start_dummy(Path::new(FIXTURE), &["--merge-adapter", "a"]));
+        assert!(error.contains("--merge-adapter"), "{error}");
     }
 }

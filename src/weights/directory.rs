@@ -229,7 +229,7 @@ pub(super) fn file_names(path: &Path) -> Result<Vec<String>, WeightsError> {
     Ok(names)
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, WeightsError> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, WeightsError> {
     let text = std::fs::read(path).map_err(|source| WeightsError::Io {
         path: path.to_owned(),
         source,

@@ -1,5 +1,5 @@
-//! A model of random weights, for measuring how fast one of its shape would be (`infold bench
-//! --dummy-weights`): nothing but `config.json` is read.
+//! A model of random weights, for measuring how fast one of its shape would be (`--load-format
+//! dummy`): of the weights' directory nothing but `config.json` is read.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -10,6 +10,7 @@ use candle_core::quantized::GgmlDType;
 use half::f16;
 use serde_json::Value;
 
+use super::directory::read_json;
 use super::{ModelSource, StoredTensor, TensorInfo, TensorSource, WeightsError};
 
 /// Weights are uniform in plus or minus this, as vLLM's dummy weights: sums stay small.
@@ -34,12 +35,16 @@ impl DummyCheckpoint {
     /// # Errors
     /// When there is none or it is no JSON.
     pub fn read_config(path: &Path) -> Result<Value, WeightsError> {
-        let file = path.join("config.json");
-        let text = std::fs::read(&file).map_err(|source| WeightsError::Io {
-            path: file.clone(),
-            source,
-        })?;
-        serde_json::from_slice(&text).map_err(|source| WeightsError::Json { path: file, source })
+        read_json(&path.join("config.json"))
+    }
+
+    /// Reads `generation_config.json` of the directory `path`, if there is one.
+    ///
+    /// # Errors
+    /// When it can not be read or is no JSON.
+    pub fn read_generation_config(path: &Path) -> Result<Option<Value>, WeightsError> {
+        let file = path.join("generation_config.json");
+        file.exists().then(|| read_json(&file)).transpose()
     }
 
     /// Makes a model of `tensors`, names and shapes.

@@ -7,7 +7,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use futures::stream::{self, SelectAll, Stream};
+use futures::stream::{self, Stream};
 
 use crate::engine::{FinishReason, TokenEvent, TokenLogprobs, TokenStream};
 use crate::text::{Detokenizer, StopStrings};
@@ -251,17 +251,24 @@ impl ChoiceText {
 }
 
 /// The updates of several choices as they come, each with its choice's index.
-pub(super) type Updates = SelectAll<Pin<Box<dyn Stream<Item = (usize, ChoiceUpdate)> + Send>>>;
+pub(super) type Updates = Pin<Box<dyn Stream<Item = (usize, ChoiceUpdate)> + Send>>;
 
 /// Merges choices into one stream.
-pub(super) fn merge(choices: Vec<Choice>) -> Updates {
-    let updates = |choice: Choice| -> Pin<Box<dyn Stream<Item = _> + Send>> {
-        Box::pin(stream::unfold(choice, |mut choice| async move {
-            let update = choice.next().await?;
-            Some(((choice.index, update), choice))
-        }))
-    };
-    stream::select_all(choices.into_iter().map(updates))
+pub(super) fn merge(mut choices: Vec<Choice>) -> Updates {
+    // `select_all` allocates and takes locks for every item, and most requests have one choice.
+    match choices.pop() {
+        Some(choice) if choices.is_empty() => updates_of(choice),
+        last => Box::pin(stream::select_all(
+            choices.into_iter().chain(last).map(updates_of),
+        )),
+    }
+}
+
+fn updates_of(choice: Choice) -> Updates {
+    Box::pin(stream::unfold(choice, |mut choice| async move {
+        let update = choice.next().await?;
+        Some(((choice.index, update), choice))
+    }))
 }
 
 /// A choice that has ended.
