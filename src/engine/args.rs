@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::{ArgAction, Args, ValueEnum};
 
+use crate::kernels::Quantization;
 use crate::models::ModelConfig;
 use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, resolve_model};
 
@@ -44,6 +45,10 @@ pub struct EngineArgs {
     /// Compute with this type; auto is bfloat16 for bfloat16 checkpoints, else float16
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+
+    /// Multiply the layers' weights in this form on a GPU: fp8 (E4M3, one scale a row, activations quantised a token at a time), or none for the type of --dtype
+    #[arg(long, value_name = "METHOD", default_value = "none", value_parser = parse_quantization)]
+    pub quantization: Quantization,
 
     /// Limit prompt plus output to this many tokens: 8192, 8k, 8K, 25.6k, or auto for the most that fits [default: the model's]
     #[arg(long, value_name = "TOKENS", allow_negative_numbers = true, value_parser = parse_max_model_len)]
@@ -178,6 +183,7 @@ impl EngineArgs {
         EngineOptions {
             device,
             dtype: self.dtype,
+            quantization: self.quantization,
             gpu_memory_utilization: self.gpu_memory_utilization,
             graphs: match self.enforce_eager {
                 true => Graphs::Off,
@@ -244,6 +250,18 @@ fn parse_device(text: &str) -> Result<DeviceChoice, String> {
             .and_then(|ordinal| ordinal.parse().ok())
             .map(DeviceChoice::Cuda)
             .ok_or_else(|| format!("expected auto, cpu, cuda or cuda:N, got `{text}`")),
+    }
+}
+
+/// Reads `fp8`, or what vLLM calls a model that stays as it is.
+fn parse_quantization(text: &str) -> Result<Quantization, String> {
+    match text {
+        "fp8" => Ok(Quantization::Fp8),
+        "auto" | "none" | "None" | "gguf" => Ok(Quantization::None),
+        _ => Err(format!(
+            "`{text}` is not supported (only fp8, auto, none, None, gguf); serve a GGUF file for \
+             weights that are stored quantised"
+        )),
     }
 }
 

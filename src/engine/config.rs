@@ -1,6 +1,6 @@
 //! How an engine runs, and the memory plan that follows from it.
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Quantization};
 use crate::models::ModelConfig;
 
 use super::EngineError;
@@ -109,6 +109,8 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Type that a GPU computes in; on the CPU activations are f32 throughout.
     pub dtype: Dtype,
+    /// What a GPU makes of the layers' weights while it loads them.
+    pub quantization: Quantization,
     /// Part of each GPU's memory that the program may take, `(0, 1]`.
     pub gpu_memory_utilization: f64,
     /// What is recorded on a GPU.
@@ -148,6 +150,7 @@ impl Default for EngineOptions {
         Self {
             device: DeviceChoice::Cpu,
             dtype: Dtype::Auto,
+            quantization: Quantization::None,
             gpu_memory_utilization: 0.92,
             graphs: Graphs::Decode,
             async_scheduling: AsyncScheduling::OnGpus,

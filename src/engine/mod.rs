@@ -29,6 +29,7 @@ use crate::layers::LayerError;
 use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
 
+pub use crate::kernels::Quantization;
 pub use args::{Dtype, EngineArgs, LoadFormat, parse_size};
 pub use config::{AsyncScheduling, DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
@@ -85,6 +86,21 @@ pub enum EngineError {
         found: &'static str,
         /// What the GPU computes in.
         computing: &'static str,
+    },
+    /// There are no FP8 kernels for the device.
+    #[error(
+        "--quantization fp8 needs a GPU of compute capability 9.0 (H100, H200), and this is a CPU; serve a \
+         GGUF file for smaller weights, or leave the flag out"
+    )]
+    QuantizationOnCpu,
+    /// The checkpoint's weights have been rounded already.
+    #[error(
+        "--quantization fp8 on weights that are stored as {found}; give the checkpoint in float32, float16 or \
+         bfloat16, or leave the flag out"
+    )]
+    AlreadyQuantized {
+        /// How the weights are stored.
+        found: String,
     },
     /// There are fewer GPUs than ranks.
     #[error(
@@ -343,6 +359,9 @@ fn placement(
 ) -> Result<Placement, EngineError> {
     let size = options.tensor_parallel_size;
     let DeviceChoice::Cuda(first) = options.device.resolve() else {
+        if options.quantization == Quantization::Fp8 {
+            return Err(EngineError::QuantizationOnCpu);
+        }
         let num_threads = options.num_threads.unwrap_or_else(default_num_threads);
         return Ok(Placement::Cpu {
             num_threads: (num_threads / size).max(1),
@@ -365,6 +384,10 @@ fn placement(
             _ => DType::F16,
         },
     };
+    let quantization = options.quantization;
+    if quantization == Quantization::Fp8 {
+        check_unquantized(checkpoint)?;
+    }
     let computing = match dtype {
         DType::F16 => "float16",
         _ => "bfloat16",
@@ -373,7 +396,21 @@ fn placement(
     match options.kv_cache_dtype {
         KvCacheDtype::F32 => refused("float32"),
         KvCacheDtype::F16 if dtype != DType::F16 => refused("float16"),
-        KvCacheDtype::F16 | KvCacheDtype::Auto => Ok(Placement::Gpu { first, dtype }),
+        KvCacheDtype::F16 | KvCacheDtype::Auto => Ok(Placement::Gpu {
+            first,
+            dtype,
+            quantization,
+        }),
+    }
+}
+
+/// Refuses blocks of GGUF files, whose weights have lost what FP8 would keep.
+fn check_unquantized(checkpoint: &dyn ModelSource) -> Result<(), EngineError> {
+    match model_runner::weight_dtype(checkpoint) {
+        Some(GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16) | None => Ok(()),
+        Some(other) => Err(EngineError::AlreadyQuantized {
+            found: format!("{other:?}"),
+        }),
     }
 }
 

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
 use crate::distributed::Comm;
 use crate::kernels::{
-    AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks, PendingDraws,
+    AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks, PendingDraws, Quantization,
 };
 use crate::layers::{ForwardContext, Loader};
 use crate::models::{Decoder, ModelConfig};
@@ -33,7 +33,11 @@ pub(super) enum Placement {
     /// With this many threads each.
     Cpu { num_threads: usize },
     /// Rank r on GPU `first + r`, in `dtype`.
-    Gpu { first: usize, dtype: DType },
+    Gpu {
+        first: usize,
+        dtype: DType,
+        quantization: Quantization,
+    },
 }
 
 /// What every rank needs to start.
@@ -50,6 +54,21 @@ pub(super) struct RunnerConfig {
     pub(super) graphs: Graphs,
     /// Whether a step's input may have ids that the step before drew.
     pub(super) launches_ahead: bool,
+}
+
+/// Returns the bytes that a GPU's part of the weights takes at most: 2 each, or 1 where quantised.
+fn reserved_bytes(
+    num_parameters: usize,
+    model: &ModelConfig,
+    quantization: Quantization,
+    world_size: usize,
+) -> usize {
+    let saved = match quantization {
+        Quantization::None => 0,
+        Quantization::Fp8 => model.num_linear_parameters(),
+    };
+    // A file that lacks tensors is found when they are looked up.
+    (2 * num_parameters).saturating_sub(saved) / world_size + WEIGHTS_SLACK
 }
 
 /// What a row of logits came to.
@@ -106,9 +125,14 @@ impl ModelRunner {
         let world_size = comm.world_size();
         let kernels = match config.placement {
             Placement::Cpu { num_threads } => Kernels::cpu(num_threads)?,
-            Placement::Gpu { first, dtype } => Kernels::cuda(&DeviceOptions {
+            Placement::Gpu {
+                first,
+                dtype,
+                quantization,
+            } => Kernels::cuda(&DeviceOptions {
                 ordinal: first + comm.rank(),
                 dtype,
+                quantization,
                 max_num_tokens: config.max_num_tokens,
                 max_num_sequences: config.max_num_seqs,
                 max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
@@ -118,8 +142,11 @@ impl ModelRunner {
                 world_size,
             })?,
         };
-        let num_parameters = checkpoint.num_parameters() as usize;
-        kernels.reserve_weights(2 * num_parameters / world_size + WEIGHTS_SLACK)?;
+        if let Placement::Gpu { quantization, .. } = config.placement {
+            let num_parameters = checkpoint.num_parameters() as usize;
+            let (model, size) = (&config.model, world_size);
+            kernels.reserve_weights(reserved_bytes(num_parameters, model, quantization, size))?;
+        }
         let loader = Loader::new(checkpoint, &kernels, comm.rank(), world_size);
         let decoder = Decoder::load(&loader, &config.model, config.max_model_len)?;
         kernels.synchronize()?;
@@ -450,4 +477,33 @@ pub(super) fn display_name(path: &Path) -> String {
         || path.display().to_string(),
         |name| name.to_string_lossy().into_owned(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fp8_halves_the_linears_and_nothing_else() {
+        let model = ModelConfig::from_json(&serde_json::json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64,
+        }))
+        .unwrap();
+        let tensors = model.tensors();
+        let num_parameters: usize = (tensors.iter())
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
+        // Of each layer q, k, v, o and three of the MLP.
+        let linears = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128);
+        let bytes = |quantization| {
+            let all = reserved_bytes(num_parameters, &model, quantization, 2);
+            2 * (all - WEIGHTS_SLACK)
+        };
+        assert_eq!(bytes(Quantization::None), 2 * num_parameters);
+        assert_eq!(
+            bytes(Quantization::Fp8),
+            2 * (num_parameters - linears) + linears
+        );
+    }
 }

@@ -75,6 +75,7 @@ unreachable_methods! {
     fn next_layer(&self) -> ();
     fn settle_activations(&self) -> Result<()>;
     fn load_matrix(&self, cpu: Cpu<'_>, dtype: GgmlDType, shape: [usize; 2], data: Bytes) -> Result<GpuMatrix>;
+    fn load_linear(&self, cpu: Cpu<'_>, dtype: GgmlDType, shape: [usize; 2], data: Bytes) -> Result<GpuMatrix>;
     fn join(&self, parts: Vec<GpuMatrix>) -> Result<GpuMatrix>;
     fn vector(&self, values: &Tensor) -> Result<Tensor>;
     fn join_vectors(&self, parts: &[Tensor]) -> Result<Tensor>;

@@ -10,6 +10,16 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::cuda::{self, Gpu};
 use super::{AttentionBatch, Kernels, KvBlocks, KvData, Matrix, MatrixData, check, check_batch};
 
+/// What the linears of decoder layers are multiplied as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// As the computing type.
+    None,
+    /// As FP8 (E4M3) with one scale a row of the weight and one a row of its input, which is
+    /// quantised before each product.
+    Fp8,
+}
+
 /// What [`Kernels::cuda`] opens a GPU for.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceOptions {
@@ -17,6 +27,8 @@ pub struct DeviceOptions {
     pub ordinal: usize,
     /// Type of weights, activations and KV cache: `F16` or `BF16`.
     pub dtype: DType,
+    /// What [`Kernels::load_linear`] makes of weights.
+    pub quantization: Quantization,
     /// Tokens of the largest step.
     pub max_num_tokens: usize,
     /// Sequences of the largest step, and rows of logits at a time.
@@ -151,7 +163,7 @@ impl Kernels {
     ///
     /// # Errors
     /// When the program was built without the feature `cuda`, there is no such GPU, it is older
-    /// than compute capability 8.0, or its memory is too small.
+    /// than compute capability 8.0 (for FP8: another than 9.0), or its memory is too small.
     pub fn cuda(options: &DeviceOptions) -> Result<Self> {
         let gpu = Gpu::new(options)?;
         let mut kernels = Self::cpu(1)?;

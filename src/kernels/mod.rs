@@ -42,7 +42,7 @@ use std::sync::Arc;
 pub use cpu::{SimdLevel, keep_freed_memory};
 pub use device::{
     DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, NO_SLOT, PendingDraws,
-    Staged, drawn_id, vocab_part_len,
+    Quantization, Staged, drawn_id, vocab_part_len,
 };
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 pub use training_head::{HeadGradient, HeadOutput};
@@ -57,7 +57,7 @@ pub struct Kernels {
 }
 
 /// Weights `[rows, cols]` in the form that the kernels read: on the CPU dense ones as they lie in
-/// the file and blocks repacked, without loss; on a GPU of the computing type.
+/// the file and blocks repacked, without loss; on a GPU of the computing type or in E4M3.
 pub struct Matrix(MatrixData);
 
 enum MatrixData {
@@ -239,6 +239,30 @@ impl Kernels {
             Some(gpu) => MatrixData::Gpu(gpu.load_matrix(self.get(), dtype, [rows, cols], data)?),
             None => MatrixData::Cpu(CpuMatrix::load(self.get(), dtype, [rows, cols], data)?),
         }))
+    }
+
+    /// Loads a weight `[rows, cols]` of a decoder layer's linear: as [`Kernels::load_matrix`], but
+    /// on a GPU that was opened with [`Quantization::Fp8`] in E4M3, each row divided by a 448th of
+    /// its largest magnitude and rounded from the file's values.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernels::load_matrix`]; for FP8 also when `cols` is not a multiple of 16, `rows` not of
+    /// 8, or the file has blocks.
+    pub fn load_linear(
+        &self,
+        dtype: GgmlDType,
+        rows: usize,
+        cols: usize,
+        data: Bytes,
+    ) -> Result<Matrix> {
+        match &self.gpu {
+            Some(gpu) => {
+                let matrix = gpu.load_linear(self.get(), dtype, [rows, cols], data)?;
+                Ok(Matrix(MatrixData::Gpu(matrix)))
+            }
+            None => self.load_matrix(dtype, rows, cols, data),
+        }
     }
 
     /// Loads a vector of `len` elements of any type that [`Kernels::load_matrix`] takes, as `f32`,

@@ -41,7 +41,7 @@ impl ColumnParallel {
         for slice in slices {
             let layer = loader.at(slice.name);
             let shape = [slice.out_features, in_features];
-            parts.push(layer.matrix("weight", shape, slice.rows.clone(), 0..in_features)?);
+            parts.push(layer.linear("weight", shape, slice.rows.clone(), 0..in_features)?);
             if bias == Bias::Present {
                 biases.push(layer.vector("bias", slice.out_features, slice.rows.clone())?);
             }
@@ -95,7 +95,7 @@ impl RowParallel {
         cols: Range<usize>,
         bias: Bias,
     ) -> std::result::Result<Self, LayerError> {
-        let weight = loader.matrix("weight", shape, 0..shape[0], cols)?;
+        let weight = loader.linear("weight", shape, 0..shape[0], cols)?;
         let bias = match bias {
             Bias::Present if loader.rank() == 0 => {
                 Some(loader.vector("bias", shape[0], 0..shape[0])?)

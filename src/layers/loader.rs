@@ -77,13 +77,39 @@ impl<'a> Loader<'a> {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<Matrix, LayerError> {
-        let tensor = self.tensor(name, &shape)?;
-        let tensor = cut(tensor, 0, shape[0], &rows)?;
-        let tensor = cut(tensor, 1, shape[1], &cols)?;
-        let StoredTensor { dtype, data, .. } = tensor;
+        let StoredTensor { dtype, data, .. } = self.part(name, shape, &rows, &cols)?;
         self.kernels
             .load_matrix(dtype, rows.len(), cols.len(), data)
             .map_err(|source| self.kernel_error(name, source))
+    }
+
+    /// Loads as [`Self::matrix`] a weight that the kernels may quantise.
+    ///
+    /// # Errors
+    /// [`LayerError`] naming the tensor.
+    pub fn linear(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<Matrix, LayerError> {
+        let StoredTensor { dtype, data, .. } = self.part(name, shape, &rows, &cols)?;
+        self.kernels
+            .load_linear(dtype, rows.len(), cols.len(), data)
+            .map_err(|source| self.kernel_error(name, source))
+    }
+
+    fn part(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+    ) -> Result<StoredTensor, LayerError> {
+        let tensor = self.tensor(name, &shape)?;
+        let tensor = cut(tensor, 0, shape[0], rows)?;
+        cut(tensor, 1, shape[1], cols)
     }
 
     /// Loads entries of the vector `name` of `len` values as f32.

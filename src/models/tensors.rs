@@ -44,6 +44,16 @@ impl ModelConfig {
         }
         tensors
     }
+
+    /// Returns the number of weights of the decoder layers' linears, without biases.
+    pub fn num_linear_parameters(&self) -> usize {
+        let is_linear = |name: &str| name.ends_with("_proj.weight");
+        let tensors = self.tensors().into_iter();
+        let linears = tensors.filter(|(name, _)| is_linear(name));
+        linears
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum()
+    }
 }
 
 #[cfg(test)]
@@ -65,5 +75,8 @@ mod tests {
             .map(|(_, shape)| shape.iter().product::<usize>())
             .sum();
         assert_eq!(num_parameters, 7_615_616_512);
+        // Each layer's q, k, v, o and three of the MLP.
+        let layer = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944;
+        assert_eq!(config.num_linear_parameters(), 28 * layer);
     }
 }

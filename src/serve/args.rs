@@ -243,7 +243,7 @@ fn parse_positive(text: &str) -> Result<usize, String> {
 mod tests {
     use clap::Parser;
 
-    use crate::engine::{Dtype, MaxModelLen, SchedulingPolicy};
+    use crate::engine::{Dtype, MaxModelLen, Quantization, SchedulingPolicy};
 
     use super::*;
 
@@ -320,6 +320,25 @@ mod tests {
         assert_eq!(parse_size("1048576"), Ok(1 << 20));
         assert_eq!(parse_size("1.5GB"), Ok(1_500_000_000));
         assert!(parse_size("4 apples").is_err());
+    }
+
+    #[test]
+    fn quantization_is_fp8_or_none() {
+        let quantization =
+            |text: &str| parse(&["m", "--quantization", text]).map(|args| args.engine.quantization);
+        assert_eq!(
+            parse(&["m"]).unwrap().engine.quantization,
+            Quantization::None
+        );
+        assert_eq!(quantization("fp8").unwrap(), Quantization::Fp8);
+        for as_stored in ["auto", "none", "None", "gguf"] {
+            assert_eq!(quantization(as_stored).unwrap(), Quantization::None);
+        }
+        let refused = quantization("awq").unwrap_err().to_string();
+        assert!(
+            refused.contains("only fp8, auto, none, None, gguf"),
+            "{refused}"
+        );
     }
 
     #[test]

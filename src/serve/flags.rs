@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn flags_that_would_change_answers_are_refused_with_a_way_out() {
         let message = |line: &str| prepare(line).unwrap_err().to_string();
-        insta::assert_snapshot!(message("m --quantization awq"), @"--quantization awq is not supported (only auto, none, None, gguf): weights are computed as stored; serve a GGUF file for quantized weights");
+        insta::assert_snapshot!(message("m --tokenizer-mode slow"), @"--tokenizer-mode slow is not supported (only auto, hf, fast): only tokenizer.json and GGUF vocabularies are read");
         insta::assert_snapshot!(message("m --lora-modules a=b c=d"), @"--lora-modules is not supported: merge the adapter into the model first");
         assert!(
             prepare("m --config-format auto -pp 1")

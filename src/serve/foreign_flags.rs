@@ -32,8 +32,6 @@ const ALWAYS: &str = "this server always works so";
 const REMOVED: &str = "vLLM removed it too";
 const NO_PYTHON: &str = "no Python code runs here";
 const ONE_ENGINE: &str = "run one server for each replica, or use --tensor-parallel-size";
-const NO_QUANTIZATION: &str =
-    "weights are computed as stored; serve a GGUF file for quantized weights";
 const NO_SPECULATION: &str = "speculative decoding is not built";
 const NO_LORA: &str = "merge the adapter into the model first";
 const NO_TOOLS: &str = "tool calls are not built; serve without the flag";
@@ -233,11 +231,6 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
     ("--runner", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
     ("--task", One, OnlyAs(&["auto", "generate"], TEXT_ONLY)),
     ("--convert", One, OnlyAs(&["auto", "none"], TEXT_ONLY)),
-    (
-        "--quantization",
-        One,
-        OnlyAs(&["auto", "none", "None", "gguf"], NO_QUANTIZATION),
-    ),
     (
         "--logprobs-mode",
         One,

@@ -2,7 +2,7 @@
 
     python3 tests/cuda/bench_kernels.py FOLDER_OF_CUBINS [sections]
 
-Sections: memory gemm stream tile decode prefill small sampler step (all when none is named).
+Sections: memory gemm stream tile fp8 decode prefill small sampler step (all when none is named).
 Calls are captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are
 medians of 7 replays. The percentage is of the read bandwidth that `read_all` reaches in the same
 run.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from driver import Kernels, int64, median_us
+from test_fp8 import launch_quantize, pairs, quantized
 from test_kernels import (DEFAULTS, GEMM_FORMS, LOG2E, Batch, Prefill, SamplerRun, gemm_stream,
                           gemm_tile, ints, prefill_forms, random)
 
@@ -135,6 +136,64 @@ def tile(kernels, ceilings):
                 cells.append(f"n{columns}: {time:.0f} {flops / time / 1e6:.0f}")
             kernels.overlap = False
             print(f"{label:8} M {tokens:4}: {head} | " + " | ".join(cells), flush=True)
+
+
+def torch_fp8(x, w, out):
+    """torch._scaled_mm with a scale a row of both, as vLLM multiplies; None where it has none."""
+    (x8, x_scales), (w8, w_scales) = x, w
+    x8, w8 = (values.view(torch.float8_e4m3fn) for values in (x8, w8))
+    run = lambda: torch._scaled_mm(x8, w8.T, x_scales[:, None], w_scales[None],
+                                   out_dtype=torch.bfloat16, use_fast_accum=True, out=out)
+    try:
+        run()
+    except (RuntimeError, ValueError):
+        return None
+    return run
+
+
+def fp8(kernels, ceilings):
+    """Products of FP8 beside torch's, both without the quantisation of x, which comes after."""
+    print("fp8, overlapped: torch µs (gate_up: without SiLU) | form: µs, TB/s, TFLOP/s")
+    kernels.overlap = True
+    for label, n, k in SHAPES[:4]:
+        count = max(2, -(-(400 << 20) // (n * k)))
+        weights = [quantized(random(n, k, dtype=DTYPE, scale=k**-0.5)) for _ in range(count)]
+        is_silu = label == "gate_up"
+        for tokens in [1, 16, 32, 64, 65, 128, 256, 2048, 8192]:
+            x8, x_scales = x = quantized(random(tokens, k, dtype=DTYPE))
+            # torch scales rows in bfloat16 only.
+            out = torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda")
+            half = torch.empty(tokens, n // 2 if is_silu else n, dtype=DTYPE, device="cuda")
+            used = weights if tokens < 2048 else weights[:2]
+            repeats = max(1, (20 if tokens < 2048 else 4) // len(used))
+            calls = [torch_fp8(x, w, out) for w in used]
+            base = median_us(calls * repeats) if all(calls) else float("nan")
+            cells = []
+
+            def add(what, call):
+                time = median_us([lambda w=w: call(*w) for w in used] * repeats)
+                cells.append(f"{what} {time:.1f} {n * k / time / 1e6:.2f} "
+                             f"{2 * tokens * n * k / time / 1e6:.0f}")
+
+            for blocks in [132, 264] if tokens <= 64 else []:
+                limit = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+                add(f"stream {blocks}:", lambda w8, scales: gemm_stream(
+                    kernels, f"fp8_{NAME}", limit, half, pairs(x8), pairs(w8), None,
+                    "_silu" * is_silu, blocks, (x_scales, scales)))
+            for columns in ([128, 192, 256] if is_silu else [128, 192, 224, 256]) * (tokens >= 64):
+                add(f"n{columns}:", lambda w8, scales: gemm_tile(
+                    kernels, f"fp8_{NAME}", columns, half, pairs(x8), pairs(w8), None, is_silu,
+                    (x_scales, scales)))
+            print(f"{label:8} M {tokens:4}: {base:.1f} | " + " | ".join(cells), flush=True)
+        del weights
+    for width in [HIDDEN, FFN]:
+        cells = []
+        for tokens in [1, 32, 256, 2048, 8192]:
+            x = random(tokens, width, dtype=DTYPE)
+            out, scales = quantized(x)
+            time = median_us([lambda: launch_quantize(kernels, out, scales, x)] * 20)
+            cells.append(f"M {tokens}: {time:.1f} {3 * tokens * width / time / 1e6:.2f}")
+        print(f"quantize_rows of {width}, µs TB/s: " + " | ".join(cells), flush=True)
 
 
 def decode(kernels, ceilings):
@@ -308,13 +367,14 @@ def step(kernels, ceilings):
 def main():
     kernels = Kernels(sys.argv[1])
     ceilings = {"read": 4.5}
-    sections = [memory, gemm, stream, tile, decode, prefill, small, sampler, step]
+    sections = [memory, gemm, stream, tile, fp8, decode, prefill, small, sampler, step]
     for section in sections:
         if len(sys.argv) == 2 or section.__name__ in sys.argv[2:]:
             try:
                 section(kernels, ceilings)
             except Exception as error:
                 print(f"{section.__name__} FAILED: {error!r}"[:800], flush=True)
+            kernels.overlap = False
             torch.cuda.empty_cache()
 
 

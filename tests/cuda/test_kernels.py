@@ -74,17 +74,17 @@ def tile_bytes(columns):
     return 1024 + min(6, 220_000 // stage) * stage
 
 
-def gemm_tile(kernels, name, columns, out, x, w, bias=None, is_silu=False):
-    """Launches gemm_tile for whole tensors."""
+def gemm_tile(kernels, name, columns, out, x, w, bias=None, is_silu=False, scales=()):
+    """Launches gemm_tile for whole tensors; `scales` of x and w for a name with fp8."""
     (tokens, k), n = x.shape, out.shape[1]
     blocks = torch.cuda.get_device_properties(0).multi_processor_count // 2 * 2
     args = [matrix_map(x, 128), matrix_map(w, columns // 2), out] + [bias] * (not is_silu)
-    kernels.launch(f"gemm_tile{'_silu' * is_silu}_{name}_n{columns}", [blocks], 384, *args, tokens,
-                   n, k, shared_bytes=tile_bytes(columns))
+    kernels.launch(f"gemm_tile{'_silu' * is_silu}_{name}_n{columns}", [blocks], 384, *args,
+                   *scales, tokens, n, k, shared_bytes=tile_bytes(columns))
 
 
-def gemm_stream(kernels, name, limit, out, x, w, bias=None, kind="", blocks=None):
-    """Launches gemm_stream; kind "", "_silu" or "_f32out"."""
+def gemm_stream(kernels, name, limit, out, x, w, bias=None, kind="", blocks=None, scales=()):
+    """Launches gemm_stream; kind "", "_silu" or "_f32out"; `scales` as gemm_tile."""
     (tokens, k), n = x.shape, out.shape[1]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     blocks = min(blocks or processors, -(-w.shape[0] // 64) * -(-k // 64))
@@ -100,7 +100,7 @@ def gemm_stream(kernels, name, limit, out, x, w, bias=None, kind="", blocks=None
     infix = f"_silu_{name}" if kind == "_silu" else f"_{name}{kind}"
     stage = 128 * (64 + limit)
     stages = 98_304 // stage
-    kernels.launch(f"gemm_stream{infix}_t{limit}", [blocks], 160, *args,
+    kernels.launch(f"gemm_stream{infix}_t{limit}", [blocks], 160, *args, *scales,
                    *_stream_memory[key], tokens, n, k,
                    shared_bytes=1024 + 272 * limit + stages * stage)
 
@@ -703,12 +703,13 @@ def test_mark_tokens(kernels, name, dtype):
     assert (counts.cpu().numpy().view(np.uint16) == want).all(), "mark_tokens"
 
 
-def main():
+def main(names):
+    """Runs the tests of a module's globals."""
     torch.manual_seed(int(time.time()))
     kernels = Kernels(sys.argv[1])
     wanted = sys.argv[2] if len(sys.argv) > 2 else ""
     failed = 0
-    for test in [value for key, value in list(globals().items()) if key.startswith("test_")]:
+    for test in [value for key, value in list(names.items()) if key.startswith("test_")]:
         if wanted not in test.__name__:
             continue
         for type_name, dtype in TYPES.items():
@@ -726,4 +727,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

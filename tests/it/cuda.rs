@@ -3,168 +3,38 @@
 //! Checkpoints are random, of the head sizes that the CUDA kernels have, written to a temporary
 //! folder. Without a GPU nothing can be shown, so the tests say so and end.
 
-use std::collections::HashMap;
-
 use infold::engine::{
     AsyncScheduling, DeviceChoice, Dtype, EngineHandle, EngineOptions, FinishReason, Graphs,
     KvCacheDtype, SamplingParams,
 };
 use infold::kernels::Kernels;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
-use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
 
+use crate::random_models::{SHAPES, Shape, VOCAB_SIZE};
 use crate::tiny_engine::{Answer, collect, greedy, options, run, run_together, start, submit};
 
-/// How far a logprob of float16 arithmetic may be from float32's, and a tenth of its size more.
-const F16_TOLERANCE: f32 = 0.05;
-/// The same of bfloat16, which has three bits less.
-const BF16_TOLERANCE: f32 = 0.2;
-/// The same of all prompt logprobs together, relative to their norm.
-const RELATIVE_TOLERANCE: f32 = 2e-2;
-/// Between two batchings of float16 on the GPU, which choose other kernels.
-const BATCH_TOLERANCE: f32 = 0.05;
-/// No multiple of 8, as after resizing.
-const VOCAB_SIZE: usize = 1003;
-
-/// A random checkpoint's shape.
+/// How far logprobs may be from what is wanted.
 #[derive(Clone, Copy)]
-struct Shape {
-    model_type: &'static str,
-    hidden: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    tied: bool,
-    /// What rows 3 and 90 of the down projections are multiplied by: two elements of the residual
-    /// stream that grow large, as in Qwen2.5.
-    outliers: f32,
+pub(crate) struct Tolerance {
+    /// Of one, and a tenth of its size more.
+    pub(crate) logprob: f32,
+    /// Of all prompt logprobs together, relative to their norm.
+    pub(crate) relative: f32,
 }
 
-const SHAPES: [Shape; 3] = [
-    Shape {
-        model_type: "qwen2",
-        hidden: 256,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 64,
-        tied: true,
-        outliers: 1.0,
-    },
-    Shape {
-        model_type: "qwen3",
-        hidden: 192,
-        heads: 7,
-        kv_heads: 1,
-        head_dim: 128,
-        tied: false,
-        outliers: 1.0,
-    },
-    Shape {
-        model_type: "llama",
-        hidden: 576,
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        tied: true,
-        outliers: 1.0,
-    },
-];
+/// Between float16 arithmetic and float32's.
+const F16_TOLERANCE: Tolerance = Tolerance {
+    logprob: 0.05,
+    relative: 2e-2,
+};
+/// The same of bfloat16, which has three bits less.
+const BF16_TOLERANCE: Tolerance = Tolerance {
+    logprob: 0.2,
+    relative: 2e-2,
+};
+/// Between two batchings of float16 on the GPU, which choose other kernels.
+const BATCH_TOLERANCE: Tolerance = F16_TOLERANCE;
 
-const LAYERS: usize = 3;
-const INTERMEDIATE: usize = 640;
-
-impl Shape {
-    fn config(&self) -> Value {
-        json!({
-            "model_type": self.model_type, "hidden_size": self.hidden,
-            "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim, "vocab_size": VOCAB_SIZE, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 4096, "rope_theta": 10000.0,
-            "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16",
-        })
-    }
-
-    /// Writes the checkpoint and returns its folder.
-    fn write(&self) -> tempfile::TempDir {
-        let mut random = StdRng::seed_from_u64(self.hidden as u64);
-        let mut tensors = HashMap::new();
-        let mut add = |name: String, dims: &[usize], mean: f32, spread: f32| {
-            let cols = dims.last().copied().unwrap_or(1);
-            let values = (0..dims.iter().product::<usize>()).map(|i| {
-                let is_outlier = name.contains("down_proj") && [3, 90].contains(&(i / cols));
-                let scale = if is_outlier { self.outliers } else { 1.0 };
-                let value = mean + spread * random.random_range(-1.0..1.0f32);
-                half::bf16::from_f32(scale * value)
-            });
-            let bytes: Vec<u8> = values.flat_map(half::bf16::to_le_bytes).collect();
-            tensors.insert(name.clone(), (dims.to_vec(), bytes));
-        };
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        add(
-            "model.embed_tokens.weight".into(),
-            &[VOCAB_SIZE, self.hidden],
-            0.0,
-            0.5,
-        );
-        add("model.norm.weight".into(), &[self.hidden], 1.0, 0.1);
-        if !self.tied {
-            add(
-                "lm_head.weight".into(),
-                &[VOCAB_SIZE, self.hidden],
-                0.0,
-                0.3,
-            );
-        }
-        for layer in 0..LAYERS {
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            let linears = [
-                ("self_attn.q_proj", q, self.hidden),
-                ("self_attn.k_proj", kv, self.hidden),
-                ("self_attn.v_proj", kv, self.hidden),
-                ("self_attn.o_proj", self.hidden, q),
-                ("mlp.gate_proj", INTERMEDIATE, self.hidden),
-                ("mlp.up_proj", INTERMEDIATE, self.hidden),
-                ("mlp.down_proj", self.hidden, INTERMEDIATE),
-            ];
-            for (part, rows, cols) in linears {
-                let spread = 2.0 / (cols as f32).sqrt();
-                add(name(&format!("{part}.weight")), &[rows, cols], 0.0, spread);
-                let is_qkv = !part.ends_with("o_proj") && part.starts_with("self_attn");
-                if self.model_type == "qwen2" && is_qkv {
-                    add(name(&format!("{part}.bias")), &[rows], 0.0, 0.5);
-                }
-            }
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                add(name(&format!("{norm}.weight")), &[self.hidden], 1.0, 0.1);
-            }
-            if self.model_type == "qwen3" {
-                for norm in ["q_norm", "k_norm"] {
-                    add(
-                        name(&format!("self_attn.{norm}.weight")),
-                        &[self.head_dim],
-                        1.0,
-                        0.2,
-                    );
-                }
-            }
-        }
-        let views = tensors.iter().map(|(name, (dims, bytes))| {
-            let dtype = safetensors::Dtype::BF16;
-            (name, TensorView::new(dtype, dims.clone(), bytes).unwrap())
-        });
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("model.safetensors");
-        safetensors::serialize_to_file(views, None, &file).unwrap();
-        let config = serde_json::to_vec(&self.config()).unwrap();
-        std::fs::write(folder.path().join("config.json"), config).unwrap();
-        folder
-    }
-}
-
-fn on_gpu(dtype: Dtype) -> EngineOptions {
+pub(crate) fn on_gpu(dtype: Dtype) -> EngineOptions {
     EngineOptions {
         device: DeviceChoice::Cuda(0),
         dtype,
@@ -175,7 +45,7 @@ fn on_gpu(dtype: Dtype) -> EngineOptions {
     }
 }
 
-fn has_gpu() -> bool {
+pub(crate) fn has_gpu() -> bool {
     let has_gpu = Kernels::num_gpus() > 0;
     if !has_gpu {
         eprintln!("skipped: this machine has no GPU");
@@ -189,7 +59,7 @@ fn prompt(len: usize, salt: usize) -> Vec<u32> {
         .collect()
 }
 
-fn prompts() -> Vec<Vec<u32>> {
+pub(crate) fn prompts() -> Vec<Vec<u32>> {
     [1, 3, 16, 17, 33, 40, 100, 5, 300, 64, 2]
         .iter()
         .enumerate()
@@ -197,14 +67,14 @@ fn prompts() -> Vec<Vec<u32>> {
         .collect()
 }
 
-fn params(max_tokens: usize) -> SamplingParams {
+pub(crate) fn params(max_tokens: usize) -> SamplingParams {
     SamplingParams {
         prompt_logprobs: Some(0),
         ..greedy(max_tokens)
     }
 }
 
-fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
+pub(crate) fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
     prompts()
         .iter()
         .map(|prompt| run(engine, prompt, params.clone()))
@@ -213,7 +83,7 @@ fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
 
 /// Asserts that logprobs agree, and tokens up to where two of them are as likely.
 #[track_caller]
-fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
+fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: Tolerance) {
     let flat = |answer: &Answer| -> Vec<f32> {
         let prompt = answer.prompt.iter().flatten().flatten();
         prompt.map(|entry| entry.logprob).collect()
@@ -222,7 +92,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     assert_eq!(got_prompt.len(), want_prompt.len(), "{what}: prompt");
     for (i, (got, want)) in got_prompt.iter().zip(&want_prompt).enumerate() {
         assert!(
-            (got - want).abs() <= tolerance * (1.0 - want / 10.0),
+            (got - want).abs() <= tolerance.logprob * (1.0 - want / 10.0),
             "{what}: prompt logprob {i}: {got} for {want}"
         );
     }
@@ -235,14 +105,14 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     );
     let size = norm(&mut want_prompt.iter().copied());
     assert!(
-        error <= RELATIVE_TOLERANCE * size,
+        error <= tolerance.relative * size,
         "{what}: {error} of {size}"
     );
     for (i, (got_token, want_token)) in got.token_ids.iter().zip(&want.token_ids).enumerate() {
         let (got, want) = (&got.logprobs[i], &want.logprobs[i]);
         let gap = (got.logprob - want.logprob).abs();
         assert!(
-            gap <= tolerance * (1.0 - want.logprob / 10.0),
+            gap <= tolerance.logprob * (1.0 - want.logprob / 10.0),
             "{what}: token {i}: logprob {} for {}",
             got.logprob,
             want.logprob
@@ -251,7 +121,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
             let rival = want.top.iter().find(|(token, _)| token == got_token);
             let (_, logprob) = rival.unwrap_or_else(|| panic!("{what}: token {i}: {got_token}"));
             assert!(
-                want.logprob - logprob <= tolerance,
+                want.logprob - logprob <= tolerance.logprob,
                 "{what}: token {i} is no near tie"
             );
             return;
@@ -259,7 +129,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     }
 }
 
-fn assert_all_near(what: &str, got: &[Answer], want: &[Answer], tolerance: f32) {
+pub(crate) fn assert_all_near(what: &str, got: &[Answer], want: &[Answer], tolerance: Tolerance) {
     for (got, want) in got.iter().zip(want) {
         assert_near(
             &format!("{what}, {} tokens", got.prompt_len()),
@@ -304,7 +174,37 @@ fn large_activations_stay_right_in_float16() {
     let want = run_alone(&start(folder.path(), &options()), &params(24));
     let got = run_alone(&start(folder.path(), &on_gpu(Dtype::Float16)), &params(24));
     // Beside an element of some thousands the others have few bits of float16 left.
-    assert_all_near("outliers", &got, &want, 2.0 * F16_TOLERANCE);
+    let tolerance = Tolerance {
+        logprob: 2.0 * F16_TOLERANCE.logprob,
+        ..F16_TOLERANCE
+    };
+    assert_all_near("outliers", &got, &want, tolerance);
+}
+
+/// Asserts that graphs, chunks of prompts and sequences together answer as one sequence alone.
+#[track_caller]
+pub(crate) fn assert_batchings_agree(shape: &Shape, graphed: &EngineOptions, tolerance: Tolerance) {
+    let folder = shape.write();
+    let eager = EngineOptions {
+        graphs: Graphs::Off,
+        ..graphed.clone()
+    };
+    let chunked = EngineOptions {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 23,
+        ..graphed.clone()
+    };
+    let want = run_alone(&start(folder.path(), &eager), &params(40));
+    for (what, options) in [("graphs", graphed), ("eager", &eager), ("chunks", &chunked)] {
+        let what = format!("{} {what}", shape.model_type);
+        let engine = start(folder.path(), options);
+        assert_all_near(&what, &run_alone(&engine, &params(40)), &want, tolerance);
+        let got = run_together(&engine, &prompts(), &params(40));
+        assert_all_near(&format!("{what} together"), &got, &want, tolerance);
+        // Once more: now every bucket is replayed.
+        let again = run_together(&engine, &prompts(), &params(40));
+        assert_all_near(&format!("{what} again"), &again, &want, tolerance);
+    }
 }
 
 #[test]
@@ -313,37 +213,7 @@ fn batching_chunks_and_graphs_change_nothing() {
         return;
     }
     for shape in SHAPES {
-        let folder = shape.write();
-        let graphed = on_gpu(Dtype::Float16);
-        let eager = EngineOptions {
-            graphs: Graphs::Off,
-            ..graphed.clone()
-        };
-        let chunked = EngineOptions {
-            max_num_seqs: 4,
-            max_num_batched_tokens: 23,
-            ..graphed.clone()
-        };
-        let want = run_alone(&start(folder.path(), &eager), &params(40));
-        for (what, options) in [
-            ("graphs", &graphed),
-            ("eager", &eager),
-            ("chunks", &chunked),
-        ] {
-            let what = format!("{} {what}", shape.model_type);
-            let engine = start(folder.path(), options);
-            assert_all_near(
-                &what,
-                &run_alone(&engine, &params(40)),
-                &want,
-                BATCH_TOLERANCE,
-            );
-            let got = run_together(&engine, &prompts(), &params(40));
-            assert_all_near(&format!("{what} together"), &got, &want, BATCH_TOLERANCE);
-            // Once more: now every bucket is replayed.
-            let again = run_together(&engine, &prompts(), &params(40));
-            assert_all_near(&format!("{what} again"), &again, &want, BATCH_TOLERANCE);
-        }
+        assert_batchings_agree(&shape, &on_gpu(Dtype::Float16), BATCH_TOLERANCE);
     }
 }
 

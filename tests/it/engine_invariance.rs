@@ -5,8 +5,8 @@
 //! Each case runs with each step finished before the next, and with steps launched ahead as on GPUs.
 
 use infold::engine::{
-    AsyncScheduling, EngineError, EngineHandle, EngineOptions, FinishReason, SamplingParams,
-    TokenEvent,
+    AsyncScheduling, DeviceChoice, EngineError, EngineHandle, EngineOptions, FinishReason,
+    KvCacheDtype, Quantization, SamplingParams, TokenEvent,
 };
 
 use crate::tiny_engine::{
@@ -242,6 +242,28 @@ fn ranks_that_do_not_divide_the_heads_are_refused(order: AsyncScheduling) {
         error.to_string().contains('8') && error.to_string().contains('3'),
         "{error}"
     );
+}
+
+#[test]
+fn fp8_is_refused_on_a_cpu_and_of_blocks() {
+    let on = |device| EngineOptions {
+        device,
+        quantization: Quantization::Fp8,
+        kv_cache_dtype: KvCacheDtype::Auto,
+        ..options()
+    };
+    let refused = |model: &str, device| {
+        let error = try_start_fixture(model, &on(device)).err();
+        let error = error.expect("fp8 can not be computed");
+        assert!(error.is_user_error(), "{error}");
+        error.to_string()
+    };
+    let on_cpu = refused("tiny-llama", DeviceChoice::Cpu);
+    assert!(on_cpu.contains("compute capability 9.0"), "{on_cpu}");
+    assert!(on_cpu.contains("leave the flag out"), "{on_cpu}");
+    // Found before the GPU is opened, so also where there is none.
+    let of_blocks = refused("gguf/tiny-llama-Q8_0.gguf", DeviceChoice::Cuda(0));
+    assert!(of_blocks.contains("stored as Q8_0"), "{of_blocks}");
 }
 
 fn threads_do_not_change_the_answer(order: AsyncScheduling) {

@@ -9,6 +9,8 @@ mod architecture;
 mod chat_templates;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_fp8;
 mod engine_invariance;
 mod fake_hub;
 mod gguf_export;
@@ -16,6 +18,8 @@ mod hub;
 mod merge;
 mod models_golden;
 mod openai_sdk;
+#[cfg(feature = "cuda")]
+mod random_models;
 mod tiny_engine;
 mod train;
 mod weights;

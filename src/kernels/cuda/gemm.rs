@@ -4,7 +4,8 @@
 //! 16 for the widest and the narrowest products (measured on an H200 with Qwen2.5-7B's shapes,
 //! docs/gpu_log.md). Above, cuBLASLt's algorithms and, on Hopper, `gemm_stream` or `gemm_tile` are
 //! timed against each other once for each class of rows that steps of one token a sequence have,
-//! and for the largest step. Other numbers of rows take what the largest step took.
+//! and for the largest step. Other numbers of rows take what the largest step took. FP8 products
+//! are `gemm_stream`'s up to 64 rows and `gemm_tile`'s above.
 
 mod cublaslt;
 mod hopper;
@@ -17,6 +18,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Result};
 
 use super::driver::{Address, Arg, Driver};
+use super::fp8::Scales;
 use cublaslt::{Algorithm, Library, Plan};
 use hopper::Hopper;
 
@@ -38,6 +40,8 @@ pub(super) struct Product {
     pub(super) out: Address,
     pub(super) x: Address,
     pub(super) weight: Address,
+    /// Of x and of the weight, which then are E4M3; else both are of the computing type.
+    pub(super) scales: Option<Scales>,
     pub(super) bias: Option<Address>,
     /// Rows of x.
     pub(super) num_rows: usize,
@@ -52,7 +56,15 @@ pub(super) struct Product {
 impl Product {
     /// Returns the kernels' last parameters.
     fn sizes(&self) -> [Arg; 3] {
-        [self.num_rows, self.n, self.k].map(|size| Arg::I32(size as i32))
+        [self.num_rows, self.n, self.columns()].map(|size| Arg::I32(size as i32))
+    }
+
+    /// Returns the columns of both as the kernels count them, 16 bits each: pairs of FP8.
+    fn columns(&self) -> usize {
+        match self.scales {
+            None => self.k,
+            Some(_) => self.k / 2,
+        }
     }
 }
 
@@ -121,6 +133,10 @@ impl Gemm {
     /// Computes `x Wᵀ + bias`.
     pub(super) fn multiply(&self, driver: &Driver, product: &Product) -> Result<()> {
         let &Product { num_rows, n, k, .. } = product;
+        if product.scales.is_some() {
+            let hopper = self.fp8()?;
+            return hopper.multiply(driver, product, hopper.fp8_form(product));
+        }
         match small::Form::of(num_rows, n, k) {
             Some(form) => form.multiply(driver, self.dtype, product),
             None => self.multiply_planned(driver, product),
@@ -135,6 +151,23 @@ impl Gemm {
         }
         let form = self.hopper.as_ref()?.silu_form(num_rows, n)?;
         Some(SiluForm::Hopper(form))
+    }
+
+    /// Returns whether there are kernels for FP8 products.
+    pub(super) fn has_fp8(&self) -> bool {
+        self.hopper.is_some()
+    }
+
+    /// Returns the same as [`Self::silu_form`] of FP8, which one kernel always computes.
+    pub(super) fn fp8_silu_form(&self, num_rows: usize, n: usize) -> Result<SiluForm> {
+        Ok(SiluForm::Hopper(self.fp8()?.any_silu_form(num_rows, n)))
+    }
+
+    fn fp8(&self) -> Result<&Hopper> {
+        match &self.hopper {
+            Some(hopper) => Ok(hopper),
+            None => candle_core::bail!("an FP8 product on a GPU that has no kernels for it"),
+        }
     }
 
     /// Computes `silu(x Gᵀ) · (x Uᵀ)` as [`Self::silu_form`] said.

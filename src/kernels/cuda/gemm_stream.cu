@@ -6,6 +6,9 @@
 //          silu(x Gᵀ) · (x Uᵀ); without bias.
 //          partial f32 [grid][64 t], flags u32 [grid], zero at first and after every launch.
 // Names:   gemm_stream{,_silu}_{f16,bf16}{,_f32out}_t{16,32,64}: at most t tokens.
+// FP8:     gemm_stream{,_silu}_fp8_{f16,bf16}_t{…}: x and W E4M3, seen as pairs, so that K here is half
+//          of theirs; scales f32, x's [num_tokens] and W's [its rows]; a sum is multiplied by both
+//          before bias or SiLU. Sums keep about 14 bits on the way, as all of Hopper's FP8 products.
 // Maps:    of x, boxes of 64 × t elements; of W, boxes of 64 × 64. For silu W is seen as
 //          [N / 8][2][8][K], boxes of 64 × 8 × 2 × 4: octets of gates and ups alternate.
 // Launch:  grid: as many blocks as run at once, at most ⌈N / 64⌉ · ⌈K / 64⌉ (for silu of 2 N);
@@ -47,6 +50,14 @@ __device__ __forceinline__ void load8(float (&values)[8], const float *source) {
     const float4 low = vectors[0], high = vectors[1];
     values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+}
+__device__ __forceinline__ void scale8(float (&values)[8], float x_scale, const float *w_scales) {
+    float factors[8];
+    load8(factors, w_scales);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        values[j] *= x_scale * factors[j];
+    }
 }
 
 // A barrier of the warpgroup that multiplies.
@@ -107,10 +118,10 @@ __device__ __forceinline__ void add_sums(float (&sums)[COUNT], const float *part
 }
 
 // Writes a tile's outputs, rows in octets.
-template <typename T, typename Out, int TOKENS, bool IS_SILU>
+template <typename In, typename T, typename Out, int TOKENS, bool IS_SILU>
 __device__ __forceinline__ void write_tile(const float (&sums)[TOKENS / 2], float *staging,
-                                           Out *out, const T *bias, int tile, int num_tokens,
-                                           int n) {
+                                           Out *out, const T *bias, Scales scales, int tile,
+                                           int num_tokens, int n) {
     constexpr int OUT_ROWS = IS_SILU ? ROWS / 2 : ROWS;
     constexpr int OCTETS = OUT_ROWS / 8;
     const int lane = threadIdx.x % WARP_SIZE;
@@ -133,9 +144,15 @@ __device__ __forceinline__ void write_tile(const float (&sums)[TOKENS / 2], floa
         const float *source = staging + token * SUMS_STRIDE + (IS_SILU ? 16 : 8) * octet;
         float values[8];
         load8(values, source);
+        if (IS_FP8<In>) {
+            scale8(values, __ldcg(scales.x + token), scales.w + row);
+        }
         if (IS_SILU) {
             float ups[8];
             load8(ups, source + 8);
+            if (IS_FP8<In>) {
+                scale8(ups, __ldcg(scales.x + token), scales.w + n + row);
+            }
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 values[j] = __fdividef(ups[j] * values[j], 1.0f + __expf(-values[j]));
@@ -152,10 +169,11 @@ __device__ __forceinline__ void write_tile(const float (&sums)[TOKENS / 2], floa
     }
 }
 
-template <typename T, typename Out, int TOKENS, bool IS_SILU>
+template <typename In, typename T, typename Out, int TOKENS, bool IS_SILU>
 __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const TensorMap &w_map,
-                                            Out *out, const T *bias, float *partial,
-                                            uint32_t *flags, int num_tokens, int n, int k) {
+                                            Out *out, const T *bias, Scales scales,
+                                            float *partial, uint32_t *flags, int num_tokens, int n,
+                                            int k) {
     using Ring = Ring<TOKENS>;
     constexpr int STAGES = Ring::STAGES;
     extern __shared__ char shared[];
@@ -221,6 +239,10 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
             }
         }
     } else if (threadIdx.x < WARPGROUP_SIZE) {
+        if (IS_FP8<In>) {
+            // x's scales are read past TMA.
+            wait_for_producer();
+        }
         float *staging =
             reinterpret_cast<float *>(shared + (ring - shared_address(shared)) +
                                       STAGES * Ring::STAGE_BYTES);
@@ -239,9 +261,9 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
                 begin_products();
 #pragma unroll
                 for (int part = 0; part < STEP / PRODUCT_COLUMNS; part++) {
-                    multiply_transposed<T, TOKENS>(sums, advance(w, part * PRODUCT_BYTES),
-                                                   advance(x, part * PRODUCT_BYTES),
-                                                   !is_first || part > 0);
+                    multiply_transposed<In, TOKENS>(sums, advance(w, part * PRODUCT_BYTES),
+                                                    advance(x, part * PRODUCT_BYTES),
+                                                    !is_first || part > 0);
                 }
                 commit_products();
                 if (!is_first) {
@@ -268,7 +290,8 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
             if (end < tile_end) {
                 add_sums(sums, partial, flags, tile_end, num_steps);
             }
-            write_tile<T, Out, TOKENS, IS_SILU>(sums, staging, out, bias, tile, num_tokens, n);
+            write_tile<In, T, Out, TOKENS, IS_SILU>(sums, staging, out, bias, scales, tile,
+                                                    num_tokens, n);
         }
     }
 }
@@ -277,17 +300,35 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
     extern "C" __global__ void __launch_bounds__(160, 1) gemm_stream_##SUFFIX##_t##TOKENS(         \
         const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,          \
         const T *bias, float *partial, uint32_t *flags, int num_tokens, int n, int k) {            \
-        gemm_stream<T, T, TOKENS, false>(x, w, out, bias, partial, flags, num_tokens, n, k);       \
+        gemm_stream<T, T, T, TOKENS, false>(x, w, out, bias, {}, partial, flags, num_tokens, n,    \
+                                            k);                                                    \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(160, 1) gemm_stream_##SUFFIX##_f32out_t##TOKENS(  \
         const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, float *out,      \
         const T *bias, float *partial, uint32_t *flags, int num_tokens, int n, int k) {            \
-        gemm_stream<T, float, TOKENS, false>(x, w, out, bias, partial, flags, num_tokens, n, k);   \
+        gemm_stream<T, T, float, TOKENS, false>(x, w, out, bias, {}, partial, flags, num_tokens,   \
+                                                n, k);                                             \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(160, 1) gemm_stream_silu_##SUFFIX##_t##TOKENS(    \
         const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,          \
         float *partial, uint32_t *flags, int num_tokens, int n, int k) {                           \
-        gemm_stream<T, T, TOKENS, true>(x, w, out, nullptr, partial, flags, num_tokens, n, k);     \
+        gemm_stream<T, T, T, TOKENS, true>(x, w, out, nullptr, {}, partial, flags, num_tokens, n,  \
+                                           k);                                                     \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(160, 1) gemm_stream_fp8_##SUFFIX##_t##TOKENS(     \
+        const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,          \
+        const T *bias, const float *x_scales, const float *w_scales, float *partial,               \
+        uint32_t *flags, int num_tokens, int n, int k) {                                           \
+        gemm_stream<E4m3Pair, T, T, TOKENS, false>(x, w, out, bias, {x_scales, w_scales}, partial, \
+                                                   flags, num_tokens, n, k);                       \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(160, 1)                                           \
+        gemm_stream_silu_fp8_##SUFFIX##_t##TOKENS(                                                 \
+            const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
+            const float *x_scales, const float *w_scales, float *partial, uint32_t *flags,         \
+            int num_tokens, int n, int k) {                                                        \
+        gemm_stream<E4m3Pair, T, T, TOKENS, true>(x, w, out, nullptr, {x_scales, w_scales},        \
+                                                  partial, flags, num_tokens, n, k);               \
     }
 #define ENTRIES(T, SUFFIX)                                                                         \
     ENTRIES_OF(T, SUFFIX, 16)                                                                      \

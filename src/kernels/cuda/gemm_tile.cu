@@ -6,6 +6,9 @@
 //          silu(x Gᵀ) · (x Uᵀ); without bias.
 // Names:   gemm_tile_{f16,bf16}_n{128,192,224,256}, gemm_tile_silu_{f16,bf16}_n{128,192,256}:
 //          columns of a tile of 128 tokens; for silu half of them are gates, half their ups.
+// FP8:     gemm_tile{,_silu}_fp8_{f16,bf16}_n{…}: x and W E4M3, seen as pairs, so that K here is half
+//          of theirs; scales f32, x's [num_tokens] and W's [its rows]; a sum is multiplied by both
+//          before bias or SiLU. Sums keep about 14 bits on the way, as all of Hopper's FP8 products.
 // Maps:    of x, boxes of 64 × 128 elements; of W (2 N rows for silu), boxes of 64 × n / 2.
 // Launch:  any even grid, best one block a multiprocessor; clusters of 2; block 384; dynamic shared
 //          memory 1,024 + stages · (16,384 + 128 n) bytes, stages = min(6, 220,000 / stage).
@@ -56,9 +59,23 @@ template <int STAGES> struct Turn {
     }
 };
 
-template <typename T, int COLUMNS, bool IS_SILU>
+// The scales of columns 8 j + i of W for j < 4, i < 2; of those from `n` on, none are read.
+__device__ __forceinline__ void load_scales(float (&scales)[4][2], const float *source, int column,
+                                            int n) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int at = column + 8 * j;
+        const float2 pair = at < n ? __ldg(reinterpret_cast<const float2 *>(source + at))
+                                   : make_float2(0.0f, 0.0f);
+        scales[j][0] = pair.x;
+        scales[j][1] = pair.y;
+    }
+}
+
+template <typename In, typename T, int COLUMNS, bool IS_SILU>
 __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMap &w_map, T *out,
-                                          const T *bias, int num_tokens, int n, int k) {
+                                          const T *bias, Scales scales, int num_tokens, int n,
+                                          int k) {
     using Ring = Ring<COLUMNS>;
     constexpr int STAGES = Ring::STAGES;
     constexpr int OUT_COLUMNS = IS_SILU ? COLUMNS / 2 : COLUMNS;
@@ -131,6 +148,10 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         }
     } else {
         take_registers<232>();
+        if (IS_FP8<In>) {
+            // x's scales are read past TMA.
+            wait_for_producer();
+        }
         const int lane = threadIdx.x % WARP_SIZE;
         const int warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
         const int quarter = lane % 4;
@@ -152,9 +173,9 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                 begin_products();
 #pragma unroll
                 for (int part = 0; part < STEP / PRODUCT_COLUMNS; part++) {
-                    multiply_transposed<T, COLUMNS>(sums, advance(x, part * PRODUCT_BYTES),
-                                                    advance(w, part * PRODUCT_BYTES),
-                                                    step > 0 || part > 0);
+                    multiply_transposed<In, COLUMNS>(sums, advance(x, part * PRODUCT_BYTES),
+                                                     advance(w, part * PRODUCT_BYTES),
+                                                     step > 0 || part > 0);
                 }
                 commit_products();
                 if (step > 0) {
@@ -171,9 +192,25 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
             const int first_column = place.column * OUT_COLUMNS;
             const int first_row = (2 * place.pair + rank) * TILE_TOKENS + warpgroup * 64 +
                                   warp * 16 + lane / 4;
+            float x_scales[2];
+            if (IS_FP8<In>) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = first_row + 8 * half;
+                    x_scales[half] = row < num_tokens ? __ldcg(scales.x + row) : 0.0f;
+                }
+            }
 #pragma unroll
             for (int octet = 0; octet < OUT_COLUMNS / 8; octet += 4) {
                 const int column = first_column + 8 * (octet + quarter);
+                float w_scales[4][2], up_scales[4][2];
+                if (IS_FP8<In>) {
+                    const int own = first_column + 8 * octet + 2 * quarter;
+                    load_scales(w_scales, scales.w, own, n);
+                    if (IS_SILU) {
+                        load_scales(up_scales, scales.w + n, own, n);
+                    }
+                }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     uint32_t words[4];
@@ -183,9 +220,15 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             float value = sums[4 * (octet + i) + 2 * half + j];
+                            if (IS_FP8<In>) {
+                                value *= x_scales[half] * w_scales[i][j];
+                            }
                             if (IS_SILU) {
-                                const float up =
+                                float up =
                                     sums[4 * (octet + i + OUT_COLUMNS / 8) + 2 * half + j];
+                                if (IS_FP8<In>) {
+                                    up *= x_scales[half] * up_scales[i][j];
+                                }
                                 value = __fdividef(up * value, 1.0f + __expf(-value));
                             } else if (bias != nullptr) {
                                 const int at = first_column + 8 * (octet + i) + 2 * quarter + j;
@@ -213,14 +256,29 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         gemm_tile_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                       \
                                         const __grid_constant__ TensorMap w, T *out,               \
                                         const T *bias, int num_tokens, int n, int k) {             \
-        gemm_tile<T, COLUMNS, false>(x, w, out, bias, num_tokens, n, k);                           \
+        gemm_tile<T, T, COLUMNS, false>(x, w, out, bias, {}, num_tokens, n, k);                    \
+    }                                                                                              \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
+        gemm_tile_fp8_##SUFFIX##_n##COLUMNS(                                                       \
+            const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
+            const T *bias, const float *x_scales, const float *w_scales, int num_tokens, int n,    \
+            int k) {                                                                               \
+        gemm_tile<E4m3Pair, T, COLUMNS, false>(x, w, out, bias, {x_scales, w_scales}, num_tokens,  \
+                                               n, k);                                              \
     }
 #define ENTRY_SILU(T, SUFFIX, COLUMNS)                                                             \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
         gemm_tile_silu_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                  \
                                              const __grid_constant__ TensorMap w, T *out,          \
                                              int num_tokens, int n, int k) {                       \
-        gemm_tile<T, COLUMNS, true>(x, w, out, nullptr, num_tokens, n, k);                         \
+        gemm_tile<T, T, COLUMNS, true>(x, w, out, nullptr, {}, num_tokens, n, k);                  \
+    }                                                                                              \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
+        gemm_tile_silu_fp8_##SUFFIX##_n##COLUMNS(                                                  \
+            const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
+            const float *x_scales, const float *w_scales, int num_tokens, int n, int k) {          \
+        gemm_tile<E4m3Pair, T, COLUMNS, true>(x, w, out, nullptr, {x_scales, w_scales},            \
+                                              num_tokens, n, k);                                   \
     }
 #define ENTRIES(T, SUFFIX)                                                                         \
     ENTRY(T, SUFFIX, 128)                                                                          \

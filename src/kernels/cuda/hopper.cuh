@@ -31,6 +31,18 @@ constexpr uint64_t EVICT_LAST = 0x14F0000000000000ull;
 // A wait of so many times 2^20 ns (17 s) means a fault of the kernel.
 constexpr uint32_t MAX_WAIT = 1 << 14;
 
+// Two neighbours of E4M3, which maps and panels take for one element of 16 bits.
+struct E4m3Pair {
+    uint16_t bits;
+};
+template <typename T> constexpr bool IS_FP8 = false;
+template <> constexpr bool IS_FP8<E4m3Pair> = true;
+// What FP8 operands are multiplied by: one f32 for each row of x and of W.
+struct Scales {
+    const float *x;
+    const float *w;
+};
+
 // A CUtensorMap, passed by value as __grid_constant__.
 struct alignas(128) TensorMap {
     uint64_t opaque[16];
@@ -230,7 +242,8 @@ __device__ __forceinline__ uint4 gather_octet(uint32_t a, uint32_t b, uint32_t c
 
 // Starts sums += A·Bᵀ, or sums = A·Bᵀ where `adds` is 0: A is 64×16 and B N×16 in shared memory,
 // both with their 16 columns side by side. Of rows lane / 4 and lane / 4 + 8 of its warp's 16, a
-// thread has at [4 j + 2 half + i] column 8 j + 2 (lane % 4) + i.
+// thread has at [4 j + 2 half + i] column 8 j + 2 (lane % 4) + i. Products of E4m3Pair keep about
+// 14 bits of sums on the way.
 template <typename T, int N>
 __device__ __forceinline__ void multiply_transposed(float (&sums)[N / 2], uint64_t a, uint64_t b,
                                                     int adds);
@@ -261,15 +274,15 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], const uint32_t (&
 #define NAMES128                                                                                   \
     NAMES112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "    \
              "%125, %126, %127"
-#define WGMMA(TYPE, N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE
-#define MULTIPLY_TRANSPOSED(T, TYPE, N, NAMES, A, B, ADDS, ...)                                    \
+#define WGMMA(TYPE, N, K) "wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPE "." TYPE
+#define MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, N, NAMES, A, B, ADDS, ...)                         \
     template <>                                                                                    \
     __device__ __forceinline__ void multiply_transposed<T, N>(float(&sums)[N / 2], uint64_t a,     \
                                                               uint64_t b, int adds) {              \
         asm volatile("{\n"                                                                         \
                      ".reg .pred p;\n"                                                             \
-                     "setp.ne.b32 p, " ADDS ", 0;\n" WGMMA(TYPE, N) " {" NAMES "}, " A ", " B      \
-                     ", p, 1, 1, 0, 0;\n"                                                          \
+                     "setp.ne.b32 p, " ADDS ", 0;\n" WGMMA(TYPE, N, K) " {" NAMES "}, " A ", " B   \
+                     ", p, 1, 1" MAJORS ";\n"                                                      \
                      "}"                                                                           \
                      : __VA_ARGS__                                                                 \
                      : "l"(a), "l"(b), "r"(adds));                                                 \
@@ -278,26 +291,33 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], const uint32_t (&
     template <>                                                                                    \
     __device__ __forceinline__ void multiply<T, N>(float(&sums)[N / 2], const uint32_t(&a)[4],     \
                                                    uint64_t b) {                                   \
-        asm volatile(WGMMA(TYPE, N) " {" NAMES "}, {" A "}, " B ", 1, 1, 1, 1;"                    \
+        asm volatile(WGMMA(TYPE, N, 16) " {" NAMES "}, {" A "}, " B ", 1, 1, 1, 1;"                \
                      : __VA_ARGS__                                                                 \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
     }
+#define TRANSPOSED_PRODUCTS(T, TYPE, K, MAJORS)                                                    \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 16, NAMES8, "%8", "%9", "%10", SUMS8(0))               \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 32, NAMES16, "%16", "%17", "%18", SUMS16(0))           \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 64, NAMES32, "%32", "%33", "%34", SUMS32(0))           \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 128, NAMES64, "%64", "%65", "%66", SUMS64(0))          \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 192, NAMES96, "%96", "%97", "%98",                     \
+                        SUMS64(0), SUMS32(64))                                                     \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 224, NAMES112, "%112", "%113", "%114",                 \
+                        SUMS64(0), SUMS32(64), SUMS16(96))                                         \
+    MULTIPLY_TRANSPOSED(T, TYPE, K, MAJORS, 256, NAMES128, "%128", "%129", "%130",                 \
+                        SUMS64(0), SUMS64(64))
 #define PRODUCTS(T, TYPE)                                                                          \
-    MULTIPLY_TRANSPOSED(T, TYPE, 16, NAMES8, "%8", "%9", "%10", SUMS8(0))                          \
-    MULTIPLY_TRANSPOSED(T, TYPE, 32, NAMES16, "%16", "%17", "%18", SUMS16(0))                      \
-    MULTIPLY_TRANSPOSED(T, TYPE, 64, NAMES32, "%32", "%33", "%34", SUMS32(0))                      \
-    MULTIPLY_TRANSPOSED(T, TYPE, 128, NAMES64, "%64", "%65", "%66", SUMS64(0))                     \
-    MULTIPLY_TRANSPOSED(T, TYPE, 192, NAMES96, "%96", "%97", "%98", SUMS64(0), SUMS32(64))         \
-    MULTIPLY_TRANSPOSED(T, TYPE, 224, NAMES112, "%112", "%113", "%114", SUMS64(0), SUMS32(64),     \
-                        SUMS16(96))                                                                \
-    MULTIPLY_TRANSPOSED(T, TYPE, 256, NAMES128, "%128", "%129", "%130", SUMS64(0), SUMS64(64))     \
+    TRANSPOSED_PRODUCTS(T, TYPE, 16, ", 0, 0")                                                     \
     MULTIPLY(T, TYPE, 64, NAMES32, "%32, %33, %34, %35", "%36", SUMS32(0))                         \
     MULTIPLY(T, TYPE, 128, NAMES64, "%64, %65, %66, %67", "%68", SUMS64(0))
 
 PRODUCTS(__half, "f16")
 PRODUCTS(__nv_bfloat16, "bf16")
+// Elements of one byte are always side by side: the instruction has no choice of majors.
+TRANSPOSED_PRODUCTS(E4m3Pair, "e4m3", 32, "")
 
 #undef PRODUCTS
+#undef TRANSPOSED_PRODUCTS
 #undef MULTIPLY
 #undef MULTIPLY_TRANSPOSED
 #undef WGMMA

@@ -2,14 +2,15 @@
 //! and cuBLASLt. Activations are `f16` or `bf16` tensors on candle's device, logits `f32`.
 //!
 //! `driver` is the GPU (streams, launches, graphs), `memory` what owns memory, `weights` loads
-//! matrices, `activations` is where results go, `batch` stages a step's integers, `gemm`
-//! multiplies, `paged` is the KV cache with its kernels, `sampler` draws tokens, `peers` are the
-//! collectives of several GPUs, `turns` is what lets the host prepare a step while another runs.
-//! `unsafe` code stays in this folder.
+//! matrices, `fp8` quantises them and what they multiply, `activations` is where results go,
+//! `batch` stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels,
+//! `sampler` draws tokens, `peers` are the collectives of several GPUs, `turns` is what lets the
+//! host prepare a step while another runs. `unsafe` code stays in this folder.
 
 mod activations;
 mod batch;
 mod driver;
+mod fp8;
 mod gemm;
 mod memory;
 mod paged;
@@ -20,6 +21,7 @@ mod turns;
 mod weights;
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use bytes::Bytes;
 use candle_core::cuda_backend::cudarc::driver::DevicePtr;
@@ -29,10 +31,11 @@ use half::{bf16, f16};
 
 use super::check;
 use super::cpu::Cpu;
-use super::{DeviceOptions, vocab_part_len};
+use super::{DeviceOptions, Quantization, vocab_part_len};
 use activations::{Activations, Lifetime};
 use batch::{Limits, Stage};
 use driver::{Address, Arg, Driver, Geometry};
+use fp8::Prepared;
 use gemm::{Gemm, Product};
 use paged::Scratch;
 use peers::Peers;
@@ -53,6 +56,9 @@ pub(super) struct Gpu {
     dtype: DType,
     /// The type's part of entry points' names.
     type_name: &'static str,
+    quantization: Quantization,
+    /// What this layer's last norm has quantised: within a layer no address is used again.
+    prepared: Mutex<Option<Prepared>>,
     arena: Arena,
     activations: Activations,
     stage: Stage,
@@ -87,9 +93,19 @@ impl Gpu {
             sampler: Sampler::new(&driver, options.max_num_sequences, options.vocab_size)?,
             dtype,
             type_name,
+            quantization: options.quantization,
+            prepared: Mutex::new(None),
             driver,
             peers: None,
         };
+        if options.quantization == Quantization::Fp8 && !gpu.gemm.has_fp8() {
+            let (major, minor) = gpu.driver.capability;
+            bail!(
+                "--quantization fp8 needs a GPU of compute capability 9.0 (H100, H200) and a program \
+                 that was compiled for it; GPU {} has {major}.{minor}: leave the flag out",
+                options.ordinal
+            );
+        }
         if options.world_size > 1 {
             let place = [options.rank, options.world_size];
             let width = vocab_part_len(options.vocab_size, options.world_size);
@@ -124,18 +140,33 @@ impl Gpu {
         shape: [usize; 2],
         data: Bytes,
     ) -> Result<GpuMatrix> {
-        let (driver, arena) = (&self.driver, &self.arena);
+        self.loading(cpu).matrix(dtype, shape, data)
+    }
+
+    pub(super) fn load_linear(
+        &self,
+        cpu: Cpu<'_>,
+        dtype: GgmlDType,
+        shape: [usize; 2],
+        data: Bytes,
+    ) -> Result<GpuMatrix> {
+        match self.quantization {
+            Quantization::None => self.load_matrix(cpu, dtype, shape, data),
+            Quantization::Fp8 => self.loading(cpu).quantized(dtype, shape, &data),
+        }
+    }
+
+    fn loading<'a>(&'a self, cpu: Cpu<'a>) -> Loading<'a> {
         Loading {
-            driver,
-            arena,
+            driver: &self.driver,
+            arena: &self.arena,
             dtype: self.dtype,
             cpu,
         }
-        .matrix(dtype, shape, data)
     }
 
     pub(super) fn join(&self, parts: Vec<GpuMatrix>) -> Result<GpuMatrix> {
-        weights::join(&self.driver, &self.arena, parts)
+        weights::join(&self.driver, &self.arena, &parts)
     }
 
     /// Makes a vector of the computing type.
@@ -177,6 +208,7 @@ impl Gpu {
     }
 
     pub(super) fn next_layer(&self) {
+        *self.prepared() = None;
         self.activations.next_layer();
     }
 
@@ -213,10 +245,12 @@ impl Gpu {
     ) -> Result<Tensor> {
         let (num_rows, n) = (check::rows_of("x", x, weight.cols)?, weight.rows);
         let (tensor, out) = self.new_activation([num_rows, n], life)?;
+        let (x, scales) = self.operand(x, num_rows, weight)?;
         let product = Product {
             out,
-            x: self.address("x", x, self.dtype)?,
-            weight: weight.address,
+            x,
+            weight: weight.address(),
+            scales,
             bias: bias
                 .map(|bias| self.address("bias", bias, self.dtype))
                 .transpose()?,
@@ -233,18 +267,26 @@ impl Gpu {
     pub(super) fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor> {
         let num_rows = check::rows_of("x", x, weight.cols)?;
         let n = weight.rows / 2;
-        let Some(form) = self.gemm.silu_form(num_rows, n, weight.cols) else {
+        let form = match weight.scales() {
+            Some(_) => Some(self.gemm.fp8_silu_form(num_rows, n)?),
+            None => self.gemm.silu_form(num_rows, n, weight.cols),
+        };
+        let Some(form) = form else {
             return self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?);
         };
-        // A later step of fewer rows may need room for gates and ups.
-        let plain_rows = num_rows.min(gemm::MAX_PLAIN_SILU_ROWS);
-        self.activations
-            .expect(plain_rows * weight.rows, Lifetime::Call);
+        if weight.scales().is_none() {
+            // A later step of fewer rows may need room for gates and ups.
+            let plain_rows = num_rows.min(gemm::MAX_PLAIN_SILU_ROWS);
+            self.activations
+                .expect(plain_rows * weight.rows, Lifetime::Call);
+        }
         let (tensor, out) = self.new_tensor([num_rows, n])?;
+        let (x, scales) = self.operand(x, num_rows, weight)?;
         let product = Product {
             out,
-            x: self.address("x", x, self.dtype)?,
-            weight: weight.address,
+            x,
+            weight: weight.address(),
+            scales,
             bias: None,
             num_rows,
             n,
@@ -272,7 +314,8 @@ impl Gpu {
         let product = Product {
             out,
             x: self.address("x", x, self.dtype)?,
-            weight: weight.address,
+            weight: weight.unquantized()?,
+            scales: None,
             bias: None,
             num_rows,
             n,
@@ -294,7 +337,7 @@ impl Gpu {
         let (tensor, out) = self.new_tensor([staged.num_tokens, width])?;
         let args = [
             Arg::Pointer(out),
-            Arg::Pointer(table.address),
+            Arg::Pointer(table.unquantized()?),
             Arg::Pointer(staged.ids),
             Arg::Pointer(self.sampler.drawn_ids()),
             Arg::U32(vocab_start as u32),
@@ -309,14 +352,13 @@ impl Gpu {
         let width = weight.elem_count();
         let num_rows = check::rows_of("x", x, width)?;
         let (tensor, out) = self.new_tensor([num_rows, width])?;
-        let args = [
-            Arg::Pointer(out),
+        let (name, mut args) = self.norm_outputs("rms_norm", out, [num_rows, width])?;
+        args.extend([
             Arg::Pointer(self.address("x", x, self.dtype)?),
             Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
             Arg::F32(eps),
             Arg::I32(width as i32),
-        ];
-        let name = format!("rms_norm_{}", self.type_name);
+        ]);
         self.driver
             .launch(&name, norm_geometry(num_rows, width), &args)?;
         Ok(tensor)
@@ -334,16 +376,15 @@ impl Gpu {
         check::rows_of("residual", residual, width)?;
         let (tensor, out) = self.new_tensor([num_rows, width])?;
         let (sum_tensor, sum) = self.new_tensor([num_rows, width])?;
-        let args = [
-            Arg::Pointer(out),
+        let (name, mut args) = self.norm_outputs("add_rms_norm", out, [num_rows, width])?;
+        args.extend([
             Arg::Pointer(sum),
             Arg::Pointer(self.address("x", x, self.dtype)?),
             Arg::Pointer(self.address("residual", residual, self.dtype)?),
             Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
             Arg::F32(eps),
             Arg::I32(width as i32),
-        ];
-        let name = format!("add_rms_norm_{}", self.type_name);
+        ]);
         self.driver
             .launch(&name, norm_geometry(num_rows, width), &args)?;
         Ok((tensor, sum_tensor))

@@ -3,9 +3,12 @@
 // Shapes:  x, residual, out, sum [rows, width], weight [width]; all of type T, row-major.
 //          add_rms_norm rounds x + residual to T, writes it to `sum` and norms the rounded value.
 //          `sum` may be `residual`, `out` may be `x`.
+//          rms_norm_fp8, add_rms_norm_fp8 (sm_90a) also write `out` as quantize_rows would make it of
+//          it: elements E4M3 [rows, width] and scales f32 [rows].
 // Launch:  grid (rows), block a multiple of 32, at most 1024 and at least width / 32.
 // Limits:  width is a multiple of 8 and at most 32,768; pointers on 16 bytes.
 // Source:  own.
+#include "e4m3.cuh"
 #include "norm.cuh"
 
 constexpr int MAX_VECTORS = 4;
@@ -37,3 +40,32 @@ __device__ __forceinline__ void norm_rows(T *out, T *sum, const T *x, const T *r
 
 ENTRY(__half, f16)
 ENTRY(__nv_bfloat16, bf16)
+
+#ifdef HAS_HOPPER
+
+// A thread reads again what it has written itself.
+template <typename T>
+__device__ __forceinline__ void quantize_rows(uint8_t *elements, float *scales, const T *out,
+                                              int width) {
+    const int64_t row = blockIdx.x;
+    quantize_row(elements + row * width, scales + row, out + row * width, width);
+}
+
+#define ENTRY_FP8(T, SUFFIX)                                                                       \
+    extern "C" __global__ void rms_norm_fp8_##SUFFIX(T *out, uint8_t *elements, float *scales,     \
+                                                     const T *x, const T *weight, float eps,       \
+                                                     int width) {                                  \
+        norm_rows<T, false>(out, nullptr, x, nullptr, weight, eps, width);                         \
+        quantize_rows(elements, scales, out, width);                                               \
+    }                                                                                              \
+    extern "C" __global__ void add_rms_norm_fp8_##SUFFIX(T *out, uint8_t *elements, float *scales, \
+                                                         T *sum, const T *x, const T *residual,    \
+                                                         const T *weight, float eps, int width) {  \
+        norm_rows<T, true>(out, sum, x, residual, weight, eps, width);                             \
+        quantize_rows(elements, scales, out, width);                                               \
+    }
+
+ENTRY_FP8(__half, f16)
+ENTRY_FP8(__nv_bfloat16, bf16)
+
+#endif  // HAS_HOPPER

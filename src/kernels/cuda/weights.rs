@@ -1,6 +1,7 @@
-//! Weights on the GPU: an arena that matrices are loaded into side by side, and their conversion.
+//! Weights on the GPU: an arena that matrices are loaded into side by side, and their conversion
+//! to the computing type or to E4M3.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
@@ -8,10 +9,13 @@ use candle_core::{DType, Result, bail};
 
 use super::super::cpu::{self, Cpu, CpuMatrix};
 use super::driver::{Address, Arg, Driver, Geometry};
+use super::fp8;
 use super::memory::Buffer;
 
 /// Bytes of an arena's chunk when nothing else is asked for.
 const CHUNK_BYTES: usize = 256 << 20;
+/// The same of scales, which are 4 bytes a row.
+const SCALES_CHUNK_BYTES: usize = 8 << 20;
 /// Matrices begin at multiples of this.
 const ALIGNMENT: usize = 16;
 /// Rows after a matrix that may be read (and come to nothing): products round rows up, and the
@@ -20,18 +24,62 @@ pub(super) const READABLE_ROWS: usize = 72;
 /// Rows of a block format that are expanded at a time, elements.
 const EXPANDED_ELEMENTS: usize = 1 << 22;
 
-/// A matrix `[rows, cols]` of the computing type, row-major.
+/// A matrix `[rows, cols]`, row-major, of the computing type, or of E4M3 if it has scales.
 pub(in crate::kernels) struct GpuMatrix {
     pub(in crate::kernels) rows: usize,
     pub(in crate::kernels) cols: usize,
-    pub(super) address: Address,
+    elements: Place,
+    /// One f32 a row.
+    scales: Option<Place>,
+}
+
+impl GpuMatrix {
+    /// Returns where the elements begin.
+    pub(super) fn address(&self) -> Address {
+        self.elements.address
+    }
+
+    /// Returns where the elements of the computing type begin.
+    ///
+    /// # Errors
+    /// When they are E4M3.
+    pub(super) fn unquantized(&self) -> Result<Address> {
+        match self.scales {
+            None => Ok(self.elements.address),
+            Some(_) => bail!("an FP8 matrix where only the computing type is read"),
+        }
+    }
+
+    /// Returns where the scales begin, none of the computing type.
+    pub(super) fn scales(&self) -> Option<Address> {
+        self.scales.as_ref().map(|scales| scales.address)
+    }
+
+    fn element_bytes(&self) -> usize {
+        match self.scales {
+            Some(_) => 1,
+            None => 2,
+        }
+    }
+}
+
+/// Part of a chunk, which stays as long as its parts.
+struct Place {
+    address: Address,
+    num_bytes: usize,
     memory: Arc<Buffer>,
 }
 
 /// Where weights lie.
-#[derive(Default)]
 pub(super) struct Arena {
+    elements: Region,
+    scales: Region,
+}
+
+/// Memory that is handed out piece after piece.
+struct Region {
     chunk: Mutex<Option<Chunk>>,
+    chunk_bytes: usize,
 }
 
 struct Chunk {
@@ -39,33 +87,88 @@ struct Chunk {
     used: usize,
 }
 
+impl Default for Arena {
+    fn default() -> Self {
+        let region = |chunk_bytes| Region {
+            chunk: Mutex::new(None),
+            chunk_bytes,
+        };
+        Self {
+            elements: region(CHUNK_BYTES),
+            scales: region(SCALES_CHUNK_BYTES),
+        }
+    }
+}
+
 impl Arena {
-    /// Makes room for `num_bytes` in one piece.
+    /// Makes room for `num_bytes` of elements in one piece.
     pub(super) fn reserve(&self, driver: &Driver, num_bytes: usize) -> Result<()> {
         let memory = Arc::new(driver.allocate(num_bytes)?);
-        *self.chunk.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Chunk { memory, used: 0 });
+        *self.elements.lock() = Some(Chunk { memory, used: 0 });
         Ok(())
     }
 
-    /// Returns room for a matrix of 16-bit elements, directly after the one before if it fits.
-    fn take(&self, driver: &Driver, [rows, cols]: [usize; 2]) -> Result<(Address, Arc<Buffer>)> {
-        let mut chunk = self.chunk.lock().unwrap_or_else(PoisonError::into_inner);
-        let num_bytes = (rows * cols * 2).next_multiple_of(ALIGNMENT);
-        let readable = num_bytes + READABLE_ROWS * cols * 2;
+    /// Returns room for a matrix of the computing type.
+    fn take(&self, driver: &Driver, [rows, cols]: [usize; 2]) -> Result<Place> {
+        let readable = READABLE_ROWS * cols * 2;
+        self.elements.take(driver, rows * cols * 2, readable)
+    }
+}
+
+impl Region {
+    /// Returns room, directly after the piece before if it fits; of the bytes after it `readable`
+    /// are allocated.
+    fn take(&self, driver: &Driver, num_bytes: usize, readable: usize) -> Result<Place> {
+        let mut chunk = self.lock();
+        let padded = num_bytes.next_multiple_of(ALIGNMENT);
+        let needed = padded + readable;
         if chunk
             .as_ref()
-            .is_none_or(|c| c.used + readable > c.memory.num_bytes())
+            .is_none_or(|c| c.used + needed > c.memory.num_bytes())
         {
-            let memory = Arc::new(driver.allocate(readable.max(CHUNK_BYTES))?);
+            let memory = Arc::new(driver.allocate(needed.max(self.chunk_bytes))?);
             *chunk = Some(Chunk { memory, used: 0 });
         }
         let Some(chunk) = chunk.as_mut() else {
             bail!("the arena has no chunk");
         };
         let address = chunk.memory.address() + chunk.used as Address;
-        chunk.used += num_bytes;
-        Ok((address, Arc::clone(&chunk.memory)))
+        chunk.used += padded;
+        Ok(Place {
+            address,
+            num_bytes,
+            memory: Arc::clone(&chunk.memory),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Chunk>> {
+        self.chunk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns one place for all parts: nothing moves if they lie side by side.
+    fn join(&self, driver: &Driver, parts: &[&Place], readable: usize) -> Result<Place> {
+        let Some(first) = parts.first() else {
+            bail!("nothing to join");
+        };
+        let num_bytes = parts.iter().map(|part| part.num_bytes).sum();
+        let follows = |pair: &[&Place]| {
+            Arc::ptr_eq(&pair[0].memory, &pair[1].memory)
+                && pair[0].address + pair[0].num_bytes as Address == pair[1].address
+        };
+        if parts.windows(2).all(follows) {
+            return Ok(Place {
+                address: first.address,
+                num_bytes,
+                memory: Arc::clone(&first.memory),
+            });
+        }
+        let joined = self.take(driver, num_bytes, readable)?;
+        let mut target = joined.address;
+        for part in parts {
+            driver.copy(target, part.address, part.num_bytes)?;
+            target += part.num_bytes as Address;
+        }
+        Ok(joined)
     }
 }
 
@@ -94,13 +197,61 @@ impl Loading<'_> {
         if !cols.is_multiple_of(8) {
             bail!("a matrix of {cols} columns: the CUDA kernels need a multiple of 8");
         }
-        let (address, memory) = self.arena.take(self.driver, shape)?;
-        self.fill(dtype, shape, data, address)?;
+        let elements = self.arena.take(self.driver, shape)?;
+        self.fill(dtype, shape, data, elements.address)?;
         Ok(GpuMatrix {
             rows,
             cols,
-            address,
-            memory,
+            elements,
+            scales: None,
+        })
+    }
+
+    /// Copies a matrix to the GPU, each row quantised from the file's values.
+    ///
+    /// # Errors
+    /// When the type is no float, FP8 products do not divide the shape, `data` has another
+    /// length, or memory is out.
+    pub(super) fn quantized(
+        &self,
+        dtype: GgmlDType,
+        [rows, cols]: [usize; 2],
+        data: &[u8],
+    ) -> Result<GpuMatrix> {
+        let Some((from, element_bytes)) = float_type(dtype) else {
+            bail!(
+                "FP8 weights are made of float32, float16 or bfloat16, this is {dtype:?}; give the \
+                 checkpoint that is not quantised, or leave --quantization out"
+            );
+        };
+        if !rows.is_multiple_of(fp8::ROW_MULTIPLE) || !cols.is_multiple_of(fp8::COLUMN_MULTIPLE) {
+            bail!(
+                "{rows} rows of {cols} columns on a rank: FP8 products need multiples of {} and {}; \
+                 leave --quantization out, or use another --tensor-parallel-size",
+                fp8::ROW_MULTIPLE,
+                fp8::COLUMN_MULTIPLE
+            );
+        }
+        check_len(dtype, [rows, cols], data.len(), element_bytes)?;
+        let elements = self.arena.elements.take(self.driver, rows * cols, 0)?;
+        let scales = self.arena.scales.take(self.driver, 4 * rows, 0)?;
+        let staging = self.driver.allocate(data.len())?;
+        // SAFETY: the staging buffer has that length.
+        unsafe { self.driver.upload(staging.address(), data)? };
+        let quantized = fp8::Rows {
+            x: staging.address(),
+            out: elements.address,
+            scales: scales.address,
+            shape: [rows, cols],
+        };
+        fp8::quantize_rows(self.driver, from, &quantized)?;
+        // The buffer must not go before the kernel has read it.
+        self.driver.synchronize()?;
+        Ok(GpuMatrix {
+            rows,
+            cols,
+            elements,
+            scales: Some(scales),
         })
     }
 
@@ -111,21 +262,12 @@ impl Loading<'_> {
         data: Bytes,
         address: Address,
     ) -> Result<()> {
-        let from = match dtype {
-            GgmlDType::F32 => "f32",
-            GgmlDType::F16 => "f16",
-            GgmlDType::BF16 => "bf16",
-            _ => return self.expand(dtype, [rows, cols], data, address),
+        let Some((from, element_bytes)) = float_type(dtype) else {
+            return self.expand(dtype, [rows, cols], data, address);
         };
-        let num_bytes = rows * cols * if from == "f32" { 4 } else { 2 };
-        if data.len() != num_bytes {
-            bail!(
-                "{} bytes for {rows} x {cols} elements of {dtype:?}",
-                data.len()
-            );
-        }
+        check_len(dtype, [rows, cols], data.len(), element_bytes)?;
         if from == "f32" {
-            let staging = self.driver.allocate(num_bytes)?;
+            let staging = self.driver.allocate(data.len())?;
             // SAFETY: the staging buffer has that length.
             unsafe { self.driver.upload(staging.address(), &data)? };
             self.convert(from, address, staging.address(), rows * cols)?;
@@ -182,36 +324,56 @@ impl Loading<'_> {
     }
 }
 
-/// Joins matrices of the same columns: nothing moves if they lie side by side.
-pub(super) fn join(driver: &Driver, arena: &Arena, parts: Vec<GpuMatrix>) -> Result<GpuMatrix> {
-    let rows: usize = parts.iter().map(|part| part.rows).sum();
+/// Joins matrices of the same columns and form: nothing moves if they lie side by side.
+pub(super) fn join(driver: &Driver, arena: &Arena, parts: &[GpuMatrix]) -> Result<GpuMatrix> {
     let Some(first) = parts.first() else {
         bail!("no matrices to join");
     };
-    let cols = first.cols;
+    let (cols, element_bytes) = (first.cols, first.element_bytes());
     if let Some(other) = parts.iter().find(|part| part.cols != cols) {
         bail!("matrices of {cols} and {} columns side by side", other.cols);
     }
-    let follows = |pair: &[GpuMatrix]| {
-        Arc::ptr_eq(&pair[0].memory, &pair[1].memory)
-            && pair[0].address + (pair[0].rows * cols * 2) as Address == pair[1].address
-    };
-    let (mut address, mut memory) = (first.address, Arc::clone(&first.memory));
-    if !parts.windows(2).all(follows) {
-        (address, memory) = arena.take(driver, [rows, cols])?;
-        let mut target = address;
-        for part in &parts {
-            let num_bytes = part.rows * cols * 2;
-            driver.copy(target, part.address, num_bytes)?;
-            target += num_bytes as Address;
-        }
+    let scales: Vec<&Place> = parts.iter().filter_map(|p| p.scales.as_ref()).collect();
+    if !scales.is_empty() && scales.len() < parts.len() {
+        bail!(
+            "{} of {} matrices side by side are FP8",
+            scales.len(),
+            parts.len()
+        );
     }
+    let elements: Vec<&Place> = parts.iter().map(|part| &part.elements).collect();
+    let readable = READABLE_ROWS * cols * element_bytes;
     Ok(GpuMatrix {
-        rows,
+        rows: parts.iter().map(|part| part.rows).sum(),
         cols,
-        address,
-        memory,
+        elements: arena.elements.join(driver, &elements, readable)?,
+        scales: match scales.is_empty() {
+            true => None,
+            false => Some(arena.scales.join(driver, &scales, 0)?),
+        },
     })
+}
+
+/// Returns what entry points call a file's type and the bytes of an element; none of blocks.
+fn float_type(dtype: GgmlDType) -> Option<(&'static str, usize)> {
+    match dtype {
+        GgmlDType::F32 => Some(("f32", 4)),
+        GgmlDType::F16 => Some(("f16", 2)),
+        GgmlDType::BF16 => Some(("bf16", 2)),
+        _ => None,
+    }
+}
+
+fn check_len(
+    dtype: GgmlDType,
+    [rows, cols]: [usize; 2],
+    num_bytes: usize,
+    element_bytes: usize,
+) -> Result<()> {
+    if num_bytes != rows * cols * element_bytes {
+        bail!("{num_bytes} bytes for {rows} x {cols} elements of {dtype:?}");
+    }
+    Ok(())
 }
 
 /// Returns what entry points call a type.

@@ -1,4 +1,5 @@
-//! `gemm_stream` and `gemm_tile`: products through Hopper's tensor copies and warpgroups.
+//! `gemm_stream` and `gemm_tile`: products through Hopper's tensor copies and warpgroups, of the
+//! computing type and of FP8.
 
 use candle_core::{DType, Result};
 
@@ -19,7 +20,7 @@ const TILE_OVERHEAD: usize = 24;
 pub(super) const MIN_TILE_ROWS: usize = 192;
 /// Numbers of rows that `gemm_stream` is compiled for.
 const STREAM_ROWS: [usize; 3] = [16, 32, 64];
-/// Rows of W and elements of K of `gemm_stream`'s steps.
+/// Rows of W and 16-bit elements of K of `gemm_stream`'s steps.
 const STREAM_STEP: usize = 64;
 /// Dynamic shared memory of `gemm_stream`'s and `gemm_tile`'s rings, at most.
 const STREAM_RING_BYTES: usize = 98_304;
@@ -50,19 +51,21 @@ impl Hopper {
         if !driver.has_kernel(&format!("gemm_tile_{name}_n{}", TILE_COLUMNS[0])) {
             return Ok(None);
         }
-        for columns in TILE_COLUMNS {
-            for kernel in ["gemm_tile", "gemm_tile_silu"] {
-                let kernel = format!("{kernel}_{name}_n{columns}");
-                driver.allow_shared(&kernel, tile_bytes(columns))?;
+        for name in [name.to_owned(), format!("fp8_{name}")] {
+            for columns in TILE_COLUMNS {
+                for kernel in ["gemm_tile", "gemm_tile_silu"] {
+                    let kernel = format!("{kernel}_{name}_n{columns}");
+                    driver.allow_shared(&kernel, tile_bytes(columns))?;
+                }
             }
-        }
-        for rows in STREAM_ROWS {
-            for kernel in [
-                format!("gemm_stream_{name}_t{rows}"),
-                format!("gemm_stream_{name}_f32out_t{rows}"),
-                format!("gemm_stream_silu_{name}_t{rows}"),
-            ] {
-                driver.allow_shared(&kernel, stream_bytes(rows))?;
+            for rows in STREAM_ROWS {
+                for kernel in [
+                    format!("gemm_stream_{name}_t{rows}"),
+                    format!("gemm_stream_{name}_f32out_t{rows}"),
+                    format!("gemm_stream_silu_{name}_t{rows}"),
+                ] {
+                    driver.allow_shared(&kernel, stream_bytes(rows))?;
+                }
             }
         }
         let max_blocks = 2 * driver.num_multiprocessors;
@@ -96,18 +99,21 @@ impl Hopper {
     /// Returns the form that computes `silu(x Gᵀ) · (x Uᵀ)` for `n` outputs, or none where two
     /// kernels are faster.
     pub(super) fn silu_form(&self, num_rows: usize, n: usize) -> Option<Form> {
-        if !n.is_multiple_of(8) {
-            return None;
-        }
-        match num_rows {
-            0..=32 => Some(Form::Stream(2)),
-            33..=64 => Some(Form::Stream(1)),
-            MIN_TILE_ROWS.. => {
-                let cost = |columns| self.tiles_cost(num_rows, n, columns / 2, columns);
-                Some(Form::Tile(cheapest(&SILU_COLUMNS, cost)))
-            }
-            _ => None,
-        }
+        let is_faster = n.is_multiple_of(8) && !(65..MIN_TILE_ROWS).contains(&num_rows);
+        is_faster.then(|| self.any_silu_form(num_rows, n))
+    }
+
+    /// Returns the same for any number of rows and `n` a multiple of 8.
+    pub(super) fn any_silu_form(&self, num_rows: usize, n: usize) -> Form {
+        stream_form(num_rows).unwrap_or_else(|| {
+            let cost = |columns| self.tiles_cost(num_rows, n, columns / 2, columns);
+            Form::Tile(cheapest(&SILU_COLUMNS, cost))
+        })
+    }
+
+    /// Returns the form for a product of FP8.
+    pub(super) fn fp8_form(&self, product: &Product) -> Form {
+        stream_form(product.num_rows).unwrap_or_else(|| self.tile_of(product))
     }
 
     /// Estimates the time of a product in tiles of `columns`, `out_columns` of the output.
@@ -116,15 +122,23 @@ impl Hopper {
         num_tiles.div_ceil(self.num_multiprocessors / 2) * (columns + TILE_OVERHEAD)
     }
 
-    /// Computes `x Wᵀ + bias`; a form of [`Self::candidates`] or [`Self::tile_of`].
+    /// Returns what entry points call the product's types.
+    fn type_names(&self, product: &Product) -> Result<String> {
+        let fp8 = product.scales.map_or("", |_| "fp8_");
+        Ok(format!("{fp8}{}", type_name(self.dtype)?))
+    }
+
+    /// Computes `x Wᵀ + bias`; a form of [`Self::candidates`], [`Self::tile_of`] or
+    /// [`Self::fp8_form`].
     pub(super) fn multiply(&self, driver: &Driver, product: &Product, form: Form) -> Result<()> {
-        let name = type_name(self.dtype)?;
+        let name = self.type_names(product)?;
         let weight_rows = product.n;
-        let bias = Arg::Pointer(product.bias.unwrap_or(0));
+        let mut operands = vec![Arg::Pointer(product.bias.unwrap_or(0))];
+        operands.extend(scale_args(product));
         match form {
             Form::Tile(columns) => {
                 let kernel = format!("gemm_tile_{name}_n{columns}");
-                self.launch_tile(driver, product, &kernel, columns, weight_rows, &[bias])
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)
             }
             Form::Stream(blocks) => {
                 let rows = stream_rows(product.num_rows);
@@ -142,7 +156,7 @@ impl Hopper {
                     blocks,
                     &weight,
                     weight_rows,
-                    &[bias],
+                    &operands,
                 )
             }
         }
@@ -155,24 +169,33 @@ impl Hopper {
         product: &Product,
         form: Form,
     ) -> Result<()> {
-        let name = type_name(self.dtype)?;
+        let name = self.type_names(product)?;
         let weight_rows = 2 * product.n;
+        let operands = scale_args(product);
         match form {
             Form::Tile(columns) => {
                 let kernel = format!("gemm_tile_silu_{name}_n{columns}");
-                self.launch_tile(driver, product, &kernel, columns, weight_rows, &[])
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)
             }
             Form::Stream(blocks) => {
                 let kernel = format!("gemm_stream_silu_{name}_t{}", stream_rows(product.num_rows));
                 // Octets of gates and of ups in turn.
-                let (n, k) = (product.n as u64, product.k as u64);
+                let (n, k) = (product.n as u64, product.columns() as u64);
                 let weight = driver.tensor_map(
                     product.weight,
                     [k, 8, 2, n / 8],
                     &[k, n * k, 8 * k],
                     [64, 8, 2, STREAM_STEP as u32 / 16],
                 )?;
-                self.launch_stream(driver, product, &kernel, blocks, &weight, weight_rows, &[])
+                self.launch_stream(
+                    driver,
+                    product,
+                    &kernel,
+                    blocks,
+                    &weight,
+                    weight_rows,
+                    &operands,
+                )
             }
         }
     }
@@ -184,12 +207,12 @@ impl Hopper {
         kernel: &str,
         columns: usize,
         weight_rows: usize,
-        bias: &[Arg],
+        operands: &[Arg],
     ) -> Result<()> {
         let x = rows_map(driver, product, PAIR_ROWS / 2)?;
         let weight = weight_map(driver, product, weight_rows, columns / 2)?;
         let mut args = vec![Arg::map(&x), Arg::map(&weight), Arg::Pointer(product.out)];
-        args.extend(bias);
+        args.extend(operands);
         args.extend(product.sizes());
         let geometry = Geometry {
             grid: [self.num_multiprocessors / 2 * 2, 1, 1],
@@ -211,13 +234,13 @@ impl Hopper {
         blocks: usize,
         weight: &TensorMap,
         weight_rows: usize,
-        bias: &[Arg],
+        operands: &[Arg],
     ) -> Result<()> {
         let rows = stream_rows(product.num_rows);
         let x = rows_map(driver, product, rows)?;
-        let num_steps = weight_rows.div_ceil(STREAM_STEP) * product.k.div_ceil(STREAM_STEP);
+        let num_steps = weight_rows.div_ceil(STREAM_STEP) * product.columns().div_ceil(STREAM_STEP);
         let mut args = vec![Arg::map(&x), Arg::map(weight), Arg::Pointer(product.out)];
-        args.extend(bias);
+        args.extend(operands);
         args.extend([&self.partial, &self.flags].map(|buffer| Arg::Pointer(buffer.address())));
         args.extend(product.sizes());
         let geometry = Geometry {
@@ -231,7 +254,7 @@ impl Hopper {
 
 /// Describes x in boxes of `box_rows` rows.
 fn rows_map(driver: &Driver, product: &Product, box_rows: usize) -> Result<TensorMap> {
-    driver.matrix_map(product.x, [product.num_rows, product.k], box_rows)
+    driver.matrix_map(product.x, [product.num_rows, product.columns()], box_rows)
 }
 
 /// Describes W, which has `rows` rows, in boxes of `box_rows` rows.
@@ -241,7 +264,22 @@ fn weight_map(
     rows: usize,
     box_rows: usize,
 ) -> Result<TensorMap> {
-    driver.matrix_map(product.weight, [rows, product.k], box_rows)
+    driver.matrix_map(product.weight, [rows, product.columns()], box_rows)
+}
+
+/// Returns the scales as the kernels take them, none of the computing type.
+fn scale_args(product: &Product) -> Vec<Arg> {
+    let scales = product.scales.map(|scales| [scales.x, scales.weight]);
+    scales.into_iter().flatten().map(Arg::Pointer).collect()
+}
+
+/// Returns the form of `gemm_stream` for up to 64 rows (measured with SiLU in the computing type).
+fn stream_form(num_rows: usize) -> Option<Form> {
+    match num_rows {
+        0..=32 => Some(Form::Stream(2)),
+        33..=64 => Some(Form::Stream(1)),
+        _ => None,
+    }
 }
 
 /// Returns the choice of least cost, the first of equals.
@@ -281,6 +319,15 @@ mod tests {
         }
         assert_eq!(tile_bytes(256), 1024 + 4 * 49_152);
         assert_eq!(stream_bytes(32), 1024 + 272 * 32 + 8 * 12_288);
+    }
+
+    #[test]
+    fn up_to_64_rows_are_streamed() {
+        let streamed = [1, 32, 33, 64, 65].map(|rows| match stream_form(rows) {
+            Some(Form::Stream(blocks)) => blocks,
+            Some(Form::Tile(_)) | None => 0,
+        });
+        assert_eq!(streamed, [2, 2, 1, 1, 0]);
     }
 
     #[test]
