@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::{ArgAction, Args, ValueEnum};
 
 use crate::models::ModelConfig;
-use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, resolve_model};
+use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, open_model};
 
 use super::{
     DeviceChoice, Engine, EngineError, EngineHandle, EngineOptions, Graphs, KvCacheDtype,
@@ -109,8 +109,7 @@ impl EngineArgs {
     /// # Errors
     /// [`EngineError::Weights`] naming the file or the hub's answer.
     pub fn open(&self, model: &str) -> Result<Arc<Checkpoint>, EngineError> {
-        let path = resolve_model(model, &self.hub_options())?;
-        Ok(Arc::new(Checkpoint::open(&path)?))
+        Ok(Arc::new(open_model(model, &self.hub_options())?))
     }
 
     /// Opens a model of random weights in the shape that `model`'s `config.json` gives.

@@ -1,20 +1,14 @@
 //! From flags to a running engine.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use anyhow::Context;
 use serde_json::Value;
 
 use crate::engine::EngineHandle;
 use crate::text::{
-    self, ChatTemplate, TextError, Tokenizer, fallback_template,
-    fallback_template_for_architecture, resolve_chat_template,
+    ChatTemplate, TextError, Tokenizer, fallback_template, fallback_template_for_architecture,
+    resolve_chat_template,
 };
-
-use crate::weights::{
-    self, Adapter, Checkpoint, MergeOptions, MergedCheckpoint, ModelSource, TokenizerSource,
-};
+use crate::weights::{self, Checkpoint, TokenizerSource};
 
 use super::args::ServeArgs;
 use super::defaults;
@@ -87,7 +81,9 @@ pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
     .context("loading the tokenizer")?;
     let generation_config = checkpoint.generation_config().cloned();
     let root = checkpoint.path().display().to_string();
-    let model = with_adapters(checkpoint, &args.merge_adapter)?;
+    let hub = args.engine.hub_options();
+    let model = weights::open_with_adapters(checkpoint, &args.merge_adapter, &hub)
+        .context("folding the adapters into the model")?;
     let config = model.config().clone();
     let engine = args.engine.start(model)?;
     Ok(LoadedModel {
@@ -99,70 +95,9 @@ pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
     })
 }
 
-/// Folds adapters into the weights, which happens when they are loaded.
-fn with_adapters(
-    base: Arc<Checkpoint>,
-    adapters: &[PathBuf],
-) -> anyhow::Result<Arc<dyn ModelSource>> {
-    if adapters.is_empty() {
-        return Ok(base);
-    }
-    let adapters = (adapters.iter())
-        .map(|path| {
-            let adapter = Adapter::open(path, None)
-                .with_context(|| format!("opening the adapter {}", path.display()))?;
-            Ok((adapter, 1.0))
-        })
-        .collect::<anyhow::Result<_>>()?;
-    let merged = MergedCheckpoint::plan(base, adapters, MergeOptions::default())?;
-    for warning in merged.warnings() {
-        tracing::warn!("{warning}");
-    }
-    Ok(Arc::new(merged))
-}
-
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Tokenizer, TextError> {
     match checkpoint.tokenizer() {
         TokenizerSource::Directory(directory) => Tokenizer::from_dir(&directory),
-        TokenizerSource::Gguf(vocabulary) => Tokenizer::from_vocabulary(to_text(*vocabulary)),
-    }
-}
-
-/// Hands a file's vocabulary to the text side, which knows no files.
-fn to_text(vocabulary: weights::GgufVocabulary) -> text::GgufVocabulary {
-    let weights::GgufVocabulary {
-        model,
-        pre,
-        tokens,
-        token_types,
-        merges,
-        scores,
-        bos,
-        eos,
-        eot,
-        unknown,
-        padding,
-        add_bos,
-        add_eos,
-        add_space_prefix,
-        chat_template,
-    } = vocabulary;
-    text::GgufVocabulary {
-        model,
-        pre,
-        tokens,
-        token_types,
-        merges,
-        scores,
-        bos,
-        eos,
-        eot,
-        unknown,
-        padding,
-        add_bos,
-        add_eos,
-        add_space_prefix,
-        chat_template,
-        named_chat_templates: Vec::new(),
+        TokenizerSource::Gguf(vocabulary) => Tokenizer::from_vocabulary(*vocabulary),
     }
 }
