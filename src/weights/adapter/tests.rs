@@ -132,6 +132,28 @@ fn merged_weights_are_bit_equal_to_those_of_peft() {
 }
 
 #[test]
+fn trained_biases_that_are_not_in_the_file_are_told() {
+    for (name, is_told) in [("bias_lora_only_lost", true), ("bias_all_bf16", false)] {
+        let case = cases().into_iter().find(|case| case["case"] == name);
+        let plan = plan_of(&case.unwrap()).unwrap();
+        let told = (plan.warnings().iter()).any(|warning| warning.contains("biases were trained"));
+        assert_eq!(told, is_told, "{name}: {:?}", plan.warnings());
+    }
+}
+
+#[test]
+fn an_adapter_without_effect_is_told() {
+    let case = cases().into_iter().find(|case| case["case"] == "rslora");
+    let mut case = case.unwrap();
+    for (weight, is_told) in [(0.0, true), (0.5, false)] {
+        case["adapters"][0]["weight"] = weight.into();
+        let plan = plan_of(&case).unwrap();
+        let told = (plan.warnings().iter()).any(|warning| warning.contains("every scale is 0"));
+        assert_eq!(told, is_told, "{:?}", plan.warnings());
+    }
+}
+
+#[test]
 fn adapters_that_do_not_fit_are_refused_with_a_reason() {
     let mut refused = Vec::new();
     for case in cases().iter().filter(|case| case["expect"] == "refused") {
