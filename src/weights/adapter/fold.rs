@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::{
     merged::Accumulate,
+    norm::row_norm,
     simd,
     stats::{DeltaStats, Lanes},
 };
@@ -290,8 +291,7 @@ impl LowRank {
         };
         let rows = sum.chunks_exact_mut(strip.cols.len());
         for (row, magnitude) in rows.zip(&magnitude[strip.row..]) {
-            let squares: f64 = row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
-            let factor = magnitude / squares.sqrt() as f32;
+            let factor = magnitude / row_norm(row);
             for value in row {
                 *value *= factor;
             }
