@@ -5,12 +5,12 @@
 #   scripts/oracle_stack.sh DIR          -> DIR/python: transformers 4.46.2, PEFT 0.12.0, torch 1.13.1
 #   scripts/oracle_stack.sh DIR newer    -> also DIR/python-newer: PEFT 0.18.1 over transformers 4.57 and torch 2.6,
 #                                        which NEWER_PYTHON (an interpreter) has; else a venv gets them (gigabytes)
-#   scripts/oracle_stack.sh DIR merge    -> DIR/python with what the comparisons of merges need, and
+#   scripts/oracle_stack.sh DIR merge    -> only what comparisons of merges need: DIR/python without data sets, and
 #                                        DIR/python-peft-0.18: PEFT 0.18.1 over the same transformers and torch
 #
-# What it makes is used as `python3` is. A step whose result exists is skipped. Needs Debian 12, whose python3-torch is
-# a small CPU build, and its python3 3.11; no root: packages are only unpacked, into DIR. About 250 MB of downloads and
-# 1.2 GB on disk, half of it for `merge`.
+# DIR/python and DIR/python-newer are used as `python3` is. A step whose result exists is skipped. Needs Debian 12,
+# whose python3-torch is a small CPU build, and its python3 3.11; no root: packages are only unpacked, into DIR.
+# About 250 MB of downloads and 1.2 GB on disk, for `merge` half of it.
 set -euo pipefail
 
 dir=${1:?usage: oracle_stack.sh DIR [newer|merge]}
@@ -34,19 +34,19 @@ unpack_debian_torch() {
   touch "$root/.complete"
 }
 
-# install_packages FOLDER PACKAGE…: for Debian's python, once.
-install_packages() {
-  local folder=$dir/$1
-  shift
-  [ -f "$folder/.complete" ] && return
+# install_set NAME FOLDER PACKAGE…: for Debian's python, once.
+install_set() {
+  local mark=$dir/$2/.complete-$1 folder=$dir/$2
+  shift 2
+  [ -f "$mark" ] && return
   # --no-deps: to these packages' dependencies belongs the CUDA build of torch.
   python3 -m pip install -q --disable-pip-version-check --no-deps --upgrade --target "$folder" \
     --python-version 3.11 --only-binary=:all: "$@"
-  touch "$folder/.complete"
+  touch "$mark"
 }
 
-install_transformers() {
-  install_packages site \
+install_packages() {
+  install_set transformers site \
     transformers==4.46.2 peft==0.12.0 accelerate==1.1.1 tokenizers==0.20.3 safetensors==0.4.5 \
     huggingface_hub==0.26.2 regex==2024.11.6 tqdm==4.67.0 filelock==3.16.1 fsspec==2024.9.0 packaging==24.2 \
     pyyaml==6.0.2 requests==2.32.3 urllib3==2.2.3 certifi==2024.8.30 idna==3.10 charset-normalizer==3.4.0 \
@@ -54,7 +54,7 @@ install_transformers() {
 }
 
 install_datasets() {
-  install_packages site-datasets \
+  install_set datasets site \
     datasets==3.1.0 pyarrow==18.0.0 pandas==2.2.3 dill==0.3.8 multiprocess==0.70.16 xxhash==3.5.0 \
     aiohttp==3.10.10 multidict==6.1.0 yarl==1.17.1 propcache==0.2.0 frozenlist==1.5.0 attrs==24.2.0 \
     aiosignal==1.3.1 aiohappyeyeballs==2.4.3 python-dateutil==2.9.0.post0 pytz==2024.2 tzdata==2024.2 six==1.16.0
@@ -90,7 +90,9 @@ install_newer() {
     "$dir/venv-newer/bin/pip" install -q --disable-pip-version-check torch==2.6.0 transformers==4.57.1 \
       safetensors==0.6.2 numpy
   fi
-  install_packages site-newer peft==0.18.1 accelerate==1.10.1
+  python3 -m pip install -q --disable-pip-version-check --no-deps --upgrade --target "$dir/site-newer" \
+    peft==0.18.1 accelerate==1.10.1
+  touch "$dir/site-newer/.complete"
 }
 
 # write_wrapper FILE PYTHONPATH LD_LIBRARY_PATH INTERPRETER
@@ -110,24 +112,18 @@ WRAPPER
 }
 
 unpack_debian_torch
-install_transformers
-torch=$root/usr/lib/python3/dist-packages
-write_wrapper "$dir/python" "$dir/site:$dir/site-datasets:$torch" "$library_path" /usr/bin/python3
-case ${2:-} in
-  merge)
-    install_packages site-peft-0.18 peft==0.18.1
-    write_wrapper "$dir/python-peft-0.18" "$dir/site-peft-0.18:$dir/site:$torch" "$library_path" /usr/bin/python3
-    ;;
-  '' | newer)
-    install_datasets
-    unpack_deepspeed
-    unpack_llamafactory
-    ;;
-  *)
-    echo "oracle_stack.sh: there is no stack $2" >&2
-    exit 2
-    ;;
-esac
+install_packages
+write_wrapper "$dir/python" "$dir/site:$root/usr/lib/python3/dist-packages" \
+  "$library_path" /usr/bin/python3
+if [ "${2:-}" = merge ]; then
+  install_set peft site-peft-0.18 peft==0.18.1
+  write_wrapper "$dir/python-peft-0.18" "$dir/site-peft-0.18:$dir/site:$root/usr/lib/python3/dist-packages" \
+    "$library_path" /usr/bin/python3
+else
+  install_datasets
+  unpack_deepspeed
+  unpack_llamafactory
+fi
 if [ "${2:-}" = newer ]; then
   install_newer
   write_wrapper "$dir/python-newer" "$dir/site-newer" "" "${NEWER_PYTHON:-$dir/venv-newer/bin/python}"
