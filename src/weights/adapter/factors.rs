@@ -137,6 +137,7 @@ impl MergedCheckpoint {
             right: Arc::clone(right),
             rank,
             scale: delta.scale,
+            weight: delta.weight,
             magnitude,
             column_factors: delta.column_factors.clone(),
         })

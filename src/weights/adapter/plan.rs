@@ -285,7 +285,7 @@ impl Planner {
         let mut deltas = (self.recipes.values().flat_map(|recipe| &recipe.deltas))
             .filter(|delta| delta.adapter == index)
             .peekable();
-        if deltas.peek().is_some() && deltas.all(|delta| delta.scale == 0.0) {
+        if deltas.peek().is_some() && deltas.all(|delta| delta.scale * delta.weight == 0.0) {
             self.warnings.push(format!(
                 "{}: every scale is 0 (lora_alpha or the adapter's weight), its low-rank pairs \
                  change nothing",
