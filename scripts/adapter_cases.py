@@ -72,11 +72,9 @@ def target_cases():
 
 def dora_cases():
     dora = dict(PLAIN, use_dora=True)
-    yield merged(
-        "dora_bf16", "tiny-qwen2-bf16", dora, compare="close", note="the row norm's order of summation is free"
-    )
-    yield merged("dora_f32", "tiny-qwen2-untied", dict(dora, target_modules=["o_proj", "gate_proj"]), compare="close")
-    yield merged("dora_rslora", "tiny-qwen2-bf16", dict(dora, use_rslora=True, r=3), compare="close")
+    yield merged("dora_bf16", "tiny-qwen2-bf16", dora, note="the norms are those of ATEN_CPU_CAPABILITY=avx2")
+    yield merged("dora_f32", "tiny-qwen2-untied", dict(dora, target_modules=["o_proj", "gate_proj"]))
+    yield merged("dora_rslora", "tiny-qwen2-bf16", dict(dora, use_rslora=True, r=3))
 
 
 def head_and_embedding_cases():
@@ -220,7 +218,7 @@ def without_wrapper_copies(state):
 def conv1d_cases():
     conv = dict(FEW, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     yield merged("fan_in_fan_out_conv1d", "tiny-gpt2", conv, note="base weights are [in, out]; W + (s B A)^T")
-    yield merged("dora_conv1d", "tiny-gpt2", dict(conv, use_dora=True), compare="close", note="columns get the lengths")
+    yield merged("dora_conv1d", "tiny-gpt2", dict(conv, use_dora=True), note="columns get the lengths")
     yield merged(
         "fan_in_fan_out_on_linear",
         "tiny-qwen2-bf16",
@@ -402,7 +400,6 @@ def newer_cases():
         "newer_dora_embedding",
         "tiny-qwen2-untied",
         dict(r=2, lora_alpha=16, use_dora=True, target_modules=["embed_tokens"]),
-        compare="close",
         edit=drop_base_layers,
     )
     yield merged("newer_exclude_modules", "tiny-qwen2-bf16", dict(FEW, exclude_modules=["layers.0.self_attn.k_proj"]))

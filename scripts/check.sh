@@ -3,7 +3,7 @@
 # the Python clients against a real server, a real model trained, merged and served, and that the
 # code for GPUs compiles.
 #
-#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf quickstart cuda
+#   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf peft quickstart cuda
 #                                 (default: all)
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
@@ -41,7 +41,7 @@ summary() {
     test) awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
         END { printf "test result: ok. %d passed; %d failed; %d ignored", passed, failed, ignored }' "$log" ;;
     clients) grep -E '^[0-9]+ passed' "$log" || tail -n 1 "$log" ;;
-    gotmpl | gguf) tail -n 1 "$log" ;;
+    gotmpl | gguf | peft) tail -n 1 "$log" ;;
     quickstart) grep '^after ' "$log" ;;
     deny) grep -E '^(advisories|note):? ' "$log" | tail -n 1 ;;
   esac
@@ -72,6 +72,21 @@ gotmpl() { scripts/check_modelfile.sh; }
 
 # llama.cpp and others read the GGUF files of `infold merge`.
 gguf() { scripts/check_gguf_consumers.sh; }
+
+# PEFT merges random adapters to the same bytes, and its live adapters give the same logits. Its stack
+# wants Debian 12; elsewhere this is no failure, the goldens of the tests are from it.
+peft() {
+  local stack=target/oracle python
+  if ! scripts/oracle_stack.sh "$stack" merge; then
+    echo 'not compared with PEFT: its stack (apt-get and python3.11 of Debian 12, pip) cannot be installed here'
+    return
+  fi
+  cargo build --locked --quiet || return
+  for python in python python-peft-0.18; do
+    "$stack/$python" scripts/check_merged_logits.py target/debug/infold || return
+    "$stack/$python" scripts/check_merge_with_peft.py target/debug/infold || return
+  done
+}
 
 # The kernels through nvcc for every architecture, then the feature through clippy. Whoever has no
 # toolkit gets one from wheels. In a folder of its own: it can run beside the other steps.
@@ -133,10 +148,11 @@ for name in "${@:-all}"; do
       step clients clients
       step gotmpl gotmpl
       step gguf gguf
+      step peft peft
       step quickstart quickstart
       step cuda await_cuda
       ;;
-    fmt | clippy | doc | deny | clients | gotmpl | gguf | quickstart | cuda) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl | gguf | peft | quickstart | cuda) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2

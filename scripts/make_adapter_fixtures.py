@@ -66,9 +66,7 @@ def main():
     print(f"{len(cases)} cases, {total / 1e6:.2f} MB")
 
 
-def merged(
-    name, base, config, *, tied=None, dtype="f32", resize=None, edit=None, prepare=None, compare="bits", note=None
-):
+def merged(name, base, config, *, tied=None, dtype="f32", resize=None, edit=None, prepare=None, note=None):
     """Makes the case of one adapter on `base` and returns its description.
 
     `tied` is the tie_word_embeddings that the merged model must have (None: as the base), `resize` the new
@@ -78,7 +76,7 @@ def merged(
     make_adapter(base, config, folder / "adapter", name, dtype=dtype, resize=resize, prepare=prepare)
     if edit is not None:
         edit(folder / "adapter")
-    return golden(name, base, [("adapter", 1.0)], tied=tied, resize=resize, compare=compare, note=note)
+    return golden(name, base, [("adapter", 1.0)], tied=tied, resize=resize, note=note)
 
 
 def refused(name, base, reason, *, config=None, adapter=None, note=None):
@@ -106,7 +104,7 @@ def refused(name, base, reason, *, config=None, adapter=None, note=None):
     )
 
 
-def golden(name, base, adapters, *, tied=None, resize=None, compare="bits", accumulate="fp32", note=None):
+def golden(name, base, adapters, *, tied=None, resize=None, accumulate="fp32", note=None):
     """Merges with PEFT, writes the changed tensors, hashes and live logits, and returns the description.
 
     One adapter (weight 1) or `accumulate="llamafactory"` is PEFT's own merge_and_unload, one adapter after the
@@ -148,7 +146,6 @@ def golden(name, base, adapters, *, tied=None, resize=None, compare="bits", accu
         note=note,
         accumulate=accumulate,
         adapters=[dict(dir=f"{name}/{directory}", weight=weight) for directory, weight in adapters],
-        compare=compare,
         tie_word_embeddings=model.config.tie_word_embeddings,
         config_changes=config_changes(model, base, resize),
         tensors={

@@ -7,13 +7,15 @@
 #                                        which NEWER_PYTHON (an interpreter) has; else a venv gets them (gigabytes)
 #   scripts/oracle_stack.sh DIR openblas -> also DIR/python-openblas: DIR/python with OpenBLAS in place of the
 #                                        reference BLAS, for timings (goldens keep the reference BLAS)
+#   scripts/oracle_stack.sh DIR merge    -> only what comparisons of merges need: DIR/python without data sets, and
+#                                        DIR/python-peft-0.18: PEFT 0.18.1 over the same transformers and torch
 #
 # DIR/python and DIR/python-newer are used as `python3` is. A step whose result exists is skipped. Needs Debian 12,
 # whose python3-torch is a small CPU build, and its python3 3.11; no root: packages are only unpacked, into DIR.
-# About 250 MB of downloads and 1.2 GB on disk.
+# About 250 MB of downloads and 1.2 GB on disk, for `merge` half of it.
 set -euo pipefail
 
-dir=${1:?usage: oracle_stack.sh DIR [newer]}
+dir=${1:?usage: oracle_stack.sh DIR [newer|merge]}
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 root=$dir/debian
@@ -24,6 +26,8 @@ library_path=$libraries:$libraries/blas:$libraries/lapack:$root/usr/lib:$root/li
 unpack_debian_torch() {
   [ -f "$root/.complete" ] && return
   mkdir -p "$dir/debs" "$root"
+  # A fresh image has no lists of packages; only getting them wants root.
+  apt-cache show python3-torch >/dev/null 2>&1 || apt-get update -qq
   apt-get install --no-install-recommends --print-uris -qq python3-torch | awk '{print $2}' | cut -d_ -f1 | sort -u \
     >"$dir/debs/names"
   # A machine that already has some of the libraries gets the others only.
@@ -32,19 +36,30 @@ unpack_debian_torch() {
   touch "$root/.complete"
 }
 
-install_packages() {
-  [ -f "$dir/site/.complete" ] && return
+# install_set NAME FOLDER PACKAGE…: for Debian's python, once.
+install_set() {
+  local mark=$dir/$2/.complete-$1 folder=$dir/$2
+  shift 2
+  [ -f "$mark" ] && return
   # --no-deps: to these packages' dependencies belongs the CUDA build of torch.
-  python3 -m pip install -q --disable-pip-version-check --no-deps --upgrade --target "$dir/site" \
-    --python-version 3.11 --only-binary=:all: \
+  python3 -m pip install -q --disable-pip-version-check --no-deps --upgrade --target "$folder" \
+    --python-version 3.11 --only-binary=:all: "$@"
+  touch "$mark"
+}
+
+install_packages() {
+  install_set transformers site \
     transformers==4.46.2 peft==0.12.0 accelerate==1.1.1 tokenizers==0.20.3 safetensors==0.4.5 \
     huggingface_hub==0.26.2 regex==2024.11.6 tqdm==4.67.0 filelock==3.16.1 fsspec==2024.9.0 packaging==24.2 \
     pyyaml==6.0.2 requests==2.32.3 urllib3==2.2.3 certifi==2024.8.30 idna==3.10 charset-normalizer==3.4.0 \
-    typing_extensions==4.12.2 psutil==6.1.0 jinja2==3.1.4 markupsafe==3.0.2 \
+    typing_extensions==4.12.2 psutil==6.1.0 jinja2==3.1.4 markupsafe==3.0.2
+}
+
+install_datasets() {
+  install_set datasets site \
     datasets==3.1.0 pyarrow==18.0.0 pandas==2.2.3 dill==0.3.8 multiprocess==0.70.16 xxhash==3.5.0 \
     aiohttp==3.10.10 multidict==6.1.0 yarl==1.17.1 propcache==0.2.0 frozenlist==1.5.0 attrs==24.2.0 \
     aiosignal==1.3.1 aiohappyeyeballs==2.4.3 python-dateutil==2.9.0.post0 pytz==2024.2 tzdata==2024.2 six==1.16.0
-  touch "$dir/site/.complete"
 }
 
 # DeepSpeed itself wants a CUDA tool chain; its learning-rate schedules are one file of its source archive.
@@ -96,6 +111,8 @@ write_wrapper() {
 export PYTHONPATH="$2" LD_LIBRARY_PATH="$3" PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1
 export TRANSFORMERS_OFFLINE=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
+# The processor decides in which order PyTorch sums a norm; this is the order of the goldens.
+export ATEN_CPU_CAPABILITY="\${ATEN_CPU_CAPABILITY:-avx2}"
 # Without it MKL multiplies and adds in one rounding, other than the reference BLAS of Debian's torch.
 export MKL_CBWR=COMPATIBLE ORACLE_STACK="$dir"
 exec "$4" "\$@"
@@ -107,8 +124,15 @@ unpack_debian_torch
 install_packages
 write_wrapper "$dir/python" "$dir/site:$root/usr/lib/python3/dist-packages" \
   "$library_path" /usr/bin/python3
-unpack_deepspeed
-unpack_llamafactory
+if [ "${2:-}" = merge ]; then
+  install_set peft site-peft-0.18 peft==0.18.1
+  write_wrapper "$dir/python-peft-0.18" "$dir/site-peft-0.18:$dir/site:$root/usr/lib/python3/dist-packages" \
+    "$library_path" /usr/bin/python3
+else
+  install_datasets
+  unpack_deepspeed
+  unpack_llamafactory
+fi
 if [ "${2:-}" = newer ]; then
   install_newer
   write_wrapper "$dir/python-newer" "$dir/site-newer" "" "${NEWER_PYTHON:-$dir/venv-newer/bin/python}"

@@ -22,6 +22,7 @@
 //! | [`distributed`] | ranks and their collectives |
 //! | [`weights`] | checkpoints: safetensors, GGUF, the hub; adapters folded into them |
 //! | [`text`] | tokenizer, chat and training templates, labels, detokenisation, stop strings |
+//! | [`vocabulary`] | a GGUF file's vocabulary as plain data, between those two |
 //!
 //! # Rules
 //!
@@ -90,4 +91,5 @@ pub mod models;
 pub mod serve;
 pub mod text;
 pub mod train;
+pub mod vocabulary;
 pub mod weights;

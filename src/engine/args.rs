@@ -7,7 +7,7 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use crate::kernels::Quantization;
 use crate::models::ModelConfig;
-use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, resolve_model};
+use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, open_model};
 
 use super::{
     AsyncScheduling, DeviceChoice, Engine, EngineError, EngineHandle, EngineOptions, Graphs,
@@ -134,8 +134,7 @@ impl EngineArgs {
     /// # Errors
     /// [`EngineError::Weights`] naming the file or the hub's answer.
     pub fn open(&self, model: &str) -> Result<Arc<Checkpoint>, EngineError> {
-        let path = resolve_model(model, &self.hub_options())?;
-        Ok(Arc::new(Checkpoint::open(&path)?))
+        Ok(Arc::new(open_model(model, &self.hub_options())?))
     }
 
     /// Makes a model of random weights in the shape that the `config.json` of the directory `model`

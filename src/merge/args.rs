@@ -32,7 +32,7 @@ pub struct MergeArgs {
         long,
         value_name = "NUMBER",
         value_delimiter = ',',
-        allow_negative_numbers = true
+        allow_hyphen_values = true
     )]
     pub adapter_weight: Vec<f32>,
 
@@ -387,6 +387,19 @@ mod tests {
                 "adapter_name_or_path=a,b"
             ]
         );
+    }
+
+    #[test]
+    fn the_first_weight_may_be_negative() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            merge: MergeArgs,
+        }
+        let line = "infold --adapter a,b --adapter-weight -0.5,1 --overwrite";
+        let Line { merge } = clap::Parser::parse_from(line.split(' '));
+        assert_eq!(merge.adapter_weight, [-0.5, 1.0]);
+        assert!(merge.overwrite);
     }
 
     #[test]

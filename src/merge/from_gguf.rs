@@ -15,7 +15,6 @@ use super::args::{Files, MergeConfig, Task};
 use super::output::{Existing, Staging};
 use super::progress::Progress;
 use super::{SPARE_BYTES, check_space, gigabytes};
-use crate::text::GgufVocabulary;
 use crate::weights::{
     self, Checkpoint, DequantizedCheckpoint, ShardPlan, TensorSource, TokenizerSource,
 };
@@ -44,7 +43,7 @@ pub(super) fn run(config: &MergeConfig, base: Checkpoint) -> anyhow::Result<()> 
         files.push(("generation_config.json".to_owned(), content));
     }
     if let TokenizerSource::Gguf(vocabulary) = base.tokenizer() {
-        files.extend(to_text(*vocabulary).to_files()?);
+        files.extend(vocabulary.to_files()?);
     }
     let path = base.path().to_owned();
     let source = DequantizedCheckpoint::new(Arc::new(base), dtype);
@@ -135,11 +134,7 @@ fn complete_config(config: &mut Value, dtype: GgmlDType) -> anyhow::Result<()> {
         // Ollama reads `type`, newer transformers `rope_type`.
         scaling.insert("type".to_owned(), kind);
     }
-    let name = match dtype {
-        GgmlDType::F32 => "float32",
-        GgmlDType::BF16 => "bfloat16",
-        _ => "float16",
-    };
+    let name = weights::torch_dtype(dtype);
     config.insert("torch_dtype".to_owned(), name.into());
     Ok(())
 }
@@ -181,45 +176,6 @@ fn llama3_scaling(config: &Map<String, Value>, divisors: &Value) -> Option<Value
             "original_max_position_embeddings": length as u64,
         })
     })
-}
-
-/// Hands a file's vocabulary to the text side, which knows no files.
-fn to_text(vocabulary: weights::GgufVocabulary) -> GgufVocabulary {
-    let weights::GgufVocabulary {
-        model,
-        pre,
-        tokens,
-        token_types,
-        merges,
-        scores,
-        bos,
-        eos,
-        eot,
-        unknown,
-        padding,
-        add_bos,
-        add_eos,
-        add_space_prefix,
-        chat_template,
-    } = vocabulary;
-    GgufVocabulary {
-        model,
-        pre,
-        tokens,
-        token_types,
-        merges,
-        scores,
-        bos,
-        eos,
-        eot,
-        unknown,
-        padding,
-        add_bos,
-        add_eos,
-        add_space_prefix,
-        chat_template,
-        named_chat_templates: Vec::new(),
-    }
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ mod settings;
 
 use std::fmt::Display;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,11 +66,14 @@ const SPARE_BYTES: u64 = 16 << 20;
 /// output directory is then as it was.
 pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
     let config = MergeConfig::from_args(args)?;
-    let (base_dir, base) = open_base(&config)?;
+    let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
+    hub.revision.clone_from(&config.revision);
+    let base = weights::open_model(&config.model, &hub)
+        .with_context(|| format!("open the model {}", config.model))?;
     if base.format() == Format::Gguf && config.adapters.is_empty() {
         return from_gguf::run(&config, base);
     }
-    let job = Job::plan(&config, base_dir, base)?;
+    let job = Job::plan(&config, base, &hub)?;
     for warning in config.warnings.iter().chain(job.merged.warnings()) {
         tracing::warn!("{warning}");
     }
@@ -81,21 +84,9 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Finds and opens the model.
-fn open_base(config: &MergeConfig) -> anyhow::Result<(PathBuf, Checkpoint)> {
-    let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
-    hub.revision.clone_from(&config.revision);
-    let base_dir = weights::resolve_model(&config.model, &hub)
-        .with_context(|| format!("find the model {}", config.model))?;
-    let base =
-        Checkpoint::open(&base_dir).with_context(|| format!("open the model {}", config.model))?;
-    Ok((base_dir, base))
-}
-
 /// A planned merge.
 struct Job<'a> {
     config: &'a MergeConfig,
-    base_dir: PathBuf,
     merged: MergedCheckpoint,
     companions: Companions,
     /// How the prompts of training and serving compare.
@@ -106,22 +97,19 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn plan(config: &'a MergeConfig, base_dir: PathBuf, base: Checkpoint) -> anyhow::Result<Self> {
-        // A revision of the base is none of the adapters'; theirs follows their name.
-        let adapter_hub = HubOptions::from_vars(|name| std::env::var(name).ok());
+    fn plan(config: &'a MergeConfig, base: Checkpoint, hub: &HubOptions) -> anyhow::Result<Self> {
         let folder = config.adapter_folder.as_deref();
         let adapters = (config.adapters.iter())
             .map(|(name, weight)| {
-                let dir = weights::resolve_adapter(name, folder, &adapter_hub)
-                    .with_context(|| format!("find the adapter {name}"))?;
-                let adapter = Adapter::open(&dir, folder)
+                let adapter = weights::open_adapter(name, folder, hub)
                     .with_context(|| format!("open the adapter {name}"))?;
                 Ok((adapter, *weight))
             })
             .collect::<anyhow::Result<_>>()?;
         let merged = MergedCheckpoint::plan(Arc::new(base), adapters, config.options)?;
         let mut companions = Companions::of(&merged)?;
-        let base_path = std::path::absolute(&base_dir).unwrap_or_else(|_| base_dir.clone());
+        let base_path = merged.base().path();
+        let base_path = std::path::absolute(base_path).unwrap_or_else(|_| base_path.to_owned());
         let base_path = base_path.display().to_string();
         let (types, tensors, from) = match &config.files {
             Files::Model(types) => (&types[..], merged.tensors()?, ".".to_owned()),
@@ -157,7 +145,6 @@ impl<'a> Job<'a> {
         let plan = ShardPlan::new(tensors, config.max_shard_size);
         Ok(Self {
             config,
-            base_dir,
             merged,
             companions,
             prompts,
@@ -178,7 +165,7 @@ impl<'a> Job<'a> {
     }
 
     fn write(mut self) -> anyhow::Result<()> {
-        let mut inputs: Vec<&Path> = vec![&self.base_dir];
+        let mut inputs = vec![self.merged.base().path()];
         inputs.extend(self.merged.adapters().iter().map(Adapter::dir));
         let existing = if self.config.overwrite {
             Existing::Replace
@@ -198,7 +185,7 @@ impl<'a> Job<'a> {
     /// Writes all files and shows the directory under its name.
     fn write_into(&mut self, staging: Staging) -> anyhow::Result<Done> {
         let observed = Observed::new(&self.merged);
-        let weight_bytes = self.weight_bytes();
+        let mut weight_bytes = self.weight_bytes();
         let progress = Progress::new(weight_bytes, "merging");
         let mut files =
             weights::write_shards(&self.plan, &observed, staging.dir(), &mut |bytes| {
@@ -212,11 +199,9 @@ impl<'a> Job<'a> {
             files.push(written);
         }
         if let (Files::GgufLora, [(_, weight)]) = (&self.config.files, &self.config.adapters[..]) {
-            files.push(gguf_files::write_lora(
-                &self.merged,
-                *weight,
-                staging.dir(),
-            )?);
+            let file = gguf_files::write_lora(&self.merged, *weight, staging.dir())?;
+            weight_bytes += file.bytes;
+            files.push(file);
         }
         let elapsed = progress.finish();
 

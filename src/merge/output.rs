@@ -50,7 +50,7 @@ impl Staging {
         check_inputs(&target, inputs)?;
         let (parent, name) = split(&target)?;
         fs::create_dir_all(&parent)
-            .with_context(|| format!("create the directory {}", parent.display()))?;
+            .with_context(|| format!("create {} for the output directory", parent.display()))?;
         remove_leftovers(&parent, &name, &target);
         check_target(&target, existing)?;
         let dir_name = format!(".{name}.infold-tmp-{}", std::process::id());
@@ -211,6 +211,10 @@ fn check_target(target: &Path, existing: Existing) -> anyhow::Result<()> {
     let entries = match fs::read_dir(target) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => bail!(
+            "the output {} is a file, not a directory: choose another --output",
+            target.display()
+        ),
         Err(error) => {
             return Err(error).with_context(|| format!("look into {}", target.display()));
         }
@@ -348,6 +352,18 @@ mod tests {
         fs::create_dir(dir.path().join("photos")).unwrap();
         let error = Staging::begin(dir.path(), &[], Existing::Replace).unwrap_err();
         assert!(error.to_string().contains("photos"), "{error}");
+    }
+
+    #[test]
+    fn a_file_is_no_output_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "mine").unwrap();
+        for existing in [Existing::Keep, Existing::Replace] {
+            let error = Staging::begin(&file, &[], existing).unwrap_err();
+            assert!(error.to_string().contains("is a file"), "{error}");
+        }
+        assert_eq!(names(dir.path()), ["file"]);
     }
 
     #[test]

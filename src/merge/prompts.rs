@@ -65,6 +65,9 @@ pub(super) fn complete(
     source: OllamaSource<'_>,
 ) -> anyhow::Result<Option<PromptReport>> {
     let dir = companions.tokenizer_dir.clone();
+    if let Some(name) = &options.template {
+        TrainingTemplate::named(name)?;
+    }
     if !companions.files.contains_key("tokenizer.json") {
         if options.default_system.is_some() {
             bail!(

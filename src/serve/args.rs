@@ -26,9 +26,9 @@ pub struct ServeArgs {
     )]
     pub model_flag: Option<String>,
 
-    /// Fold these LoRA adapters into the weights while loading, separated by commas [default: none]
-    #[arg(long, value_name = "DIRECTORY", value_delimiter = ',')]
-    pub merge_adapter: Vec<PathBuf>,
+    /// Fold these LoRA adapters, directories or hub ids, into the weights while loading, separated by commas [default: none]
+    #[arg(long, value_name = "ADAPTER", value_delimiter = ',')]
+    pub merge_adapter: Vec<String>,
 
     /// Accept these model names in requests; responses carry the first [default: MODEL as given]
     #[arg(long, num_args = 1.., value_name = "NAME")]

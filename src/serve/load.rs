@@ -1,6 +1,6 @@
 //! From flags to a running engine.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -8,14 +8,10 @@ use serde_json::Value;
 
 use crate::engine::{EngineHandle, LoadFormat};
 use crate::text::{
-    self, ChatTemplate, TextError, Tokenizer, fallback_template,
-    fallback_template_for_architecture, resolve_chat_template,
+    ChatTemplate, TextError, Tokenizer, fallback_template, fallback_template_for_architecture,
+    resolve_chat_template,
 };
-
-use crate::weights::{
-    self, Adapter, Checkpoint, DummyCheckpoint, MergeOptions, MergedCheckpoint, ModelSource,
-    TokenizerSource,
-};
+use crate::weights::{self, Checkpoint, DummyCheckpoint, ModelSource, TokenizerSource};
 
 use super::args::ServeArgs;
 use super::defaults;
@@ -112,11 +108,16 @@ fn open_model(args: &ServeArgs) -> anyhow::Result<OpenedModel> {
     let tokenizer = match &args.tokenizer {
         Some(directory) => Tokenizer::from_dir(directory),
         None => tokenizer_of(&checkpoint),
-    };
+    }
+    .context("loading the tokenizer")?;
+    let generation_config = checkpoint.generation_config().cloned();
+    let hub = args.engine.hub_options();
+    let source = weights::open_with_adapters(checkpoint, &args.merge_adapter, &hub)
+        .context("folding the adapters into the model")?;
     Ok(OpenedModel {
-        tokenizer: tokenizer.context("loading the tokenizer")?,
-        generation_config: checkpoint.generation_config().cloned(),
-        source: with_adapters(checkpoint, &args.merge_adapter)?,
+        source,
+        tokenizer,
+        generation_config,
     })
 }
 
@@ -138,71 +139,10 @@ fn open_dummy_model(args: &ServeArgs) -> anyhow::Result<OpenedModel> {
     })
 }
 
-/// Folds adapters into the weights, which happens when they are loaded.
-fn with_adapters(
-    base: Arc<Checkpoint>,
-    adapters: &[PathBuf],
-) -> anyhow::Result<Arc<dyn ModelSource>> {
-    if adapters.is_empty() {
-        return Ok(base);
-    }
-    let adapters = (adapters.iter())
-        .map(|path| {
-            let adapter = Adapter::open(path, None)
-                .with_context(|| format!("opening the adapter {}", path.display()))?;
-            Ok((adapter, 1.0))
-        })
-        .collect::<anyhow::Result<_>>()?;
-    let merged = MergedCheckpoint::plan(base, adapters, MergeOptions::default())?;
-    for warning in merged.warnings() {
-        tracing::warn!("{warning}");
-    }
-    Ok(Arc::new(merged))
-}
-
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Tokenizer, TextError> {
     match checkpoint.tokenizer() {
         TokenizerSource::Directory(directory) => Tokenizer::from_dir(&directory),
-        TokenizerSource::Gguf(vocabulary) => Tokenizer::from_vocabulary(to_text(*vocabulary)),
-    }
-}
-
-/// Hands a file's vocabulary to the text side, which knows no files.
-fn to_text(vocabulary: weights::GgufVocabulary) -> text::GgufVocabulary {
-    let weights::GgufVocabulary {
-        model,
-        pre,
-        tokens,
-        token_types,
-        merges,
-        scores,
-        bos,
-        eos,
-        eot,
-        unknown,
-        padding,
-        add_bos,
-        add_eos,
-        add_space_prefix,
-        chat_template,
-    } = vocabulary;
-    text::GgufVocabulary {
-        model,
-        pre,
-        tokens,
-        token_types,
-        merges,
-        scores,
-        bos,
-        eos,
-        eot,
-        unknown,
-        padding,
-        add_bos,
-        add_eos,
-        add_space_prefix,
-        chat_template,
-        named_chat_templates: Vec::new(),
+        TokenizerSource::Gguf(vocabulary) => Tokenizer::from_vocabulary(*vocabulary),
     }
 }
 

@@ -19,6 +19,7 @@ mod tokenizer_json;
 mod training_template;
 mod vocabulary;
 
+pub use crate::vocabulary::GgufVocabulary;
 pub use chat_template::{
     ChatTemplate, ChatTemplateSources, RenderInput, fallback_template,
     fallback_template_for_architecture, fallback_template_names, resolve_chat_template,
@@ -36,4 +37,3 @@ pub use training_template::{
     Conversation, EncodedTurn, Message, Role, Slot, TEMPLATE_RECORD_FILE, TemplatePart,
     TemplateRecord, Thinking, ThoughtHistory, TrainingTemplate, python_json,
 };
-pub use vocabulary::GgufVocabulary;

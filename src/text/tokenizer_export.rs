@@ -18,7 +18,7 @@ impl GgufVocabulary {
     /// content.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_vocabulary`].
+    /// As [`Tokenizer::from_vocabulary`], and a named chat template whose name no file can have.
     pub fn to_files(&self) -> Result<Vec<(String, String)>, TextError> {
         let tokenizer = Tokenizer::from_vocabulary(self.clone())?;
         let invalid = |source| TextError::InvalidTokenizer {
@@ -37,6 +37,12 @@ impl GgufVocabulary {
             files.push(("chat_template.jinja".to_owned(), template.clone()));
         }
         for (name, template) in &self.named_chat_templates {
+            // It comes from a file of anyone's.
+            let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+            if name.is_empty() || !name.chars().all(is_plain) {
+                let reason = format!("the name of chat template {name:?} cannot be one of a file");
+                return Err(invalid(reason.into()));
+            }
             let name = format!("additional_chat_templates/{name}.jinja");
             files.push((name, template.clone()));
         }
@@ -174,6 +180,19 @@ mod tests {
             ..GgufVocabulary::default()
         };
         assert_same_ids(&vocabulary);
+    }
+
+    #[test]
+    fn a_template_whose_name_leaves_the_directory_is_refused() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let config = json!({"vocab_size": 514});
+        let mut vocabulary =
+            GgufVocabulary::from_dir(&fixtures.join("tiny-qwen2"), &config).unwrap();
+        for name in ["../../x", "a/b", ""] {
+            vocabulary.named_chat_templates = vec![(name.to_owned(), "t".to_owned())];
+            let error = vocabulary.to_files().unwrap_err().to_string();
+            assert!(error.contains(&format!("{name:?}")), "{error}");
+        }
     }
 
     #[test]

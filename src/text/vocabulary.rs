@@ -12,7 +12,7 @@ use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, Tokenizer as HfT
 
 use super::pre_tokenizer::PreTokenizer;
 use super::tokenizer::{Tokenizer, TokenizerParts};
-use super::{ChatTemplateSources, TextError, tokenizer_json};
+use super::{ChatTemplateSources, GgufVocabulary, TextError, tokenizer_json};
 
 /// How errors name the source.
 const ORIGIN: &str = "the GGUF vocabulary";
@@ -20,43 +20,6 @@ const ORIGIN: &str = "the GGUF vocabulary";
 pub(super) const CONTROL: i32 = 3;
 /// `tokenizer.ggml.token_type` of tokens matched whole but kept in the text (`<think>`).
 pub(super) const USER_DEFINED: i32 = 4;
-
-/// The `tokenizer.*` metadata of a GGUF file as plain data.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct GgufVocabulary {
-    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE) or `llama` (SentencePiece BPE).
-    pub model: String,
-    /// `tokenizer.ggml.pre`: how a text is cut into words.
-    pub pre: Option<String>,
-    /// `tokenizer.ggml.tokens`, by id.
-    pub tokens: Vec<String>,
-    /// `tokenizer.ggml.token_type`, by id; may be empty (all normal).
-    pub token_types: Vec<i32>,
-    /// `tokenizer.ggml.merges`, each `left right`, best first.
-    pub merges: Vec<String>,
-    /// `tokenizer.ggml.scores`, by id; used by `llama` vocabularies without merges.
-    pub scores: Vec<f32>,
-    /// `tokenizer.ggml.bos_token_id`.
-    pub bos: Option<u32>,
-    /// `tokenizer.ggml.eos_token_id`.
-    pub eos: Option<u32>,
-    /// `tokenizer.ggml.unknown_token_id`.
-    pub unknown: Option<u32>,
-    /// `tokenizer.ggml.padding_token_id`.
-    pub padding: Option<u32>,
-    /// `tokenizer.ggml.eot_token_id`: end of a turn, where it differs from `eos`.
-    pub eot: Option<u32>,
-    /// `tokenizer.ggml.add_bos_token`.
-    pub add_bos: Option<bool>,
-    /// `tokenizer.ggml.add_eos_token`.
-    pub add_eos: Option<bool>,
-    /// `tokenizer.ggml.add_space_prefix`, of `llama` vocabularies.
-    pub add_space_prefix: Option<bool>,
-    /// `tokenizer.chat_template`.
-    pub chat_template: Option<String>,
-    /// `tokenizer.chat_template.NAME`: (name, template).
-    pub named_chat_templates: Vec<(String, String)>,
-}
 
 impl Tokenizer {
     /// Builds the tokenizer of a GGUF file.

@@ -18,9 +18,7 @@ use super::{
 use crate::kernels::keep_freed_memory;
 use crate::models::ModelConfig;
 use crate::text::{SupervisedExample, TEMPLATE_RECORD_FILE, TemplateRecord, Tokenizer};
-use crate::weights::{
-    self, Adapter, Checkpoint, Format, HubOptions, MergeOptions, MergedCheckpoint, ModelSource,
-};
+use crate::weights::{self, Format, HubOptions, ModelSource};
 
 /// Files of a tokenizer, which go beside the adapter as LLaMA-Factory puts them there.
 const TOKENIZER_FILES: &[&str] = &[
@@ -87,9 +85,9 @@ fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path
     let name = &config.model.model_name_or_path;
     let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
     hub.revision.clone_from(&config.model.model_revision);
-    let dir = weights::resolve_model(name, &hub)
-        .with_context(|| format!("find model_name_or_path {name}"))?;
-    let base = Checkpoint::open(&dir).with_context(|| format!("open the model {name}"))?;
+    let base = weights::open_model(name, &hub)
+        .with_context(|| format!("open model_name_or_path {name}"))?;
+    let dir = base.path().to_owned();
     if base.format() == Format::Gguf {
         bail!(
             "{path} is a GGUF file: training starts from a Hugging Face directory (safetensors), so \
@@ -102,18 +100,9 @@ fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path
         Some((_, before)) if !config.model.create_new_adapter => before,
         _ => &config.model.adapter_name_or_path[..],
     };
-    if merged.is_empty() {
-        return Ok((Arc::new(base), dir));
-    }
-    let adapters = (merged.iter())
-        .map(|path| {
-            let adapter = Adapter::open(Path::new(path), None)
-                .with_context(|| format!("open the adapter {path}"))?;
-            Ok((adapter, 1.0))
-        })
-        .collect::<anyhow::Result<_>>()?;
-    let merged = MergedCheckpoint::plan(Arc::new(base), adapters, MergeOptions::default())?;
-    Ok((Arc::new(merged), dir))
+    let model = weights::open_with_adapters(Arc::new(base), merged, &hub)
+        .context("fold adapter_name_or_path into the model")?;
+    Ok((model, dir))
 }
 
 fn print_plan(

@@ -16,10 +16,11 @@ use memmap2::{Advice, Mmap};
 use serde_json::Value;
 
 use super::{
-    GgufVocabulary, StoredTensor, TensorInfo, WeightsError, directory, gguf, gguf_file,
+    StoredTensor, TensorInfo, WeightsError, directory, gguf, gguf_file,
     gguf_names::RowOrder,
     index::{StoredDtype, TensorEntry},
 };
+use crate::vocabulary::GgufVocabulary;
 
 /// The file format of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,6 +4,16 @@ use candle_core::quantized::GgmlDType;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+/// Returns how `torch_dtype` of `config.json` names a dtype; what it has no name for, such as a
+/// block format, was float16, as llama.cpp assumes.
+pub fn torch_dtype(dtype: GgmlDType) -> &'static str {
+    match dtype {
+        GgmlDType::F32 => "float32",
+        GgmlDType::BF16 => "bfloat16",
+        _ => "float16",
+    }
+}
+
 /// Reads `values.len()` little-endian floats of `dtype` (F32, F16, BF16).
 #[inline(always)]
 pub(super) fn to_f32(dtype: GgmlDType, bytes: &[u8], values: &mut [f32]) {

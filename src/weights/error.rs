@@ -421,8 +421,8 @@ pub enum WeightsError {
     },
     /// The hub could not be reached, or the transfer kept breaking off.
     #[error(
-        "cannot get {what} of {repo} from {endpoint} (a local directory works without a network, \
-         HF_ENDPOINT names a mirror)"
+        "{repo} is no path here, and {what} cannot be had from the hub at {endpoint} (HF_ENDPOINT \
+         names a mirror)"
     )]
     HubUnreachable {
         /// Address of the hub.

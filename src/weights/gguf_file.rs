@@ -13,6 +13,7 @@ use super::{
     gguf,
     gguf_model::{Metadata, TensorFacts},
     index::{StoredDtype, TensorEntry},
+    torch_dtype,
 };
 
 /// Holds Llama 3's divisors of the rotary frequencies; part of the configuration, not a weight.
@@ -83,11 +84,9 @@ fn tensor_facts(
     Ok(TensorFacts {
         vocab_size: embedding.shape.first().copied().unwrap_or(0),
         tie_word_embeddings: !tensors.contains_key("lm_head.weight"),
-        // A quantised model says nothing about its origin; f16 is what llama.cpp assumes.
         torch_dtype: match embedding.dtype {
-            StoredDtype::Known(GgmlDType::F32) => "float32",
-            StoredDtype::Known(GgmlDType::BF16) => "bfloat16",
-            _ => "float16",
+            StoredDtype::Known(dtype) => torch_dtype(dtype),
+            StoredDtype::Other(_) => torch_dtype(GgmlDType::F16),
         },
         rope_freq_factors,
     })

@@ -13,6 +13,7 @@ use super::{
     gguf_names::{HeadCounts, RowOrder, hf_name, part_of},
     index::TensorEntry,
 };
+use crate::vocabulary::GgufVocabulary;
 
 /// The type of tokens that are never text.
 const CONTROL_TOKEN: u64 = 3;
@@ -24,42 +25,6 @@ const END_TOKENS: [&str; 5] = [
     "<|eom_id|>",
     "<|end_of_text|>",
 ];
-
-/// The vocabulary of a GGUF file as plain data, so that `weights` need not know tokenizers.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct GgufVocabulary {
-    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (SentencePiece), …
-    pub model: String,
-    /// `tokenizer.ggml.pre`: which pre-tokenizer a `gpt2` model uses, e.g. `smollm`, `qwen2`.
-    pub pre: Option<String>,
-    /// Tokens by id.
-    pub tokens: Vec<String>,
-    /// Types by id (1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte); may be
-    /// empty.
-    pub token_types: Vec<i32>,
-    /// Merges, best first, the two halves separated by a space.
-    pub merges: Vec<String>,
-    /// Scores by id, of SentencePiece models.
-    pub scores: Vec<f32>,
-    /// Token that begins a text.
-    pub bos: Option<u32>,
-    /// Token that ends a text.
-    pub eos: Option<u32>,
-    /// Token that ends a turn.
-    pub eot: Option<u32>,
-    /// Token for what the vocabulary cannot express.
-    pub unknown: Option<u32>,
-    /// Token that fills up batches.
-    pub padding: Option<u32>,
-    /// Whether `bos` is put before a text.
-    pub add_bos: Option<bool>,
-    /// Whether `eos` is put after a text.
-    pub add_eos: Option<bool>,
-    /// Whether SentencePiece puts a space before a text.
-    pub add_space_prefix: Option<bool>,
-    /// The chat template, in Jinja.
-    pub chat_template: Option<String>,
-}
 
 /// The metadata of a GGUF file, with the file's path for errors.
 pub(super) struct Metadata<'a> {
@@ -329,7 +294,16 @@ impl<'a> Metadata<'a> {
             add_eos: flag("tokenizer.ggml.add_eos_token"),
             add_space_prefix: flag("tokenizer.ggml.add_space_prefix"),
             chat_template: self.optional("tokenizer.chat_template", owned_text),
+            named_chat_templates: self.named_chat_templates(),
         })
+    }
+
+    fn named_chat_templates(&self) -> Vec<(String, String)> {
+        let named = self.values.iter().filter_map(|(key, template)| {
+            let name = key.strip_prefix("tokenizer.chat_template.")?;
+            Some((name.to_owned(), owned_text(template)?))
+        });
+        named.collect()
     }
 
     fn list_or_empty<T>(

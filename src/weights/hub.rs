@@ -30,6 +30,7 @@ pub enum Network {
 }
 
 /// Where models are looked for and kept.
+#[derive(Clone)]
 pub struct HubOptions {
     /// Base address of the hub, without a slash at the end.
     pub endpoint: String,

@@ -22,6 +22,7 @@ mod gguf_writer;
 mod hub;
 mod hub_adapter;
 mod index;
+mod named;
 mod quantize;
 mod safetensors;
 mod safetensors_writer;
@@ -35,16 +36,16 @@ pub use adapter::{
     MergeOptions, MergedCheckpoint, MergedTensor,
 };
 pub use checkpoint::{Checkpoint, Format, TokenizerSource};
-pub use convert::transpose;
+pub use convert::{torch_dtype, transpose};
 pub use dequantized::DequantizedCheckpoint;
 pub use disk::{exchange, free_bytes};
 pub use dummy::DummyCheckpoint;
 pub use error::WeightsError;
-pub use gguf_model::GgufVocabulary;
 pub use gguf_names::{HeadCounts, RowOrder, gguf_name};
 pub use gguf_writer::{GgufLayout, GgufTensor, GgufValue, GgufWriter};
 pub use hub::{HubOptions, Network, resolve_model};
 pub use hub_adapter::resolve_adapter;
+pub use named::{open_adapter, open_model, open_with_adapters};
 pub use quantize::{RowEncoder, encoded_bytes};
 pub use safetensors_writer::{WrittenFile, hex, write_shards};
 pub use shard_plan::{PlannedShard, ShardPlan};

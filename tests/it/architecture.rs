@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 /// Each folder of `src/` and the folders that its files may import.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("text", &[]),
-    ("weights", &[]),
+    ("vocabulary", &[]),
+    ("text", &["vocabulary"]),
+    ("weights", &["vocabulary"]),
     ("kernels", &[]),
     ("distributed", &[]),
     ("layers", &["weights", "kernels", "distributed"]),

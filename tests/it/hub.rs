@@ -2,9 +2,11 @@
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
 
 use infold::weights::{
-    Adapter, Checkpoint, HubOptions, Network, WeightsError, resolve_adapter, resolve_model,
+    Adapter, Checkpoint, HubOptions, Network, WeightsError, open_with_adapters, resolve_adapter,
+    resolve_model,
 };
 use serde_json::json;
 
@@ -376,6 +378,31 @@ fn a_repository_without_an_adapter_says_what_is_missing() {
         assert!(matches!(error, WeightsError::NothingToLoad { .. }));
         assert!(error.to_string().contains(wanted), "{error}");
     }
+}
+
+#[test]
+fn an_adapter_is_folded_in_by_its_hub_id_whatever_revision_the_model_has() {
+    let files = adapter_files("");
+    let files: Vec<(&str, Vec<u8>)> = (files.iter())
+        .map(|(name, content)| (&name[..], content.clone()))
+        .collect();
+    let hub = FakeHub::new(&files);
+    let options = HubOptions {
+        revision: Some("of-the-model".to_owned()),
+        ..hub.options()
+    };
+    let fixtures = crate::tiny_engine::fixtures();
+    let base = Arc::new(Checkpoint::open(&fixtures.join("tiny-qwen2-bf16")).unwrap());
+    let tensor = |adapters: &[&str]| {
+        let adapters: Vec<String> = adapters.iter().map(|&spec| spec.to_owned()).collect();
+        let model = open_with_adapters(Arc::clone(&base), &adapters, &options).unwrap();
+        let tensor = model.tensor("model.layers.0.self_attn.q_proj.weight");
+        tensor.unwrap().data
+    };
+    let on_disk = fixtures.join("adapters/all_linear_bf16/adapter");
+    let from_hub = tensor(&["owner/model"]);
+    assert!(from_hub == tensor(&[on_disk.to_str().unwrap()]));
+    assert!(from_hub != tensor(&[]));
 }
 
 #[test]

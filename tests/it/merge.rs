@@ -235,52 +235,23 @@ fn nothing_is_written_when_something_is_wrong() {
     let good = good.to_str().unwrap();
     let overflow = adapter("refused_f16_overflow");
     let f16 = base("tiny-qwen2-f16");
-    for (arguments, wanted) in [
+    let (overflow, f16) = (overflow.to_str().unwrap(), f16.to_str().unwrap());
+    for ([model, adapter, output], more, wanted) in [
+        ([model, good, good], &[][..], "choose another --output"),
+        ([model, good, model], &[], "choose another --output"),
+        ([model, "/no/adapter", output], &[], "/no/adapter"),
+        (["/no/model", good, output], &[], "/no/model"),
         (
-            vec!["--model", model, "--adapter", good, "--output", good],
-            "choose another --output",
+            [model, good, output],
+            &["export_dri=x"],
+            "did you mean \"export_dir\"",
         ),
-        (
-            vec!["--model", model, "--adapter", good, "--output", model],
-            "choose another --output",
-        ),
-        (
-            vec![
-                "--model",
-                model,
-                "--adapter",
-                "/no/adapter",
-                "--output",
-                output,
-            ],
-            "/no/adapter",
-        ),
-        (
-            vec![
-                "--model",
-                "/no/model",
-                "--adapter",
-                good,
-                "--output",
-                output,
-            ],
-            "/no/model",
-        ),
-        (vec!["export_dri=x"], "did you mean \"export_dir\""),
-        (
-            vec![
-                "--model",
-                f16.to_str().unwrap(),
-                "--adapter",
-                overflow.to_str().unwrap(),
-                "--output",
-                output,
-            ],
-            "too large for F16",
-        ),
+        ([model, good, output], &["--template", "qwem"], "qwem"),
+        ([f16, overflow, output], &[], "too large for F16"),
     ] {
-        let mut line = vec!["merge"];
-        line.extend(arguments);
+        let mut line = vec!["merge", "--model", model, "--adapter", adapter];
+        line.extend(["--output", output]);
+        line.extend(more);
         let error = fail(&line);
         assert!(error.contains(wanted), "{error}");
         assert!(snapshot(dir.path()).is_empty(), "{line:?}");

@@ -206,7 +206,8 @@ fn files_read_back_as_the_checkpoint_that_they_were_made_of() {
     ] {
         let original = Checkpoint::open(&fixture(name)).unwrap();
         let config = original.config();
-        let vocabulary = GgufVocabulary::from_dir(&fixture(name), config).unwrap();
+        let mut vocabulary = GgufVocabulary::from_dir(&fixture(name), config).unwrap();
+        vocabulary.named_chat_templates = vec![("tool_use".to_owned(), "{{ 1 }}".to_owned())];
         let path = dir.path().join(format!("{name}.gguf"));
         let options = options(GgufFileType::F32);
         let plan = GgufPlan::new(&original, config, &vocabulary, &options).unwrap();
@@ -265,6 +266,7 @@ fn assert_vocabulary(written: &Checkpoint, expected: &GgufVocabulary) {
     assert_eq!(found.padding, expected.padding);
     assert_eq!(found.add_bos, expected.add_bos);
     assert_eq!(found.chat_template, expected.chat_template);
+    assert_eq!(found.named_chat_templates, expected.named_chat_templates);
 }
 
 #[test]

@@ -168,20 +168,20 @@ impl Adapter {
     /// Returns the tensor of a name in the file.
     fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let entry = &self.tensors[name];
-        let StoredDtype::Known(dtype) = &entry.dtype else {
-            let StoredDtype::Other(dtype) = &entry.dtype else {
-                unreachable!("a stored dtype is known or other")
-            };
-            return Err(WeightsError::UnsupportedDtype {
-                path: self.file.path.clone(),
-                tensor: name.to_owned(),
-                dtype: dtype.clone(),
-                supported: "F32, F16 and BF16",
-            });
+        let dtype = match &entry.dtype {
+            StoredDtype::Known(dtype) => *dtype,
+            StoredDtype::Other(dtype) => {
+                return Err(WeightsError::UnsupportedDtype {
+                    path: self.file.path.clone(),
+                    tensor: name.to_owned(),
+                    dtype: dtype.clone(),
+                    supported: "F32, F16 and BF16",
+                });
+            }
         };
         Ok(StoredTensor {
             name: name.to_owned(),
-            dtype: *dtype,
+            dtype,
             shape: entry.shape.clone(),
             data: self.file.bytes(&entry.range),
         })

@@ -6,46 +6,72 @@
 use std::collections::BTreeMap;
 
 use fancy_regex::Regex;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use super::faults::Fault;
 
 /// The keys of `adapter_config.json` that a merge looks at.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone)]
 struct RawConfig {
-    #[serde(default)]
     peft_type: Option<String>,
-    #[serde(default)]
     base_model_name_or_path: Option<String>,
-    #[serde(default)]
     r: Option<Value>,
-    #[serde(default)]
     lora_alpha: Option<f64>,
-    #[serde(default)]
     use_rslora: Option<bool>,
-    #[serde(default)]
     use_dora: Option<bool>,
-    #[serde(default)]
     fan_in_fan_out: Option<bool>,
-    #[serde(default)]
+    bias: Option<String>,
     rank_pattern: Option<Map<String, Value>>,
-    #[serde(default)]
     alpha_pattern: Option<Map<String, Value>>,
-    #[serde(default)]
     modules_to_save: Option<Vec<String>>,
-    #[serde(default)]
     trainable_token_indices: Option<TokenIndices>,
-    #[serde(default)]
     target_modules: Option<Value>,
-    #[serde(default)]
     layers_to_transform: Option<Value>,
-    #[serde(default)]
     exclude_modules: Option<Value>,
-    #[serde(default)]
     init_lora_weights: Option<Value>,
-    #[serde(flatten)]
     other: Map<String, Value>,
+}
+
+impl RawConfig {
+    /// Sorts the content of the file into keys.
+    fn from_json(json: Value) -> Result<Self, Fault> {
+        let Value::Object(mut other) = json else {
+            return Err(Fault::Config {
+                key: "its content".to_owned(),
+                reason: "must be an object".to_owned(),
+            });
+        };
+        let keys = &mut other;
+        Ok(Self {
+            peft_type: take(keys, "peft_type")?,
+            base_model_name_or_path: take(keys, "base_model_name_or_path")?,
+            r: take(keys, "r")?,
+            lora_alpha: take(keys, "lora_alpha")?,
+            use_rslora: take(keys, "use_rslora")?,
+            use_dora: take(keys, "use_dora")?,
+            fan_in_fan_out: take(keys, "fan_in_fan_out")?,
+            bias: take(keys, "bias")?,
+            rank_pattern: take(keys, "rank_pattern")?,
+            alpha_pattern: take(keys, "alpha_pattern")?,
+            modules_to_save: take(keys, "modules_to_save")?,
+            trainable_token_indices: take(keys, "trainable_token_indices")?,
+            target_modules: take(keys, "target_modules")?,
+            layers_to_transform: take(keys, "layers_to_transform")?,
+            exclude_modules: take(keys, "exclude_modules")?,
+            init_lora_weights: take(keys, "init_lora_weights")?,
+            other,
+        })
+    }
+}
+
+/// Takes the value of a key out; `None` if it is missing or null.
+fn take<T: DeserializeOwned>(keys: &mut Map<String, Value>, key: &str) -> Result<Option<T>, Fault> {
+    let value = keys.remove(key).unwrap_or_default();
+    serde_json::from_value(value).map_err(|error| Fault::Config {
+        key: key.to_owned(),
+        reason: format!("cannot be read: {error}"),
+    })
 }
 
 /// `trainable_token_indices`: a list means the input embedding.
@@ -65,6 +91,8 @@ pub struct AdapterConfig {
     rslora: bool,
     pub(super) dora: bool,
     pub(super) fan_in_fan_out: bool,
+    /// Whether training changed biases of the base.
+    pub(super) trains_biases: bool,
     rank_pattern: Vec<Pattern>,
     alpha_pattern: Vec<Pattern>,
     modules_to_save: Vec<String>,
@@ -118,12 +146,7 @@ impl AdapterConfig {
     /// # Errors
     /// The faults: keys of a wrong type, and every feature that cannot be merged.
     pub(super) fn from_json(json: Value) -> Result<Self, Vec<Fault>> {
-        let raw: RawConfig = serde_json::from_value(json).map_err(|error| {
-            vec![Fault::Config {
-                key: "its keys".to_owned(),
-                reason: error.to_string(),
-            }]
-        })?;
+        let raw = RawConfig::from_json(json).map_err(|fault| vec![fault])?;
         let refused = refusals(&raw);
         if !refused.is_empty() {
             return Err(refused);
@@ -155,6 +178,7 @@ impl AdapterConfig {
             rslora: raw.use_rslora.unwrap_or(false),
             dora: raw.use_dora.unwrap_or(false),
             fan_in_fan_out: raw.fan_in_fan_out.unwrap_or(false),
+            trains_biases: raw.bias.is_some_and(|bias| bias != "none"),
             rank_pattern: Pattern::compile_all(raw.rank_pattern)?,
             alpha_pattern: Pattern::compile_all(raw.alpha_pattern)?,
             modules_to_save: raw.modules_to_save.unwrap_or_default(),
@@ -365,6 +389,23 @@ mod tests {
                 json!({"init_lora_weights": plain, "layer_replication": null, "loftq_config": {}}),
             );
         }
+    }
+
+    #[test]
+    fn a_key_of_the_wrong_type_is_named() {
+        for (key, wrong) in [
+            ("lora_alpha", json!("16")),
+            ("use_dora", json!(1)),
+            ("modules_to_save", json!("lm_head")),
+            ("trainable_token_indices", json!({"embed_tokens": -1})),
+        ] {
+            let faults = AdapterConfig::from_json(json!({key: wrong, "r": 8})).unwrap_err();
+            let text = faults[0].to_string();
+            let wanted = format!("adapter_config.json: {key} cannot be read");
+            assert!(text.starts_with(&wanted), "{text}");
+        }
+        let faults = AdapterConfig::from_json(json!([])).unwrap_err();
+        assert!(faults[0].to_string().contains("must be an object"));
     }
 
     #[test]

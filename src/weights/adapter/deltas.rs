@@ -136,7 +136,7 @@ impl Planner {
             ));
         }
         // PyTorch multiplies by the scaling as a double, rounded to f32 first.
-        let scale = config.scaling(module, rank) as f32 * self.weight;
+        let scale = config.scaling(module, rank) as f32;
         if config.dora
             && layout != Layout::Bias
             && !adapter
@@ -154,6 +154,7 @@ impl Planner {
             module: module.to_owned(),
             layout,
             scale,
+            weight: self.weight,
             column_factors: None,
         };
         if let Some(recipe) = self.recipes.get_mut(name) {

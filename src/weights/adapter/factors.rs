@@ -12,6 +12,7 @@ use super::{
     fold::{Block, LowRank, NotFinite},
     keys::Part,
     merged::{Accumulate, Delta, Layout, MergedCheckpoint, Recipe, not_finite, values},
+    simd,
 };
 use crate::weights::{WeightsError, convert};
 
@@ -36,7 +37,7 @@ impl MergedCheckpoint {
             let delta = &recipe.deltas[position];
             let right = self.right_factor(delta)?;
             let magnitude = values(&self.part(delta.adapter, &delta.module, Part::Magnitude)?);
-            let mut squares = vec![0.0_f64; magnitude.len()];
+            let mut squares = vec![0.0_f32; magnitude.len()];
             let rows = recipe.info.shape[0];
             for start in (0..rows).step_by(MEASURED_ROWS) {
                 let rows = start..(start + MEASURED_ROWS).min(rows);
@@ -51,13 +52,11 @@ impl MergedCheckpoint {
                 };
                 let (sum, _) = sum.fold().map_err(|NotFinite| not_finite(&recipe.info))?;
                 for row in convert::values(GgmlDType::F32, &sum).chunks(magnitude.len()) {
-                    for (square, value) in squares.iter_mut().zip(row) {
-                        *square += f64::from(*value) * f64::from(*value);
-                    }
+                    simd::add_squares(&mut squares, row);
                 }
             }
             let factors = (magnitude.iter().zip(&squares))
-                .map(|(magnitude, square)| magnitude / square.sqrt() as f32)
+                .map(|(magnitude, square)| magnitude / square.sqrt())
                 .collect();
             self.recipes[index].deltas[position].column_factors = Some(factors);
         }
@@ -138,6 +137,7 @@ impl MergedCheckpoint {
             right: Arc::clone(right),
             rank,
             scale: delta.scale,
+            weight: delta.weight,
             magnitude,
             column_factors: delta.column_factors.clone(),
         })

@@ -1,8 +1,9 @@
 //! The arithmetic of a merge: `round(f32(W) + s·(f32(B)·f32(A)))`, for a block of rows.
 //!
-//! Every element is a sum over the rank in order, then one product with `s`, one addition and
-//! one rounding, whatever the number of threads and the width of the SIMD registers: the same
-//! inputs give the same bits on every machine. This is the arithmetic of PEFT on a CPU.
+//! Every element is a sum over the rank in order, then one product with `s` (and one with the
+//! adapter's weight, if it has one), one addition and one rounding, whatever the number of threads
+//! and the width of the SIMD registers: the same inputs give the same bits on every machine. This
+//! is the arithmetic of PEFT on a CPU.
 
 use std::{ops::Range, sync::Arc};
 
@@ -11,6 +12,7 @@ use rayon::prelude::*;
 
 use super::{
     merged::Accumulate,
+    norm::row_norm,
     simd,
     stats::{DeltaStats, Lanes},
 };
@@ -29,13 +31,15 @@ const STRIP_COLS: usize = 2048;
 /// Columns whose sums are held in registers.
 const STEP: usize = 32;
 
-/// One `s·L·R` to add to a block of rows: `L` is `[rows, rank]`, `R` is `[rank, cols]`.
+/// One `w·(s·L·R)` to add to a block of rows: `L` is `[rows, rank]`, `R` is `[rank, cols]`.
 pub(super) struct LowRank {
     pub(super) left: Vec<f32>,
     /// The same for all blocks of a tensor.
     pub(super) right: Arc<Vec<f32>>,
     pub(super) rank: usize,
     pub(super) scale: f32,
+    /// What the scaled product is multiplied by: the weight of PEFT's delta in a sum of several.
+    pub(super) weight: f32,
     /// DoRA: the length that each row gets.
     pub(super) magnitude: Option<Vec<f32>>,
     /// DoRA by columns: what each is multiplied by.
@@ -275,8 +279,14 @@ impl LowRank {
     /// Adds the scaled product; with magnitudes, gives each row its length then.
     #[inline(always)]
     fn apply(&self, strip: &Strip, product: &[f32], sum: &mut [f32]) {
-        for (sum, product) in sum.iter_mut().zip(product) {
-            *sum += self.scale * product;
+        if self.weight == 1.0 {
+            for (sum, product) in sum.iter_mut().zip(product) {
+                *sum += self.scale * product;
+            }
+        } else {
+            for (sum, product) in sum.iter_mut().zip(product) {
+                *sum += self.weight * (self.scale * product);
+            }
         }
         if let Some(factors) = &self.column_factors {
             for row in sum.chunks_exact_mut(strip.cols.len()) {
@@ -290,8 +300,7 @@ impl LowRank {
         };
         let rows = sum.chunks_exact_mut(strip.cols.len());
         for (row, magnitude) in rows.zip(&magnitude[strip.row..]) {
-            let squares: f64 = row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
-            let factor = magnitude / squares.sqrt() as f32;
+            let factor = magnitude / row_norm(row);
             for value in row {
                 *value *= factor;
             }
@@ -334,6 +343,7 @@ mod tests {
             right: Arc::new(values(rank * cols, 2)),
             rank,
             scale,
+            weight: 1.0,
             magnitude: None,
             column_factors: None,
         }
@@ -379,6 +389,33 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_is_a_product_of_its_own_as_it_is_of_a_delta_of_peft() {
+        let cols = 200;
+        let weight = f32_bytes(&vec![0.0; cols]);
+        let (scale, adapter_weight) = (0.7, 0.3);
+        let delta = LowRank {
+            weight: adapter_weight,
+            left: vec![1.0],
+            ..low_rank(1, cols, 1, scale)
+        };
+        let products = values(cols, 2);
+        let block = Block {
+            weight: &weight,
+            from: GgmlDType::F32,
+            to: GgmlDType::F32,
+            cols,
+            deltas: vec![delta],
+            accumulate: Accumulate::Fp32,
+        };
+        let (folded, _) = block.fold().unwrap();
+        let folded = convert::values(GgmlDType::F32, &folded);
+        let separately = products.iter().map(|it| adapter_weight * (scale * it));
+        assert!(folded.iter().copied().eq(separately));
+        let together = products.iter().map(|it| adapter_weight * scale * it);
+        assert!(!folded.iter().copied().eq(together));
+    }
+
+    #[test]
     fn one_rounding_differs_from_one_after_each_adapter() {
         // 1 + 3/8 ulp, twice: rounded once it goes up, rounded twice it never leaves 1.
         let ulp = 2.0_f32.powi(-7);
@@ -387,6 +424,7 @@ mod tests {
             right: Arc::new(vec![0.375 * ulp]),
             rank: 1,
             scale: 1.0,
+            weight: 1.0,
             magnitude: None,
             column_factors: None,
         };

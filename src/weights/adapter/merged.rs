@@ -75,8 +75,10 @@ pub(super) struct Delta {
     pub(super) adapter: usize,
     pub(super) module: String,
     pub(super) layout: Layout,
-    /// The adapter's scaling times its weight.
+    /// The adapter's scaling.
     pub(super) scale: f32,
+    /// The adapter's weight.
+    pub(super) weight: f32,
     /// DoRA on an embedding or a transposed weight: what each column is multiplied by, known
     /// after a pass over it.
     pub(super) column_factors: Option<Vec<f32>>,

@@ -13,6 +13,7 @@ mod fold;
 mod hints;
 mod keys;
 mod merged;
+mod norm;
 mod plan;
 mod replacements;
 mod simd;

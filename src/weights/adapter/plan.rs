@@ -241,6 +241,8 @@ impl Planner {
             }
         }
         self.check_targets(adapter);
+        self.warn_of_no_effect();
+        self.warn_of_biases(adapter);
         Ok(())
     }
 
@@ -274,6 +276,34 @@ impl Planner {
                     target: target.clone(),
                 });
             }
+        }
+    }
+
+    /// Warns when a scale of 0 makes nothing of the whole adapter.
+    fn warn_of_no_effect(&mut self) {
+        let index = self.adapter;
+        let mut deltas = (self.recipes.values().flat_map(|recipe| &recipe.deltas))
+            .filter(|delta| delta.adapter == index)
+            .peekable();
+        if deltas.peek().is_some() && deltas.all(|delta| delta.scale * delta.weight == 0.0) {
+            self.warnings.push(format!(
+                "{}: every scale is 0 (lora_alpha or the adapter's weight), its low-rank pairs \
+                 change nothing",
+                self.dir.display()
+            ));
+        }
+    }
+
+    /// Warns of biases that were trained and are not in the file.
+    fn warn_of_biases(&mut self, adapter: &Adapter) {
+        let is_bias = |(_, part): &(String, Part)| matches!(part, Part::BaseBias | Part::Bias);
+        let base_has_any = self.recipes.keys().any(|name| name.ends_with("_proj.bias"));
+        if adapter.config().trains_biases && base_has_any && !adapter.parts.keys().any(is_bias) {
+            self.warnings.push(format!(
+                "{}: biases were trained (bias in adapter_config.json) and are not in the file, the \
+                 base's are kept: PEFT before 0.21 does not save those of bias=\"lora_only\"",
+                self.dir.display()
+            ));
         }
     }
 

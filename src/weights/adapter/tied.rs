@@ -10,7 +10,7 @@ use super::{
     faults::{AdapterFaults, Fault},
     merged::{MergedCheckpoint, Recipe},
 };
-use crate::weights::{Checkpoint, WeightsError};
+use crate::weights::{Checkpoint, WeightsError, torch_dtype};
 
 /// Rows compared at a time.
 const COMPARED_ROWS: usize = 1024;
@@ -70,11 +70,7 @@ pub(super) fn settle(merged: &mut MergedCheckpoint) -> Result<(), WeightsError> 
     }
     settle_vocabulary(merged)?;
     if let Some(dtype) = merged.options.dtype {
-        let name = match format!("{dtype:?}").as_str() {
-            "F32" => "float32",
-            "F16" => "float16",
-            _ => "bfloat16",
-        };
+        let name = torch_dtype(dtype);
         for key in ["torch_dtype", "dtype"] {
             if merged.config.get(key).is_some_and(|found| found != name) {
                 change(merged, key, name.into());
