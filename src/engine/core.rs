@@ -98,12 +98,26 @@ impl EngineCore {
             }
             self.publish_stats();
         }
+        self.end_all("the server is shutting down");
+        Ok(())
+    }
+
+    /// Tells every listener that the engine has failed, those in the queue too.
+    pub(super) fn fail_requests(&mut self, reason: &str) {
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                self.admit(*submission);
+            }
+        }
+        self.end_all(&format!("the engine has stopped: {reason}"));
+    }
+
+    fn end_all(&mut self, message: &str) {
         for (_, sequence) in self.active.drain() {
             let _ = sequence.events.send(TokenEvent::Failed {
-                message: "the server is shutting down".to_owned(),
+                message: message.to_owned(),
             });
         }
-        Ok(())
     }
 
     /// Takes all commands that are there, waiting for one while idle. False ends the engine.

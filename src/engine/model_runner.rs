@@ -5,11 +5,12 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
 use crate::distributed::Comm;
-use crate::kernels::{AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks};
+use crate::kernels::{AttentionBatch, Collectives, DeviceOptions, Drawn, Graph, Kernels, KvBlocks};
 use crate::layers::{ForwardContext, Loader};
 use crate::models::{Decoder, ModelConfig};
 use crate::weights::ModelSource;
@@ -17,6 +18,7 @@ use crate::weights::ModelSource;
 use super::EngineError;
 use super::batch::StepInput;
 use super::config::Graphs;
+use super::watchdog::{Operation, RankWatch};
 
 /// Rows of logits computed at a time: bounds their memory at 64 · vocab_size · 4 bytes.
 const LOGITS_CHUNK: usize = 64;
@@ -28,8 +30,12 @@ const WEIGHTS_SLACK: usize = 64 << 20;
 pub(super) enum Placement {
     /// With this many threads each.
     Cpu { num_threads: usize },
-    /// Rank r on GPU `first + r`, in `dtype`.
-    Gpu { first: usize, dtype: DType },
+    /// Rank r on GPU `first + r`, in `dtype`, met through `collectives`.
+    Gpu {
+        first: usize,
+        dtype: DType,
+        collectives: Collectives,
+    },
 }
 
 /// What every rank needs to start.
@@ -64,7 +70,8 @@ struct RecordedStep {
 pub(super) struct ModelRunner {
     config: RunnerConfig,
     kernels: Kernels,
-    comm: Comm,
+    comm: Arc<Comm>,
+    watch: RankWatch,
     decoder: Decoder,
     kv_cache: Vec<KvBlocks>,
     recorded: HashMap<usize, RecordedStep>,
@@ -75,23 +82,36 @@ impl ModelRunner {
     pub(super) fn load(
         config: &RunnerConfig,
         checkpoint: &dyn ModelSource,
-        comm: Comm,
+        comm: Arc<Comm>,
+        watch: RankWatch,
     ) -> std::result::Result<Self, EngineError> {
         let world_size = comm.world_size();
         let kernels = match config.placement {
             Placement::Cpu { num_threads } => Kernels::cpu(num_threads)?,
-            Placement::Gpu { first, dtype } => Kernels::cuda(&DeviceOptions {
-                ordinal: first + comm.rank(),
+            Placement::Gpu {
+                first,
                 dtype,
-                max_num_tokens: config.max_num_tokens,
-                max_num_sequences: config.max_num_seqs,
-                max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
-                num_kv_heads: (config.model.num_kv_heads / world_size).max(1),
-                vocab_size: config.model.vocab_size,
-                rank: comm.rank(),
-                world_size,
-            })?,
+                collectives,
+            } => open_gpu(
+                &DeviceOptions {
+                    ordinal: first + comm.rank(),
+                    dtype,
+                    max_num_tokens: config.max_num_tokens,
+                    max_num_sequences: config.max_num_seqs,
+                    max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
+                    num_kv_heads: (config.model.num_kv_heads / world_size).max(1),
+                    vocab_size: config.model.vocab_size,
+                    rank: comm.rank(),
+                    world_size,
+                    collectives,
+                },
+                &comm,
+                &watch,
+            )?,
         };
+        if let Some(interrupt) = kernels.interrupt() {
+            watch.on_failure(|| interrupt.raise());
+        }
         let num_parameters = checkpoint.num_parameters() as usize;
         kernels.reserve_weights(2 * num_parameters / world_size + WEIGHTS_SLACK)?;
         let loader = Loader::new(checkpoint, &kernels, comm.rank(), world_size);
@@ -101,6 +121,7 @@ impl ModelRunner {
             config: config.clone(),
             kernels,
             comm,
+            watch,
             decoder,
             kv_cache: Vec::new(),
             recorded: HashMap::new(),
@@ -125,8 +146,9 @@ impl ModelRunner {
 
     /// Allocates the KV cache for good and connects the ranks, which must all come here.
     pub(super) fn finish(&mut self, num_blocks: usize) -> Result<()> {
+        self.watch.begin(Operation::Connecting);
         self.allocate_kv_cache(num_blocks)?;
-        if self.kernels.has_peers() {
+        if self.kernels.has_group() {
             let own = self.kernels.peer_addresses()?;
             // From here on nobody allocates.
             let all = self.comm.all_gather_u64(&own)?;
@@ -138,9 +160,17 @@ impl ModelRunner {
         }
         // Records every bucket now, so that no request waits for it.
         for bucket in self.config.graphs.buckets(self.config.max_num_seqs) {
+            self.watch.begin(Operation::Connecting);
             self.run(&StepInput::decodes(bucket), |_, _| {})?;
         }
         Ok(())
+    }
+
+    /// Leaves a group of GPUs that meets through NCCL; no step may follow.
+    pub(super) fn leave_group(&mut self) {
+        // NCCL does not let go of a group that a graph refers to.
+        self.recorded.clear();
+        self.kernels.leave_group();
     }
 
     fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<()> {
@@ -159,17 +189,6 @@ impl ModelRunner {
         Ok(())
     }
 
-    /// Returns an error naming the rank that a collective gave up waiting for.
-    fn check_peers(&self) -> Result<()> {
-        match self.kernels.missing_peer() {
-            Some(missing) => candle_core::bail!(
-                "rank {}: rank {missing} did not come to a collective in time",
-                self.comm.rank()
-            ),
-            None => Ok(()),
-        }
-    }
-
     /// Runs one step and hands over what became of each row of `input.logits_rows`, in order.
     pub(super) fn run(
         &mut self,
@@ -181,7 +200,7 @@ impl ModelRunner {
         match self.kernels.is_on_gpu() {
             true => {
                 self.run_on_gpu(input, on_row)?;
-                self.check_peers()
+                self.kernels.check_collectives()
             }
             false => {
                 let hidden = self.forward(input, &input.attention)?;
@@ -327,6 +346,25 @@ impl ModelRunner {
     pub(super) fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()> {
         self.kernels.mark_tokens(slot, prompt, drawn)
     }
+}
+
+impl Drop for ModelRunner {
+    fn drop(&mut self) {
+        self.leave_group();
+    }
+}
+
+/// Opens a rank's GPU and meets the others.
+fn open_gpu(options: &DeviceOptions, comm: &Comm, watch: &RankWatch) -> Result<Kernels> {
+    let kernels = Kernels::cuda(options)?;
+    if let Collectives::Nccl(_) = options.collectives {
+        // A rank whose GPU cannot be opened fails this: NCCL would wait for it.
+        comm.barrier()?;
+        watch.begin(Operation::Connecting);
+        kernels.join_group(options)?;
+        watch.end();
+    }
+    Ok(kernels)
 }
 
 /// Lends the values of a contiguous f32 CPU tensor without a copy.

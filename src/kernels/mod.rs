@@ -37,8 +37,8 @@ use std::sync::Arc;
 
 pub use cpu::{SimdLevel, keep_freed_memory};
 pub use device::{
-    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, NO_SLOT, Staged,
-    vocab_part_len,
+    CollectiveChoice, Collectives, DeviceOptions, Draw, DrawOutcome, Drawn, Graph, Interrupt,
+    MAX_TOP_LOGPROBS, NO_SLOT, NcclGroup, Staged, vocab_part_len,
 };
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 
