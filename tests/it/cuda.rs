@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::tiny_engine::{Answer, collect, greedy, options, run, run_together, start, submit};
 
 /// How far a logprob of float16 arithmetic may be from float32's, and a tenth of its size more.
-const F16_TOLERANCE: f32 = 0.05;
+pub(crate) const F16_TOLERANCE: f32 = 0.05;
 /// The same of bfloat16, which has three bits less.
 const BF16_TOLERANCE: f32 = 0.2;
 /// The same of all prompt logprobs together, relative to their norm.
@@ -29,7 +29,7 @@ const VOCAB_SIZE: usize = 1003;
 
 /// A random checkpoint's shape.
 #[derive(Clone, Copy)]
-struct Shape {
+pub(crate) struct Shape {
     model_type: &'static str,
     hidden: usize,
     heads: usize,
@@ -38,7 +38,7 @@ struct Shape {
     tied: bool,
 }
 
-const SHAPES: [Shape; 3] = [
+pub(crate) const SHAPES: [Shape; 3] = [
     Shape {
         model_type: "qwen2",
         hidden: 256,
@@ -66,13 +66,20 @@ const SHAPES: [Shape; 3] = [
 ];
 
 const LAYERS: usize = 3;
-const INTERMEDIATE: usize = 640;
 
 impl Shape {
+    /// The MLP's width; of nine heads SmolLM2's, which three ranks divide.
+    fn intermediate(&self) -> usize {
+        match self.heads {
+            9 => 1536,
+            _ => 640,
+        }
+    }
+
     fn config(&self) -> Value {
         json!({
             "model_type": self.model_type, "hidden_size": self.hidden,
-            "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
+            "intermediate_size": self.intermediate(), "num_hidden_layers": LAYERS,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim, "vocab_size": VOCAB_SIZE, "rms_norm_eps": 1e-6,
             "max_position_embeddings": 4096, "rope_theta": 10000.0,
@@ -81,7 +88,7 @@ impl Shape {
     }
 
     /// Writes the checkpoint and returns its folder.
-    fn write(&self) -> tempfile::TempDir {
+    pub(crate) fn write(&self) -> tempfile::TempDir {
         let mut random = StdRng::seed_from_u64(self.hidden as u64);
         let mut tensors = HashMap::new();
         let mut add = |name: String, dims: &[usize], mean: f32, spread: f32| {
@@ -90,6 +97,7 @@ impl Shape {
             let bytes: Vec<u8> = values.flat_map(half::bf16::to_le_bytes).collect();
             tensors.insert(name, (dims.to_vec(), bytes));
         };
+        let intermediate = self.intermediate();
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         add(
             "model.embed_tokens.weight".into(),
@@ -113,9 +121,9 @@ impl Shape {
                 ("self_attn.k_proj", kv, self.hidden),
                 ("self_attn.v_proj", kv, self.hidden),
                 ("self_attn.o_proj", self.hidden, q),
-                ("mlp.gate_proj", INTERMEDIATE, self.hidden),
-                ("mlp.up_proj", INTERMEDIATE, self.hidden),
-                ("mlp.down_proj", self.hidden, INTERMEDIATE),
+                ("mlp.gate_proj", intermediate, self.hidden),
+                ("mlp.up_proj", intermediate, self.hidden),
+                ("mlp.down_proj", self.hidden, intermediate),
             ];
             for (part, rows, cols) in linears {
                 let spread = 2.0 / (cols as f32).sqrt();
@@ -152,7 +160,7 @@ impl Shape {
     }
 }
 
-fn on_gpu(dtype: Dtype) -> EngineOptions {
+pub(crate) fn on_gpu(dtype: Dtype) -> EngineOptions {
     EngineOptions {
         device: DeviceChoice::Cuda(0),
         dtype,
@@ -171,13 +179,13 @@ fn has_gpu() -> bool {
     has_gpu
 }
 
-fn prompt(len: usize, salt: usize) -> Vec<u32> {
+pub(crate) fn prompt(len: usize, salt: usize) -> Vec<u32> {
     (0..len)
         .map(|i| ((i * i * 31 + i * 17 + salt * 101 + 7) % VOCAB_SIZE) as u32)
         .collect()
 }
 
-fn prompts() -> Vec<Vec<u32>> {
+pub(crate) fn prompts() -> Vec<Vec<u32>> {
     [1, 3, 16, 17, 33, 40, 100, 5, 300, 64, 2]
         .iter()
         .enumerate()
@@ -185,14 +193,14 @@ fn prompts() -> Vec<Vec<u32>> {
         .collect()
 }
 
-fn params(max_tokens: usize) -> SamplingParams {
+pub(crate) fn params(max_tokens: usize) -> SamplingParams {
     SamplingParams {
         prompt_logprobs: Some(0),
         ..greedy(max_tokens)
     }
 }
 
-fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
+pub(crate) fn run_alone(engine: &EngineHandle, params: &SamplingParams) -> Vec<Answer> {
     prompts()
         .iter()
         .map(|prompt| run(engine, prompt, params.clone()))
@@ -247,7 +255,7 @@ fn assert_near(what: &str, got: &Answer, want: &Answer, tolerance: f32) {
     }
 }
 
-fn assert_all_near(what: &str, got: &[Answer], want: &[Answer], tolerance: f32) {
+pub(crate) fn assert_all_near(what: &str, got: &[Answer], want: &[Answer], tolerance: f32) {
     for (got, want) in got.iter().zip(want) {
         assert_near(
             &format!("{what}, {} tokens", got.prompt_len()),

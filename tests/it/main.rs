@@ -9,6 +9,8 @@ mod architecture;
 mod chat_templates;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_ranks;
 mod engine_invariance;
 mod fake_hub;
 mod faults;
