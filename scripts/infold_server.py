@@ -37,10 +37,11 @@ def free_port():
 
 
 class Server:
-    """A server process; use as a context manager. `command` is called with the port it shall listen on."""
+    """A server process; use as a context manager. `command` is called with the port it shall listen on, a free one
+    where none is given."""
 
-    def __init__(self, command, env=None, ready_timeout_secs=120.0):
-        self.port = free_port()
+    def __init__(self, command, env=None, ready_timeout_secs=120.0, port=None):
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = tempfile.NamedTemporaryFile(prefix="server-", suffix=".log", delete=False)
         started = time.perf_counter()

@@ -60,7 +60,19 @@
 //!    [`kernels::drawn_id`] stands for a token that only the GPU knows, and then reads this one's
 //!    and sends them while the GPU works. A step of which it draws tokens itself is read first.
 //! 5. With several GPUs every rank replays its own graph; the all-reduces inside write into the
-//!    other ranks' memory (`kernels/cuda/peers.rs`), and rank 0 draws and tells the others.
+//!    other ranks' memory (`kernels/cuda/peers.rs`) or go through NCCL (`kernels/cuda/nccl.rs`), and
+//!    rank 0 draws and tells the others.
+//!
+//! # One failing rank
+//!
+//! 1. A rank whose step is an error or a panic is recorded (`engine/watchdog.rs`) before its group
+//!    learns that it has left, so the first record is the cause. A rank that does not come to a
+//!    collective is named by those who wait: on the CPU by [`distributed::Comm`], on GPUs by the
+//!    kernels after 4 s; a step that does not end, by the watchdog.
+//! 2. The watchdog sets [`engine::EngineHandle::death`], which ends the streams of all requests, and
+//!    lets kernels that wait for the rank end ([`kernels::Interrupt`]).
+//! 3. `serve/listen.rs` answers 503 on `/health` for a second, then the process ends with 1; memory of
+//!    GPUs goes with it. `INFOLD_FAULT` ([`engine::Fault`]) makes a rank fail, for tests.
 //!
 //! # One start
 //!

@@ -7,6 +7,7 @@ mod local;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{Result, Tensor};
 
@@ -32,12 +33,23 @@ impl Comm {
         }
     }
 
-    /// Returns the ranks of a group inside this process, to be moved to one thread each.
+    /// Returns the ranks of a group inside this process, to be moved to one thread each. They
+    /// wait for each other without end.
     pub fn local_group(world_size: usize) -> Vec<Self> {
+        Self::group(world_size, None)
+    }
+
+    /// Returns the ranks of a group inside this process, whose collectives fail with the names of
+    /// the ranks that have not come within `timeout`.
+    pub fn local_group_within(world_size: usize, timeout: Duration) -> Vec<Self> {
+        Self::group(world_size, Some(timeout))
+    }
+
+    fn group(world_size: usize, timeout: Option<Duration>) -> Vec<Self> {
         if world_size == 1 {
             return vec![Self::single()];
         }
-        let group = Arc::new(LocalGroup::new(world_size));
+        let group = Arc::new(LocalGroup::new(world_size, timeout));
         (0..world_size)
             .map(|rank| Self {
                 rank,
@@ -60,12 +72,12 @@ impl Comm {
     /// Returns the sum over ranks of `tensor` (f32, the same shape on each), added in rank order.
     ///
     /// # Errors
-    /// When another rank has ended or shapes differ.
+    /// When another rank has ended or has not come in time, or shapes differ.
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<Tensor> {
         let Some(group) = &self.group else {
             return Ok(tensor.clone());
         };
-        let parts = group.exchange(self.rank, to_values(tensor)?)?;
+        let parts = group.exchange("all_reduce", self.rank, to_values(tensor)?)?;
         let mut sum = vec![0f32; tensor.elem_count()];
         for part in parts.iter() {
             if part.len() != sum.len() {
@@ -104,7 +116,7 @@ impl Comm {
             });
         };
         let len = values.len();
-        let parts = group.exchange(self.rank, values)?;
+        let parts = group.exchange("reduce_scatter", self.rank, values)?;
         let mut sum = vec![0f32; part.len()];
         for values in parts.iter() {
             if values.len() != len {
@@ -125,7 +137,7 @@ impl Comm {
         let Some(group) = &self.group else {
             return Ok(values);
         };
-        Ok(group.exchange(self.rank, values)?.concat())
+        Ok(group.exchange("all_gather", self.rank, values)?.concat())
     }
 
     /// Returns every rank's numbers, by rank; how many each gives may differ.
@@ -140,7 +152,7 @@ impl Comm {
         // with on the way.
         let halves = |number: &u64| [*number as u32, (*number >> 32) as u32].map(f32::from_bits);
         let values = numbers.iter().flat_map(halves).collect();
-        let parts = group.exchange(self.rank, values)?;
+        let parts = group.exchange("all_gather_u64", self.rank, values)?;
         let number =
             |pair: &[f32; 2]| u64::from(pair[0].to_bits()) | u64::from(pair[1].to_bits()) << 32;
         let numbers = |part: &Vec<f32>| part.as_chunks().0.iter().map(number).collect();
@@ -162,7 +174,7 @@ impl Comm {
         let length = f32::from_bits(rest.len() as u32);
         let ends = [f32::from_le_bytes(last), length];
         let words = words.iter().map(|word| f32::from_le_bytes(*word));
-        let parts = group.exchange(self.rank, words.chain(ends).collect())?;
+        let parts = group.exchange("all_gather_bytes", self.rank, words.chain(ends).collect())?;
         let unpack = |part: &Vec<f32>| {
             let (words, length) = part.split_at(part.len().saturating_sub(1));
             let rest = length.first().map_or(0, |length| length.to_bits() as usize);
@@ -204,7 +216,7 @@ impl Comm {
         } else {
             Vec::new()
         };
-        Ok(group.exchange(self.rank, own)?[root].clone())
+        Ok(group.exchange("broadcast", self.rank, own)?[root].clone())
     }
 
     /// Waits until every rank has come here.
@@ -214,7 +226,7 @@ impl Comm {
     pub fn barrier(&self) -> Result<()> {
         match &self.group {
             None => Ok(()),
-            Some(group) => group.exchange(self.rank, Vec::new()).map(drop),
+            Some(group) => group.exchange("barrier", self.rank, Vec::new()).map(drop),
         }
     }
 
@@ -227,7 +239,7 @@ impl Comm {
             return Ok(tensor.clone());
         };
         let (rows, _) = tensor.dims2()?;
-        let parts = group.exchange(self.rank, to_values(tensor)?)?;
+        let parts = group.exchange("all_gather_columns", self.rank, to_values(tensor)?)?;
         let num_cols: usize = parts.iter().map(|part| part.len() / rows).sum();
         let mut gathered = Vec::with_capacity(rows * num_cols);
         for row in 0..rows {
@@ -353,5 +365,13 @@ mod tests {
             comm.all_reduce(&tensor).unwrap_err().to_string()
         });
         assert!(errors[0].contains("rank 1 has ended"), "{}", errors[0]);
+    }
+
+    #[test]
+    fn ranks_that_do_not_come_in_time_are_named_with_the_collective() {
+        let comms = Comm::local_group_within(3, Duration::from_millis(20));
+        let error = comms[1].broadcast(vec![1.0], 1).unwrap_err().to_string();
+        let want = "broadcast on rank 1: rank 0, rank 2 did not come within 20ms";
+        assert!(error.starts_with(want), "{error}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 
@@ -10,8 +11,8 @@ use crate::models::ModelConfig;
 use crate::weights::{Checkpoint, DummyCheckpoint, HubOptions, ModelSource, open_model};
 
 use super::{
-    AsyncScheduling, DeviceChoice, Engine, EngineError, EngineHandle, EngineOptions, Graphs,
-    KvCacheDtype, MaxModelLen, SchedulingPolicy,
+    AsyncScheduling, CollectiveChoice, DeviceChoice, Engine, EngineError, EngineHandle,
+    EngineOptions, FAULT_VARIABLE, Fault, Graphs, KvCacheDtype, MaxModelLen, SchedulingPolicy,
 };
 
 /// What the engine is built with.
@@ -62,6 +63,14 @@ pub struct EngineArgs {
         value_parser = parse_positive
     )]
     pub tensor_parallel_size: usize,
+
+    /// Let GPUs meet through NCCL instead of own kernels, as where they cannot reach each other's memory
+    #[arg(long)]
+    pub disable_custom_all_reduce: bool,
+
+    /// End when a rank, or a step on a GPU, keeps the others waiting for this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = parse_positive)]
+    pub distributed_timeout_seconds: usize,
 
     /// Compute with this many threads [default: the cores this process may use]
     #[arg(long, value_name = "THREADS", value_parser = parse_positive)]
@@ -159,7 +168,11 @@ impl EngineArgs {
                 "activations are float32 on a CPU, so --dtype half can not overflow here"
             );
         }
-        Engine::start(checkpoint, &self.options())
+        let options = EngineOptions {
+            fault: fault_on_demand()?,
+            ..self.options()
+        };
+        Engine::start(checkpoint, &options)
     }
 
     /// Returns where and how models are looked up on the hub.
@@ -194,6 +207,12 @@ impl EngineArgs {
                 (false, false) => AsyncScheduling::OnGpus,
             },
             tensor_parallel_size: self.tensor_parallel_size,
+            collectives: match self.disable_custom_all_reduce {
+                true => CollectiveChoice::Nccl,
+                false => CollectiveChoice::Fastest,
+            },
+            distributed_timeout: Duration::from_secs(self.distributed_timeout_seconds as u64),
+            fault: None,
             num_threads: self.threads,
             max_model_len: self.max_model_len.unwrap_or(MaxModelLen::FromModel),
             max_num_seqs,
@@ -221,6 +240,21 @@ pub enum LoadFormat {
     Auto,
     /// Random numbers: for measuring speed without the files.
     Dummy,
+}
+
+/// Reads the failure on demand from its variable.
+fn fault_on_demand() -> Result<Option<Fault>, EngineError> {
+    let Some(text) = std::env::var_os(FAULT_VARIABLE) else {
+        return Ok(None);
+    };
+    let fault = text.to_string_lossy().parse();
+    let fault: Fault = fault.map_err(|message| EngineError::InvalidFault { message })?;
+    tracing::warn!(
+        rank = fault.rank,
+        step = fault.step,
+        "{FAULT_VARIABLE} is set: this rank will fail"
+    );
+    Ok(Some(fault))
 }
 
 /// A number format for weights and activations.

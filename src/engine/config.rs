@@ -1,10 +1,13 @@
 //! How an engine runs, and the memory plan that follows from it.
 
-use crate::kernels::{Kernels, Quantization};
+use std::time::Duration;
+
+use crate::kernels::{CollectiveChoice, Kernels, Quantization};
 use crate::models::ModelConfig;
 
 use super::EngineError;
 use super::args::Dtype;
+use super::fault::Fault;
 use super::scheduler::SchedulingPolicy;
 
 /// Longest sequence to serve.
@@ -119,6 +122,12 @@ pub struct EngineOptions {
     pub async_scheduling: AsyncScheduling,
     /// Ranks that share each layer.
     pub tensor_parallel_size: usize,
+    /// How ranks on GPUs meet.
+    pub collectives: CollectiveChoice,
+    /// How long ranks wait for each other, and for a step on a GPU, before the engine ends.
+    pub distributed_timeout: Duration,
+    /// A failure on demand, for tests.
+    pub fault: Option<Fault>,
     /// CPU threads in all; the cores this process may use when absent.
     pub num_threads: Option<usize>,
     /// Longest sequence.
@@ -155,6 +164,9 @@ impl Default for EngineOptions {
             graphs: Graphs::Decode,
             async_scheduling: AsyncScheduling::OnGpus,
             tensor_parallel_size: 1,
+            collectives: CollectiveChoice::Fastest,
+            distributed_timeout: Duration::from_secs(60),
+            fault: None,
             num_threads: None,
             max_model_len: MaxModelLen::FromModel,
             max_num_seqs: 256,
@@ -212,6 +224,13 @@ impl EngineOptions {
             return Err(EngineError::InvalidUtilization {
                 found: self.gpu_memory_utilization,
             });
+        }
+        if let Some(fault) = self.fault
+            && fault.rank >= self.tensor_parallel_size
+        {
+            let ranks = self.tensor_parallel_size;
+            let message = format!("names rank {} of {ranks} ranks", fault.rank);
+            return Err(EngineError::InvalidFault { message });
         }
         if self.num_threads == Some(0) {
             return invalid("threads", "at least 1".to_owned(), 0);

@@ -125,12 +125,26 @@ impl EngineCore {
         if let Some(launched) = self.in_flight.take().and_then(|step| step.launched) {
             self.ranks.finish_step(launched, |_, _| {})?;
         }
+        self.end_all("the server is shutting down");
+        Ok(())
+    }
+
+    /// Tells every listener that the engine has failed, those in the queue too.
+    pub(super) fn fail_requests(&mut self, reason: &str) {
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                self.admit(*submission);
+            }
+        }
+        self.end_all(&format!("the engine has stopped: {reason}"));
+    }
+
+    fn end_all(&mut self, message: &str) {
         for (_, sequence) in self.active.drain() {
             let _ = sequence.events.send(TokenEvent::Failed {
-                message: "the server is shutting down".to_owned(),
+                message: message.to_owned(),
             });
         }
-        Ok(())
     }
 
     fn is_idle(&self) -> bool {

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Instant;
 
-use tokio::sync::mpsc as event_channel;
+use tokio::sync::{Notify, mpsc as event_channel};
 
 use super::request::{GenerateRequest, TokenEvent};
 use super::stats::{SharedStats, Stats};
@@ -71,8 +71,36 @@ pub(super) struct Submission {
 pub(super) struct Shared {
     pub(super) info: EngineInfo,
     pub(super) stats: SharedStats,
-    /// Set once, when the engine thread has ended.
-    pub(super) death: OnceLock<String>,
+    pub(super) death: Arc<Death>,
+}
+
+/// Why the engine has ended, once it has: told by its thread, or by the watchdog where that thread
+/// hangs.
+#[derive(Default)]
+pub(super) struct Death {
+    reason: OnceLock<String>,
+    told: Notify,
+}
+
+impl Death {
+    /// Tells the reason, unless one was told before.
+    pub(super) fn set(&self, reason: String) {
+        let _ = self.reason.set(reason);
+        self.told.notify_waiters();
+    }
+
+    fn get(&self) -> Option<String> {
+        self.reason.get().cloned()
+    }
+
+    /// Waits until there is a reason.
+    async fn wait(&self) {
+        // Made before the look, so that what is told between the two is not missed.
+        let told = self.told.notified();
+        if self.reason.get().is_none() {
+            told.await;
+        }
+    }
 }
 
 /// A cloneable reference to a running engine.
@@ -120,12 +148,13 @@ impl EngineHandle {
                 .unwrap_or_else(|| "its thread has ended".to_owned());
             return Err(SubmitError::EngineDead { reason });
         }
-        Ok(TokenStream { receiver })
+        let death = Arc::clone(&self.shared.death);
+        Ok(TokenStream { receiver, death })
     }
 
     /// Returns why the engine has ended, or `None` while it runs.
     pub fn death(&self) -> Option<String> {
-        self.shared.death.get().cloned()
+        self.shared.death.get()
     }
 
     /// Returns what is fixed once the engine runs.
@@ -148,12 +177,18 @@ impl EngineHandle {
 /// The events of one sequence. Dropping it aborts the sequence.
 pub struct TokenStream {
     receiver: event_channel::UnboundedReceiver<TokenEvent>,
+    death: Arc<Death>,
 }
 
 impl TokenStream {
     /// Waits for the next event; `None` after the last one, or when the engine died.
     pub async fn next(&mut self) -> Option<TokenEvent> {
-        self.receiver.recv().await
+        tokio::select! {
+            biased;
+            event = self.receiver.recv() => event,
+            // An engine that hangs in a step lets go of no channel.
+            () = self.death.wait() => self.receiver.try_recv().ok(),
+        }
     }
 
     /// Like [`Self::next`], from a thread that may block.
@@ -180,7 +215,7 @@ pub(crate) fn mock_engine(
     let shared = Arc::new(Shared {
         info,
         stats: SharedStats::default(),
-        death: OnceLock::new(),
+        death: Arc::default(),
     });
     let handle = EngineHandle::new(commands, Arc::clone(&shared));
     std::thread::spawn(move || {
@@ -203,7 +238,7 @@ pub(crate) fn mock_engine(
             }
             open.retain(|events| !events.is_closed());
         }
-        let _ = shared.death.set("the mock engine was stopped".to_owned());
+        shared.death.set("the mock engine was stopped".to_owned());
     });
     handle
 }
@@ -224,7 +259,7 @@ pub(crate) fn stepping_engine(
     let shared = Arc::new(Shared {
         info,
         stats: SharedStats::default(),
-        death: OnceLock::new(),
+        death: Arc::default(),
     });
     let handle = EngineHandle::new(commands, shared);
     std::thread::spawn(move || {

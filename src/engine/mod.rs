@@ -8,6 +8,7 @@ mod batch;
 mod block_manager;
 mod config;
 mod core;
+mod fault;
 mod handle;
 mod model_runner;
 mod ranks;
@@ -16,22 +17,24 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod stats;
+mod watchdog;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
 
-use crate::kernels::Kernels;
+use crate::kernels::{Collectives, Kernels};
 use crate::layers::LayerError;
 use crate::models::{ModelConfig, ModelError};
 use crate::weights::{ModelSource, WeightsError};
 
-pub use crate::kernels::Quantization;
+pub use crate::kernels::{CollectiveChoice, Quantization};
 pub use args::{Dtype, EngineArgs, LoadFormat, parse_size};
 pub use config::{AsyncScheduling, DeviceChoice, EngineOptions, Graphs, KvCacheDtype, MaxModelLen};
+pub use fault::{FAULT_VARIABLE, Fault, FaultKind};
 pub use handle::{EngineHandle, EngineInfo, SubmitError, TokenStream};
 pub use request::{FinishReason, GenerateRequest, SamplingParams, TokenEvent, TokenLogprobs};
 pub use scheduler::SchedulingPolicy;
@@ -43,11 +46,12 @@ pub(crate) use handle::{mock_engine, stepping_engine};
 use self::core::EngineCore;
 use block_manager::PrefixCaching;
 use config::{KvPlan, cpu_kv_budget, plan_kv_cache};
-use handle::{Command, Shared};
+use handle::{Command, Death, Shared};
 use model_runner::{Placement, RunnerConfig};
-use ranks::Ranks;
+use ranks::{RankOptions, Ranks};
 use scheduler::{Scheduler, SchedulerConfig};
 use stats::SharedStats;
+use watchdog::{Watch, Watchdog, panic_message};
 
 /// Why an engine does not start.
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +152,12 @@ pub enum EngineError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The failure on demand can not be had.
+    #[error("INFOLD_FAULT {message}")]
+    InvalidFault {
+        /// What is wrong with it.
+        message: String,
+    },
     /// The engine ended while it started.
     #[error("the engine ended while starting: {reason}")]
     Died {
@@ -229,18 +239,36 @@ struct EngineThread {
     options: EngineOptions,
 }
 
+/// An engine thread's loaded parts.
+struct LoadedEngine {
+    ranks: Ranks,
+    plan: KvPlan,
+    watch: Arc<Watch>,
+    death: Arc<Death>,
+    /// Ends with this.
+    _watchdog: Watchdog,
+}
+
+type Ready = mpsc::Sender<Result<Arc<Shared>, EngineError>>;
+
 impl EngineThread {
     fn run(
         self,
         checkpoint: Arc<dyn ModelSource>,
         commands: mpsc::Receiver<Command>,
-        ready: &mpsc::Sender<Result<Arc<Shared>, EngineError>>,
+        ready: &Ready,
     ) {
         let start = Instant::now();
-        let loading = self.load(&checkpoint);
+        let loading = self.load(&checkpoint, ready);
         // What the model reads it holds itself; on a GPU that is nothing.
         drop(checkpoint);
-        let (ranks, plan) = match loading {
+        let LoadedEngine {
+            ranks,
+            plan,
+            watch,
+            death,
+            _watchdog,
+        } = match loading {
             Ok(loaded) => loaded,
             Err(error) => {
                 let _ = ready.send(Err(error));
@@ -251,7 +279,7 @@ impl EngineThread {
         let shared = Arc::new(Shared {
             info: self.info(&plan),
             stats: SharedStats::default(),
-            death: OnceLock::new(),
+            death: Arc::clone(&death),
         });
         let scheduler = Scheduler::new(self.scheduler_config(&plan));
         let mut core = EngineCore::new(
@@ -261,22 +289,31 @@ impl EngineThread {
             Arc::clone(&shared),
             &self.options,
         );
-        if ready.send(Ok(Arc::clone(&shared))).is_err() {
+        if ready.send(Ok(shared)).is_err() {
             return;
         }
         // The core is not used after a panic: it is dropped and the process is told to end.
-        let reason = match catch_unwind(AssertUnwindSafe(|| core.run())) {
-            Ok(Ok(())) => "it was stopped".to_owned(),
-            Ok(Err(error)) => format!("a step failed: {error}"),
+        let failure = match catch_unwind(AssertUnwindSafe(|| core.run())) {
+            Ok(Ok(())) => {
+                // Who waits for the end waits for the memory of the GPUs too.
+                drop(core);
+                return death.set("it was stopped".to_owned());
+            }
+            Ok(Err(error)) => error.to_string(),
             Err(panic) => format!("the engine thread panicked: {}", panic_message(&*panic)),
         };
-        let _ = shared.death.set(reason);
+        let failure = watch.failure().unwrap_or(failure);
+        death.set(failure.clone());
+        core.fail_requests(&failure);
     }
 
     /// Loads the ranks and gives each its KV cache. On the CPU its size is known before, so that
     /// one too small is found before anything is read.
-    fn load(&self, checkpoint: &Arc<dyn ModelSource>) -> Result<(Ranks, KvPlan), EngineError> {
-        let size = self.options.tensor_parallel_size;
+    fn load(
+        &self,
+        checkpoint: &Arc<dyn ModelSource>,
+        ready: &Ready,
+    ) -> Result<LoadedEngine, EngineError> {
         let plan = |budget| {
             plan_kv_cache(
                 &self.options,
@@ -289,22 +326,17 @@ impl EngineThread {
             Placement::Cpu { .. } => Some(plan(cpu_kv_budget(checkpoint.size_bytes()))?),
             Placement::Gpu { .. } => None,
         };
-        let wanted_len = match self.options.max_model_len {
-            MaxModelLen::Tokens(tokens) => tokens,
-            MaxModelLen::FromModel | MaxModelLen::Auto => self.model.max_position_embeddings,
+        let config = self.runner_config(cpu_plan.as_ref());
+        let watch = Arc::new(Watch::new(self.options.tensor_parallel_size));
+        let death = Arc::new(Death::default());
+        let watchdog = self.start_watchdog(&watch, &death, ready)?;
+        let rank_options = RankOptions {
+            num_ranks: self.options.tensor_parallel_size,
+            timeout: self.options.distributed_timeout,
+            fault: self.options.fault,
+            watch: Arc::clone(&watch),
         };
-        let config = RunnerConfig {
-            model: self.model.clone(),
-            max_model_len: cpu_plan.map_or(wanted_len, |plan| plan.max_model_len),
-            placement: self.placement,
-            block_size: self.options.block_size,
-            kv_dtype: self.kv_dtype,
-            max_num_tokens: self.options.max_num_batched_tokens,
-            max_num_seqs: self.options.max_num_seqs,
-            graphs: self.options.graphs,
-            launches_ahead: self.options.launches_ahead(),
-        };
-        let mut ranks = Ranks::load(&config, checkpoint, size)?;
+        let mut ranks = Ranks::load(&config, checkpoint, rank_options)?;
         let plan = match cpu_plan {
             Some(plan) => plan,
             None => {
@@ -320,7 +352,54 @@ impl EngineThread {
             &self.options,
         );
         ranks.finish(plan.num_blocks)?;
-        Ok((ranks, plan))
+        Ok(LoadedEngine {
+            ranks,
+            plan,
+            watch,
+            death,
+            _watchdog: watchdog,
+        })
+    }
+
+    /// Starts the thread that tells of a failure where the engine thread cannot, because it waits
+    /// for the rank that failed.
+    fn start_watchdog(
+        &self,
+        watch: &Arc<Watch>,
+        death: &Arc<Death>,
+        ready: &Ready,
+    ) -> Result<Watchdog, EngineError> {
+        // A step of a CPU may take any time; its ranks time each other in their collectives.
+        let timeout = match self.placement {
+            Placement::Cpu { .. } => None,
+            Placement::Gpu { .. } => Some(self.options.distributed_timeout),
+        };
+        let (death, ready) = (Arc::clone(death), ready.clone());
+        let on_failure = move |failure: String| {
+            death.set(failure.clone());
+            // Nobody listens any more if the engine has started.
+            let _ = ready.send(Err(EngineError::died(failure)));
+        };
+        Watchdog::start(watch, timeout, on_failure).map_err(|source| EngineError::Thread { source })
+    }
+
+    /// Returns what every rank is loaded with.
+    fn runner_config(&self, cpu_plan: Option<&KvPlan>) -> RunnerConfig {
+        let wanted_len = match self.options.max_model_len {
+            MaxModelLen::Tokens(tokens) => tokens,
+            MaxModelLen::FromModel | MaxModelLen::Auto => self.model.max_position_embeddings,
+        };
+        RunnerConfig {
+            model: self.model.clone(),
+            max_model_len: cpu_plan.map_or(wanted_len, |plan| plan.max_model_len),
+            placement: self.placement,
+            block_size: self.options.block_size,
+            kv_dtype: self.kv_dtype,
+            max_num_tokens: self.options.max_num_batched_tokens,
+            max_num_seqs: self.options.max_num_seqs,
+            graphs: self.options.graphs,
+            launches_ahead: self.options.launches_ahead(),
+        }
     }
 
     fn info(&self, plan: &KvPlan) -> EngineInfo {
@@ -400,6 +479,10 @@ fn placement(
             first,
             dtype,
             quantization,
+            collectives: match size {
+                1 => Collectives::Peers,
+                _ => Kernels::choose_collectives(first, size, options.collectives)?,
+            },
         }),
     }
 }
@@ -458,12 +541,4 @@ fn log_plan(
         options.num_threads.unwrap_or_else(default_num_threads),
         options.tensor_parallel_size,
     );
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<String>()
-        .cloned()
-        .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-        .unwrap_or_else(|| "without a message".to_owned())
 }

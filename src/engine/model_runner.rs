@@ -12,7 +12,8 @@ use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
 use crate::distributed::Comm;
 use crate::kernels::{
-    AttentionBatch, DeviceOptions, Drawn, Graph, Kernels, KvBlocks, PendingDraws, Quantization,
+    AttentionBatch, Collectives, DeviceOptions, Drawn, Graph, Kernels, KvBlocks, PendingDraws,
+    Quantization,
 };
 use crate::layers::{ForwardContext, Loader};
 use crate::models::{Decoder, ModelConfig};
@@ -21,6 +22,7 @@ use crate::weights::ModelSource;
 use super::EngineError;
 use super::batch::StepInput;
 use super::config::Graphs;
+use super::watchdog::{Operation, RankWatch};
 
 /// Rows of logits computed at a time: bounds their memory at 64 · vocab_size · 4 bytes.
 const LOGITS_CHUNK: usize = 64;
@@ -32,11 +34,12 @@ const WEIGHTS_SLACK: usize = 64 << 20;
 pub(super) enum Placement {
     /// With this many threads each.
     Cpu { num_threads: usize },
-    /// Rank r on GPU `first + r`, in `dtype`.
+    /// Rank r on GPU `first + r`, in `dtype`, met through `collectives`.
     Gpu {
         first: usize,
         dtype: DType,
         quantization: Quantization,
+        collectives: Collectives,
     },
 }
 
@@ -109,7 +112,8 @@ struct RecordedStep {
 pub(super) struct ModelRunner {
     config: RunnerConfig,
     kernels: Kernels,
-    comm: Comm,
+    comm: Arc<Comm>,
+    watch: RankWatch,
     decoder: Decoder,
     kv_cache: Vec<KvBlocks>,
     recorded: HashMap<usize, RecordedStep>,
@@ -120,7 +124,8 @@ impl ModelRunner {
     pub(super) fn load(
         config: &RunnerConfig,
         checkpoint: &dyn ModelSource,
-        comm: Comm,
+        comm: Arc<Comm>,
+        watch: RankWatch,
     ) -> std::result::Result<Self, EngineError> {
         let world_size = comm.world_size();
         let kernels = match config.placement {
@@ -129,19 +134,28 @@ impl ModelRunner {
                 first,
                 dtype,
                 quantization,
-            } => Kernels::cuda(&DeviceOptions {
-                ordinal: first + comm.rank(),
-                dtype,
-                quantization,
-                max_num_tokens: config.max_num_tokens,
-                max_num_sequences: config.max_num_seqs,
-                max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
-                num_kv_heads: (config.model.num_kv_heads / world_size).max(1),
-                vocab_size: config.model.vocab_size,
-                rank: comm.rank(),
-                world_size,
-            })?,
+                collectives,
+            } => open_gpu(
+                &DeviceOptions {
+                    ordinal: first + comm.rank(),
+                    dtype,
+                    quantization,
+                    max_num_tokens: config.max_num_tokens,
+                    max_num_sequences: config.max_num_seqs,
+                    max_sequence_blocks: config.max_model_len.div_ceil(config.block_size),
+                    num_kv_heads: (config.model.num_kv_heads / world_size).max(1),
+                    vocab_size: config.model.vocab_size,
+                    rank: comm.rank(),
+                    world_size,
+                    collectives,
+                },
+                &comm,
+                &watch,
+            )?,
         };
+        if let Some(interrupt) = kernels.interrupt() {
+            watch.on_failure(|| interrupt.raise());
+        }
         if let Placement::Gpu { quantization, .. } = config.placement {
             let num_parameters = checkpoint.num_parameters() as usize;
             let (model, size) = (&config.model, world_size);
@@ -154,6 +168,7 @@ impl ModelRunner {
             config: config.clone(),
             kernels,
             comm,
+            watch,
             decoder,
             kv_cache: Vec::new(),
             recorded: HashMap::new(),
@@ -179,8 +194,9 @@ impl ModelRunner {
 
     /// Allocates the KV cache for good and connects the ranks, which must all come here.
     pub(super) fn finish(&mut self, num_blocks: usize) -> Result<()> {
+        self.watch.begin(Operation::Connecting);
         self.allocate_kv_cache(num_blocks)?;
-        if self.kernels.has_peers() {
+        if self.kernels.has_group() {
             let own = self.kernels.peer_addresses()?;
             // From here on nobody allocates.
             let all = self.comm.all_gather_u64(&own)?;
@@ -192,11 +208,19 @@ impl ModelRunner {
         }
         // Records every bucket now, so that no request waits for it.
         for bucket in self.config.graphs.buckets(self.config.max_num_seqs) {
+            self.watch.begin(Operation::Connecting);
             self.run(Arc::new(StepInput::decodes(bucket)))?;
             // Building the next graph allocates: nothing may run then that waits for a peer.
             self.kernels.synchronize()?;
         }
         Ok(())
+    }
+
+    /// Leaves a group of GPUs that meets through NCCL; no step may follow.
+    pub(super) fn leave_group(&mut self) {
+        // NCCL does not let go of a group that a graph refers to.
+        self.recorded.clear();
+        self.kernels.leave_group();
     }
 
     fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<()> {
@@ -213,17 +237,6 @@ impl ModelRunner {
             .kernels
             .new_kv_cache(num_layers, sizes, self.config.kv_dtype)?;
         Ok(())
-    }
-
-    /// Returns an error naming the rank that a collective gave up waiting for.
-    fn check_peers(&self) -> Result<()> {
-        match self.kernels.missing_peer() {
-            Some(missing) => candle_core::bail!(
-                "rank {}: rank {missing} did not come to a collective in time",
-                self.comm.rank()
-            ),
-            None => Ok(()),
-        }
     }
 
     /// Runs one step for its effect on the cache and the other ranks.
@@ -279,7 +292,7 @@ impl ModelRunner {
             }
             Work::Nothing => {}
         }
-        self.check_peers()
+        self.kernels.check_collectives()
     }
 
     fn launch_on_gpu(&mut self, input: &StepInput) -> Result<Work> {
@@ -449,6 +462,25 @@ impl ModelRunner {
     pub(super) fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()> {
         self.kernels.mark_tokens(slot, prompt, drawn)
     }
+}
+
+impl Drop for ModelRunner {
+    fn drop(&mut self) {
+        self.leave_group();
+    }
+}
+
+/// Opens a rank's GPU and meets the others.
+fn open_gpu(options: &DeviceOptions, comm: &Comm, watch: &RankWatch) -> Result<Kernels> {
+    let kernels = Kernels::cuda(options)?;
+    if let Collectives::Nccl(_) = options.collectives {
+        // A rank whose GPU cannot be opened fails this: NCCL would wait for it.
+        comm.barrier()?;
+        watch.begin(Operation::Connecting);
+        kernels.join_group(options)?;
+        watch.end();
+    }
+    Ok(kernels)
 }
 
 /// Lends the values of a contiguous f32 CPU tensor without a copy.

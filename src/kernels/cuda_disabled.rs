@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Result, Tensor, bail};
 
 use super::cpu::Cpu;
-use super::{AttentionBatch, DeviceOptions, Draw, Drawn, RopeAndCache};
+use super::{AttentionBatch, CollectiveChoice, DeviceOptions, Draw, Drawn, RopeAndCache};
 
 /// There is none: every method is one of a value that does not exist.
 pub(super) enum Gpu {}
@@ -18,6 +18,18 @@ pub(super) enum Staged {}
 pub(super) enum Graph {}
 
 pub(super) enum PendingDraws {}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum UniqueId {}
+
+#[derive(Clone)]
+pub(super) enum Interrupt {}
+
+impl Interrupt {
+    pub(super) fn raise(self) {
+        match self {}
+    }
+}
 
 pub(super) struct GpuMatrix {
     pub(super) rows: usize,
@@ -39,6 +51,14 @@ pub(super) struct StepArrays<'a> {
 
 pub(super) fn num_gpus() -> usize {
     0
+}
+
+pub(super) fn choose_collectives(
+    _first: usize,
+    _world_size: usize,
+    _choice: CollectiveChoice,
+) -> Result<Option<UniqueId>> {
+    Ok(None)
 }
 
 /// Methods whose body no value can reach.
@@ -98,10 +118,13 @@ unreachable_methods! {
     fn finish_draws(&self, draws: PendingDraws) -> Result<Vec<Option<Drawn>>>;
     fn share_drawn_ids(&self, num_rows: usize) -> Result<()>;
     fn mark_tokens(&self, slot: usize, prompt: &[u32], drawn: &[u32]) -> Result<()>;
-    fn has_peers(&self) -> bool;
+    fn join_group(&self, options: &DeviceOptions) -> Result<()>;
+    fn leave_group(&self) -> ();
+    fn has_group(&self) -> bool;
     fn peer_addresses(&self) -> Result<[u64; 2]>;
     fn connect_peers(&self, all: &[[u64; 2]]) -> Result<()>;
-    fn missing_peer(&self) -> Option<usize>;
+    fn check_collectives(&self) -> Result<()>;
+    fn interrupt(&self) -> Option<Interrupt>;
     fn all_reduce(&self, x: &Tensor) -> Result<Tensor>;
     fn all_reduce_add_rms_norm(&self, x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
     fn all_gather_columns(&self, x: &Tensor) -> Result<Tensor>;

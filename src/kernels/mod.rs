@@ -41,8 +41,9 @@ use std::sync::Arc;
 
 pub use cpu::{SimdLevel, keep_freed_memory};
 pub use device::{
-    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, NO_SLOT, PendingDraws,
-    Quantization, Staged, drawn_id, vocab_part_len,
+    CollectiveChoice, Collectives, DeviceOptions, Draw, DrawOutcome, Drawn, Graph, Interrupt,
+    MAX_TOP_LOGPROBS, NO_SLOT, NcclGroup, PendingDraws, Quantization, Staged, drawn_id,
+    vocab_part_len,
 };
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};
 pub use training_head::{HeadGradient, HeadOutput};

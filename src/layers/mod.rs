@@ -39,7 +39,7 @@ pub struct ForwardContext<'a> {
 impl ForwardContext<'_> {
     /// Returns the sum over ranks of `tensor`.
     fn all_reduce(&self, tensor: &Tensor) -> Result<Tensor> {
-        match self.kernels.has_peers() {
+        match self.kernels.has_group() {
             true => self.kernels.all_reduce(tensor),
             false => self.comm.all_reduce(tensor),
         }
@@ -47,7 +47,7 @@ impl ForwardContext<'_> {
 
     /// Joins the ranks' columns: on all CPU ranks, on the first GPU.
     fn all_gather_columns(&self, tensor: &Tensor) -> Result<Tensor> {
-        match self.kernels.has_peers() {
+        match self.kernels.has_group() {
             true => self.kernels.all_gather_columns(tensor),
             false => self.comm.all_gather_columns(tensor),
         }

@@ -53,7 +53,7 @@ impl RmsNorm {
         residual: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         let (kernels, weight) = (context.kernels, &self.weight);
-        if kernels.has_peers() {
+        if kernels.has_group() {
             return kernels.all_reduce_add_rms_norm(partial, residual, weight, self.eps);
         }
         let sum = context.comm.all_reduce(partial)?;

@@ -85,7 +85,6 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
     ("--max-seq-len-to-capture", One, Ignored(REMOVED)),
     ("--compilation-config", One, Ignored(CPU)),
     ("--optimization-level", One, Ignored(CPU)),
-    ("--disable-custom-all-reduce", Nothing, Ignored(CPU)),
     ("--enable-chunked-prefill", Nothing, Ignored(ALWAYS)),
     (
         "--no-enable-chunked-prefill",

@@ -34,6 +34,11 @@ const BACKLOG: u32 = 2048;
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Most time after Ctrl-C for requests to finish.
 const INTERRUPT_GRACE: Duration = Duration::from_secs(1);
+/// How long a server whose engine has died still answers, so that whoever asks for its health is
+/// told why.
+const DEATH_GRACE: Duration = Duration::from_secs(1);
+/// Most time for a stopped engine to give its memory back.
+const STOP_GRACE: Duration = Duration::from_secs(3);
 /// Time for aborted requests to send their last chunk, and for connections to close.
 const ABORT_GRACE: Duration = Duration::from_millis(300);
 
@@ -161,7 +166,14 @@ pub(super) async fn serve_until_stopped(
     let (close, closing) = watch::channel(());
     let accepting = tokio::spawn(accept(listener, router, closing));
     let result = tokio::select! {
-        reason = engine_death(&state) => Err(anyhow::anyhow!("the engine has stopped: {reason}")),
+        reason = engine_death(&state) => {
+            tracing::error!("the engine has stopped, the server ends: {reason}");
+            tokio::select! {
+                () = sleep(DEATH_GRACE) => {}
+                _ = signals.recv() => {}
+            }
+            Err(anyhow::anyhow!("the engine has stopped: {reason}"))
+        }
         signal = signals.recv() => {
             drain(&state, signal, &mut signals, shutdown_timeout).await;
             Ok(())
@@ -199,6 +211,11 @@ async fn drain(
     state.engine.stop();
     tokio::select! {
         () = until_idle(state, ABORT_GRACE) => {}
+        _ = signals.recv() => return,
+    }
+    // A process that ends while a GPU's memory is given back may fail in the driver.
+    tokio::select! {
+        _ = timeout(STOP_GRACE, engine_death(state)) => {}
         _ = signals.recv() => {}
     }
 }

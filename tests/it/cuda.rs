@@ -22,7 +22,7 @@ pub(crate) struct Tolerance {
 }
 
 /// Between float16 arithmetic and float32's.
-const F16_TOLERANCE: Tolerance = Tolerance {
+pub(crate) const F16_TOLERANCE: Tolerance = Tolerance {
     logprob: 0.05,
     relative: 2e-2,
 };
@@ -53,7 +53,7 @@ pub(crate) fn has_gpu() -> bool {
     has_gpu
 }
 
-fn prompt(len: usize, salt: usize) -> Vec<u32> {
+pub(crate) fn prompt(len: usize, salt: usize) -> Vec<u32> {
     (0..len)
         .map(|i| ((i * i * 31 + i * 17 + salt * 101 + 7) % VOCAB_SIZE) as u32)
         .collect()

@@ -11,8 +11,11 @@ mod chat_templates;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_fp8;
+#[cfg(feature = "cuda")]
+mod cuda_ranks;
 mod engine_invariance;
 mod fake_hub;
+mod faults;
 mod gguf_export;
 mod hub;
 mod merge;
@@ -20,6 +23,7 @@ mod models_golden;
 mod openai_sdk;
 #[cfg(feature = "cuda")]
 mod random_models;
+mod server;
 mod tiny_engine;
 mod train;
 mod weights;

@@ -1,8 +1,5 @@
 //! The `async-openai` crate against the binary: what a Rust program that uses the OpenAI API sees.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-
 use async_openai::Client;
 use async_openai::config::OpenAIConfig;
 use async_openai::error::OpenAIError;
@@ -13,78 +10,15 @@ use async_openai::types::chat::{
 use async_openai::types::completions::{CreateCompletionRequest, CreateCompletionRequestArgs};
 use futures::StreamExt;
 
-use crate::tiny_engine::fixtures;
+use crate::server::{MODEL, Server};
 
-const MODEL: &str = "tiny-sft";
-
-/// A running `infold serve`; ends with the test.
-struct Server {
-    process: Child,
-    port: u16,
+fn start() -> Server {
+    Server::start(&[], &[])
 }
 
-impl Server {
-    fn start() -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_infold"))
-            .arg("serve")
-            .arg(fixtures().join("tiny-qwen2"))
-            .args([
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--served-model-name",
-                MODEL,
-            ])
-            .args([
-                "--max-model-len",
-                "512",
-                "--kv-cache-memory-bytes",
-                "32MiB",
-                "--generation-config",
-                "vllm",
-            ])
-            .env("RUST_LOG", "info")
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
-        let mut log = Vec::new();
-        // The line that says where it listens is the last before requests are answered.
-        let port = lines.by_ref().map(Result::unwrap).find_map(|line| {
-            let port = line.split_once("127.0.0.1:").and_then(|(_, rest)| {
-                rest.split(|c: char| !c.is_ascii_digit())
-                    .next()?
-                    .parse()
-                    .ok()
-            });
-            log.push(line);
-            port
-        });
-        // Read to its end, or the server would stop at a full pipe.
-        std::thread::spawn(move || lines.for_each(drop));
-        let port = port.unwrap_or_else(|| {
-            panic!(
-                "the server did not say where it listens:\n{}",
-                log.join("\n")
-            )
-        });
-        Self { process, port }
-    }
-
-    fn client(&self) -> Client<OpenAIConfig> {
-        let base = format!("http://127.0.0.1:{}/v1", self.port);
-        Client::with_config(OpenAIConfig::new().with_api_base(base).with_api_key("none"))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // A process that has ended already needs neither.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+fn client(server: &Server) -> Client<OpenAIConfig> {
+    let config = OpenAIConfig::new().with_api_base(server.url("/v1"));
+    Client::with_config(config.with_api_key("none"))
 }
 
 fn chat_request(model: &str) -> CreateChatCompletionRequestArgs {
@@ -133,9 +67,9 @@ fn refusal<T>(result: Result<T, OpenAIError>) -> String {
 
 #[test]
 fn models_are_listed_and_retrieved() {
-    let server = Server::start();
+    let server = start();
     runtime().block_on(async {
-        let client = server.client();
+        let client = client(&server);
         let models = client.models().list().await.unwrap();
         assert_eq!(
             models
@@ -154,9 +88,9 @@ fn models_are_listed_and_retrieved() {
 
 #[test]
 fn a_streamed_chat_equals_the_whole_one() {
-    let server = Server::start();
+    let server = start();
     runtime().block_on(async {
-        let client = server.client();
+        let client = client(&server);
         let whole = client.chat().create(chat(MODEL)).await.unwrap();
         assert_eq!(whole.model, MODEL);
         let want = whole.choices[0].message.content.clone().unwrap_or_default();
@@ -195,14 +129,14 @@ fn a_streamed_chat_equals_the_whole_one() {
 
 #[test]
 fn chat_logprobs_are_of_the_drawn_tokens() {
-    let server = Server::start();
+    let server = start();
     runtime().block_on(async {
         let request = chat_request(MODEL)
             .logprobs(true)
             .top_logprobs(3_u8)
             .build()
             .unwrap();
-        let answer = server.client().chat().create(request).await.unwrap();
+        let answer = client(&server).chat().create(request).await.unwrap();
         let logprobs = answer.choices[0].logprobs.clone().unwrap().content.unwrap();
         assert_eq!(
             logprobs.len() as u32,
@@ -220,9 +154,9 @@ fn chat_logprobs_are_of_the_drawn_tokens() {
 
 #[test]
 fn a_streamed_completion_equals_the_whole_one() {
-    let server = Server::start();
+    let server = start();
     runtime().block_on(async {
-        let client = server.client();
+        let client = client(&server);
         let whole = client
             .completions()
             .create(completion("The river"))
@@ -245,14 +179,14 @@ fn a_streamed_completion_equals_the_whole_one() {
 
 #[test]
 fn echo_returns_the_prompt_with_its_logprobs() {
-    let server = Server::start();
+    let server = start();
     runtime().block_on(async {
         let request = CreateCompletionRequest {
             echo: Some(true),
             logprobs: Some(1),
             ..completion("The river")
         };
-        let answer = server.client().completions().create(request).await.unwrap();
+        let answer = client(&server).completions().create(request).await.unwrap();
         let choice = &answer.choices[0];
         assert!(choice.text.starts_with("The river"), "{:?}", choice.text);
         let usage = answer.usage.unwrap();
@@ -267,9 +201,9 @@ fn echo_returns_the_prompt_with_its_logprobs() {
 
 #[test]
 fn errors_carry_the_servers_message() {
-    let server = Server::start();
+    let server = start();
     runtime().block_on(async {
-        let client = server.client();
+        let client = client(&server);
         let unknown = refusal(client.chat().create(chat("gpt-4o")).await);
         assert!(
             unknown.contains("The model `gpt-4o` does not exist."),

@@ -85,13 +85,20 @@ pub(crate) const SHAPES: [Shape; 3] = [
 ];
 
 const LAYERS: usize = 3;
-const INTERMEDIATE: usize = 640;
 
 impl Shape {
+    /// The MLP's width; of nine heads SmolLM2's, which three ranks divide.
+    fn intermediate(&self) -> usize {
+        match self.heads {
+            9 => 1536,
+            _ => 640,
+        }
+    }
+
     fn config(&self) -> Value {
         json!({
             "model_type": self.model_type, "hidden_size": self.hidden,
-            "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
+            "intermediate_size": self.intermediate(), "num_hidden_layers": LAYERS,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim, "vocab_size": VOCAB_SIZE, "rms_norm_eps": 1e-6,
             "max_position_embeddings": 4096, "rope_theta": 10000.0,
@@ -141,9 +148,9 @@ impl Shape {
                 ("self_attn.k_proj", kv, self.hidden),
                 ("self_attn.v_proj", kv, self.hidden),
                 ("self_attn.o_proj", self.hidden, q),
-                ("mlp.gate_proj", INTERMEDIATE, self.hidden),
-                ("mlp.up_proj", INTERMEDIATE, self.hidden),
-                ("mlp.down_proj", self.hidden, INTERMEDIATE),
+                ("mlp.gate_proj", self.intermediate(), self.hidden),
+                ("mlp.up_proj", self.intermediate(), self.hidden),
+                ("mlp.down_proj", self.hidden, self.intermediate()),
             ];
             for (part, rows, cols) in linears {
                 add(name(&format!("{part}.weight")), &[rows, cols], 0.0, 1.0);

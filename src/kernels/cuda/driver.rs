@@ -279,6 +279,42 @@ impl Driver {
         })
     }
 
+    /// Copies `num_rows` rows of `row_bytes` each between places `[target, source]` of the GPU whose
+    /// rows begin `[target, source]` pitches after each other, in stream order.
+    ///
+    /// # Errors
+    /// When either is not allocated.
+    pub(super) fn copy_rows(
+        &self,
+        [target, source]: [Address; 2],
+        [target_pitch, source_pitch]: [usize; 2],
+        row_bytes: usize,
+        num_rows: usize,
+    ) -> Result<()> {
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: ptr::null(),
+            srcDevice: source,
+            srcArray: ptr::null_mut(),
+            srcPitch: source_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: target,
+            dstArray: ptr::null_mut(),
+            dstPitch: target_pitch,
+            WidthInBytes: row_bytes,
+            Height: num_rows,
+        };
+        // SAFETY: the description is whole; both ranges lie inside buffers of this GPU.
+        told("copy rows on the GPU", unsafe {
+            sys::cuMemcpy2DAsync_v2(&raw const copy, self.stream).result()
+        })
+    }
+
     /// Zeroes `num_bytes` bytes in stream order.
     ///
     /// # Safety

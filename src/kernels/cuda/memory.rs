@@ -44,6 +44,8 @@ pub(super) struct Pinned<T> {
 
 // SAFETY: owned memory, nothing else.
 unsafe impl<T: Send> Send for Pinned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Pinned<T> {}
 
 impl<T: Copy + Default> Pinned<T> {
     /// Allocates `len` values.
@@ -60,6 +62,11 @@ impl<T: Copy + Default> Pinned<T> {
             unsafe { start.add(i).write(T::default()) };
         }
         Ok(Self { start, len })
+    }
+
+    /// Returns where the values begin, for those that the GPU may write at any time.
+    pub(super) fn as_ptr(&self) -> *mut T {
+        self.start
     }
 
     /// Returns the values.

@@ -4,8 +4,9 @@
 //! `driver` is the GPU (streams, launches, graphs), `memory` what owns memory, `weights` loads
 //! matrices, `fp8` quantises them and what they multiply, `activations` is where results go,
 //! `batch` stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels,
-//! `sampler` draws tokens, `peers` are the collectives of several GPUs, `turns` is what lets the
-//! host prepare a step while another runs. `unsafe` code stays in this folder.
+//! `sampler` draws tokens, `peers` are the collectives of several GPUs, `nccl` those where GPUs
+//! cannot reach each other, `turns` is what lets the host prepare a step while another runs.
+//! `unsafe` code stays in this folder.
 
 mod activations;
 mod batch;
@@ -13,6 +14,7 @@ mod driver;
 mod fp8;
 mod gemm;
 mod memory;
+mod nccl;
 mod paged;
 mod peers;
 mod sampler;
@@ -21,7 +23,7 @@ mod turns;
 mod weights;
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use bytes::Bytes;
 use candle_core::cuda_backend::cudarc::driver::DevicePtr;
@@ -31,12 +33,13 @@ use half::{bf16, f16};
 
 use super::check;
 use super::cpu::Cpu;
-use super::{DeviceOptions, Quantization, vocab_part_len};
+use super::{CollectiveChoice, Collectives, DeviceOptions, Quantization, vocab_part_len};
 use activations::{Activations, Lifetime};
 use batch::{Limits, Stage};
 use driver::{Address, Arg, Driver, Geometry};
 use fp8::Prepared;
 use gemm::{Gemm, Product};
+use nccl::Nccl;
 use paged::Scratch;
 use peers::Peers;
 use sampler::Sampler;
@@ -45,7 +48,9 @@ use weights::{Arena, Loading, READABLE_ROWS, type_name};
 pub(super) use batch::{Staged, StepArrays};
 pub(super) use driver::Graph;
 pub(super) use driver::num_gpus;
+pub(super) use nccl::UniqueId;
 pub(super) use paged::GpuKv;
+pub(super) use peers::Interrupt;
 pub(super) use sampler::PendingDraws;
 pub(super) use weights::GpuMatrix;
 
@@ -67,6 +72,8 @@ pub(super) struct Gpu {
     sampler: Sampler,
     /// The group of GPUs that this one belongs to.
     peers: Option<Peers>,
+    /// The same where it meets through NCCL, once it has joined.
+    nccl: OnceLock<Nccl>,
 }
 
 impl Gpu {
@@ -97,6 +104,7 @@ impl Gpu {
             prepared: Mutex::new(None),
             driver,
             peers: None,
+            nccl: OnceLock::new(),
         };
         if options.quantization == Quantization::Fp8 && !gpu.gemm.has_fp8() {
             let (major, minor) = gpu.driver.capability;
@@ -106,13 +114,33 @@ impl Gpu {
                 options.ordinal
             );
         }
-        if options.world_size > 1 {
+        if options.world_size > 1 && options.collectives == Collectives::Peers {
             let place = [options.rank, options.world_size];
-            let width = vocab_part_len(options.vocab_size, options.world_size);
-            let shape = [options.max_num_sequences, options.world_size * width];
+            let shape = joined_logits(options);
             gpu.peers = Some(gpu.new_peers(place, options.ordinal - options.rank, shape)?);
         }
         Ok(gpu)
+    }
+
+    /// Joins the group of `options` where it meets through NCCL, with all its other ranks at once.
+    pub(super) fn join_group(&self, options: &DeviceOptions) -> Result<()> {
+        let Collectives::Nccl(group) = options.collectives else {
+            return Ok(());
+        };
+        self.driver.bind()?;
+        let place = [options.rank, options.world_size];
+        let nccl = Nccl::join(self, group.0, place, joined_logits(options))?;
+        let _ = self.nccl.set(nccl);
+        Ok(())
+    }
+
+    /// Leaves a group that meets through NCCL, once all recorded graphs are gone.
+    pub(super) fn leave_group(&self) {
+        if let Some(nccl) = self.nccl.get()
+            && self.driver.bind().is_ok()
+        {
+            nccl.leave();
+        }
     }
 
     pub(super) fn device(&self) -> &Device {
@@ -481,6 +509,34 @@ impl Drop for Gpu {
     /// Waits for what is in flight: it works on memory that goes now.
     fn drop(&mut self) {
         let _ = self.synchronize();
+    }
+}
+
+/// Returns the shape of the logits that rank 0 joins.
+fn joined_logits(options: &DeviceOptions) -> [usize; 2] {
+    let width = vocab_part_len(options.vocab_size, options.world_size);
+    [options.max_num_sequences, options.world_size * width]
+}
+
+/// Chooses how the ranks on `world_size` GPUs from `first` on meet: none is through our kernels.
+pub(super) fn choose_collectives(
+    first: usize,
+    world_size: usize,
+    choice: CollectiveChoice,
+) -> Result<Option<UniqueId>> {
+    let obstacle = match choice {
+        CollectiveChoice::Fastest => peers::obstacle(first, world_size)?,
+        CollectiveChoice::Nccl => Some("--disable-custom-all-reduce is given".to_owned()),
+    };
+    let Some(obstacle) = obstacle else {
+        return Ok(None);
+    };
+    match nccl::new_group() {
+        Ok((id, name)) => {
+            tracing::info!("ranks meet through {name}: {obstacle}");
+            Ok(Some(id))
+        }
+        Err(error) => bail!("{obstacle}, so the ranks need NCCL. {error}"),
     }
 }
 

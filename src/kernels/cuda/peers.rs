@@ -5,7 +5,8 @@
 //! allocated or freed while another rank may still have to launch one, since that may wait for
 //! kernels that wait for it.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use candle_core::{DType, Result, Tensor, bail};
 use cudarc::driver::{result, sys};
@@ -13,7 +14,7 @@ use cudarc::driver::{result, sys};
 use super::super::check;
 use super::driver::{Address, Arg, Driver, Geometry, told};
 use super::memory::{Buffer, Pinned};
-use super::{Gpu, norm_geometry};
+use super::{Gpu, nccl, norm_geometry};
 
 const MAX_RANKS: usize = 8;
 /// Group sizes that the kernels are made for.
@@ -25,6 +26,8 @@ const SLOT_BYTES: usize = 80 << 20;
 const MAX_BYTES: usize = 32 << 20;
 /// A rank that misses another for this long gives up and says so.
 const TIMEOUT_NS: u64 = 4_000_000_000;
+/// What the error word holds when the host has told kernels to stop waiting.
+const INTERRUPTED: u32 = u32::MAX;
 /// Blocks of a collective at most: all of them must be on the GPU at once.
 const MAX_BLOCKS: usize = 128;
 
@@ -52,12 +55,40 @@ pub(super) struct Peers {
     rank: usize,
     world_size: usize,
     workspace: Buffer,
-    /// Set by a kernel that gave up: 1 + the rank that it missed.
-    error: Pinned<u32>,
+    /// Set by a kernel that gave up: 1 + the rank that it missed; or [`INTERRUPTED`].
+    error: Arc<Pinned<u32>>,
     /// Where rank 0 joins the logits of all.
     gathered: Option<Tensor>,
     gathered_address: Address,
     connected: OnceLock<(PeersArg, OutputsArg)>,
+}
+
+/// Ends the waiting of one GPU's collectives.
+#[derive(Clone)]
+pub(in crate::kernels) struct Interrupt(Way);
+
+#[derive(Clone)]
+enum Way {
+    /// Through the word that its kernels look at.
+    Word(Arc<Pinned<u32>>),
+    /// Through NCCL.
+    Nccl(nccl::Interrupt),
+}
+
+impl Interrupt {
+    /// Lets kernels that wait give up, as they do when one of them has missed a rank.
+    pub(in crate::kernels) fn raise(self) {
+        let word = match self.0 {
+            Way::Nccl(interrupt) => return interrupt.raise(),
+            Way::Word(word) => word,
+        };
+        // SAFETY: a valid word, read and written as a whole by kernels and host alike.
+        unsafe {
+            if word.as_ptr().read_volatile() == 0 {
+                word.as_ptr().write_volatile(INTERRUPTED);
+            }
+        }
+    }
 }
 
 impl Gpu {
@@ -68,9 +99,6 @@ impl Gpu {
         first_gpu: usize,
         logits_shape: [usize; 2],
     ) -> Result<Peers> {
-        if !WORLD_SIZES.contains(&world_size) {
-            bail!("groups of {WORLD_SIZES:?} GPUs have kernels, not one of {world_size}");
-        }
         for other in (0..world_size).filter(|&other| other != rank) {
             allow_access(&self.driver, first_gpu + rank, first_gpu + other)?;
         }
@@ -90,7 +118,7 @@ impl Gpu {
             rank,
             world_size,
             workspace,
-            error: Pinned::new(&self.driver, 1)?,
+            error: Arc::new(Pinned::new(&self.driver, 1)?),
             gathered,
             gathered_address,
             connected: OnceLock::new(),
@@ -104,18 +132,27 @@ impl Gpu {
         }
     }
 
-    pub(in crate::kernels) fn has_peers(&self) -> bool {
-        self.peers.is_some()
+    /// Returns whether this GPU computes together with others.
+    pub(in crate::kernels) fn has_group(&self) -> bool {
+        self.peers.is_some() || self.nccl.get().is_some()
     }
 
     /// Returns what the other ranks must know: the workspace, and rank 0's logits.
+    /// NCCL needs nothing.
     pub(in crate::kernels) fn peer_addresses(&self) -> Result<[u64; 2]> {
+        if self.nccl.get().is_some() {
+            return Ok([0; 2]);
+        }
         let peers = self.peers()?;
         Ok([peers.workspace.address(), peers.gathered_address])
     }
 
     /// Connects this rank to the group; before, its collectives return what they were given.
     pub(in crate::kernels) fn connect_peers(&self, all: &[[u64; 2]]) -> Result<()> {
+        if let Some(nccl) = self.nccl.get() {
+            nccl.connect();
+            return Ok(());
+        }
         let peers = self.peers()?;
         check::has_len("the group", all.len(), peers.world_size)?;
         let mut workspaces = [0; MAX_RANKS];
@@ -126,7 +163,7 @@ impl Gpu {
         rows[0] = all[0][1];
         let arguments = PeersArg {
             workspaces,
-            error: peers.error.get().as_ptr() as Address,
+            error: peers.error.as_ptr() as Address,
             timeout_ns: TIMEOUT_NS,
             slot_bytes: SLOT_BYTES as i64,
             rank: peers.rank as i32,
@@ -136,16 +173,41 @@ impl Gpu {
         Ok(())
     }
 
-    /// Returns the rank that a collective gave up waiting for.
-    pub(in crate::kernels) fn missing_peer(&self) -> Option<usize> {
-        let word = self.peers.as_ref()?.error.get().first()?;
+    /// Checks that no collective gave up.
+    pub(in crate::kernels) fn check_collectives(&self) -> Result<()> {
+        if let Some(nccl) = self.nccl.get() {
+            return nccl.check();
+        }
+        let Some(peers) = &self.peers else {
+            return Ok(());
+        };
         // SAFETY: a valid word, which the GPU may write at any time.
-        let value = unsafe { std::ptr::from_ref(word).read_volatile() };
-        (value as usize).checked_sub(1)
+        match unsafe { peers.error.as_ptr().read_volatile() } {
+            0 => Ok(()),
+            INTERRUPTED => bail!("the collectives were interrupted"),
+            missing => bail!(
+                "rank {} did not come to a collective within {:?}",
+                missing - 1,
+                Duration::from_nanos(TIMEOUT_NS)
+            ),
+        }
+    }
+
+    /// Returns what lets this GPU's collectives stop waiting.
+    pub(in crate::kernels) fn interrupt(&self) -> Option<Interrupt> {
+        if let Some(nccl) = self.nccl.get() {
+            return Some(Interrupt(Way::Nccl(nccl.interrupt())));
+        }
+        let peers = self.peers.as_ref()?;
+        Some(Interrupt(Way::Word(Arc::clone(&peers.error))))
     }
 
     /// Returns the sum over ranks of `x`, in its place.
     pub(in crate::kernels) fn all_reduce(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(nccl) = self.nccl.get() {
+            nccl.all_reduce(&self.driver, x, self.address("x", x, self.dtype)?)?;
+            return Ok(x.clone());
+        }
         let peers = self.peers()?;
         let Some((arguments, _)) = peers.connected.get() else {
             return Ok(x.clone());
@@ -184,6 +246,10 @@ impl Gpu {
         weight: &Tensor,
         eps: f32,
     ) -> Result<(Tensor, Tensor)> {
+        if self.nccl.get().is_some() {
+            let sum = self.all_reduce(x)?;
+            return self.add_rms_norm(&sum, residual, weight, eps);
+        }
         let peers = self.peers()?;
         let width = weight.elem_count();
         let Some((arguments, _)) = peers.connected.get() else {
@@ -252,6 +318,9 @@ impl Gpu {
 
     /// Gives all ranks the ids of the `num_rows` tokens that rank 0 drew last.
     pub(in crate::kernels) fn share_drawn_ids(&self, num_rows: usize) -> Result<()> {
+        if let Some(nccl) = self.nccl.get() {
+            return nccl.broadcast(&self.driver, self.sampler.drawn_ids(), num_rows);
+        }
         let Some((arguments, _)) = self.peers.as_ref().and_then(|peers| peers.connected.get())
         else {
             return Ok(());
@@ -269,6 +338,10 @@ impl Gpu {
 
     /// Joins the columns of f32 `x [rows, width]` of all ranks on rank 0; others get theirs back.
     pub(in crate::kernels) fn all_gather_columns(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(nccl) = self.nccl.get() {
+            let start = self.address("x", x, DType::F32)?;
+            return nccl.all_gather_columns(&self.driver, x, start);
+        }
         let peers = self.peers()?;
         let (rows, width) = x.dims2()?;
         let joined = || match &peers.gathered {
@@ -293,25 +366,47 @@ impl Gpu {
     }
 }
 
+/// Returns why ranks on the `world_size` GPUs from `first` on cannot use our own collectives, if
+/// they cannot.
+pub(super) fn obstacle(first: usize, world_size: usize) -> Result<Option<String>> {
+    if !WORLD_SIZES.contains(&world_size) {
+        return Ok(Some(format!(
+            "groups of {WORLD_SIZES:?} GPUs have kernels of their own, not one of {world_size}"
+        )));
+    }
+    for own in first..first + world_size {
+        for other in (first..first + world_size).filter(|&other| other != own) {
+            if !can_access(own, other)? {
+                return Ok(Some(format!(
+                    "GPU {own} cannot reach the memory of GPU {other}"
+                )));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn can_access(own: usize, other: usize) -> Result<bool> {
+    let what = "find out which GPUs reach each other";
+    told(what, result::init())?;
+    let device = |ordinal: usize| told(what, result::device::get(ordinal as i32));
+    let (own, other) = (device(own)?, device(other)?);
+    let mut can_access = 0;
+    // SAFETY: both are devices.
+    let asked = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can_access, own, other) };
+    told(what, asked.result())?;
+    Ok(can_access != 0)
+}
+
 /// Lets GPU `own`, whose context is current, use plain allocations and tensors of GPU `other`.
 fn allow_access(driver: &Driver, own: usize, other: usize) -> Result<()> {
     driver.bind()?;
     let what = format!("let GPU {own} use the memory of GPU {other} (peer access)");
     let device = |ordinal: usize| told(&what, result::device::get(ordinal as i32));
     let (own, other) = (device(own)?, device(other)?);
-    let mut can_access = 0;
     // SAFETY: both are devices; the contexts are the primary ones, which live as long as the
     // process; the pool is the device's own.
     unsafe {
-        told(
-            &what,
-            sys::cuDeviceCanAccessPeer(&raw mut can_access, own, other).result(),
-        )?;
-        if can_access == 0 {
-            bail!(
-                "CUDA cannot {what}: there is no direct link, and NCCL is not built in; use fewer GPUs"
-            );
-        }
         let context = told(&what, result::primary_ctx::retain(other))?;
         match sys::cuCtxEnablePeerAccess(context, 0) {
             sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => {}

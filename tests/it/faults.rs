@@ -1,0 +1,150 @@
+//! What becomes of a server under load when one of its ranks fails, and when it is told to stop.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::server::{MODEL, Server};
+
+/// Time from the failure to the end of the process.
+const MOST_TIME_TO_END: Duration = Duration::from_secs(5);
+
+/// Asks and returns status and body; an error of the connection is status 0.
+fn ask(url: &str, body: Option<&Value>) -> (u16, String) {
+    let config = ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(Duration::from_secs(60)))
+        .build();
+    let agent = ureq::Agent::new_with_config(config);
+    let reply = match body {
+        Some(body) => agent.post(url).send_json(body),
+        None => agent.get(url).call(),
+    };
+    match reply {
+        Ok(mut reply) => {
+            let text = reply.body_mut().read_to_string();
+            (
+                reply.status().as_u16(),
+                text.unwrap_or_else(|error| error.to_string()),
+            )
+        }
+        Err(error) => (0, error.to_string()),
+    }
+}
+
+/// A request whose answer takes hundreds of steps.
+fn long_request(index: usize) -> Value {
+    json!({
+        "model": MODEL, "prompt": format!("The river {index}"), "max_tokens": 480,
+        "temperature": 0.0, "ignore_eos": true, "stream": index.is_multiple_of(2),
+    })
+}
+
+/// Loads a server of two ranks until its rank 1 fails in step 20, and checks all that must follow.
+#[track_caller]
+fn check_failure(kind: &str, cause: &str) {
+    let fault = format!("rank=1,step=20,kind={kind}");
+    let arguments = [
+        "--device",
+        "cpu",
+        "--tensor-parallel-size",
+        "2",
+        "--distributed-timeout-seconds",
+        "1",
+    ];
+    let mut server = Server::start(&arguments, &[("INFOLD_FAULT", &fault)]);
+    assert_eq!(ask(&server.url("/health"), None).0, 200, "{kind}: before");
+    let (health, completions) = (server.url("/health"), server.url("/v1/completions"));
+    let (answers, (sick, since)) = std::thread::scope(|scope| {
+        let completions = &completions;
+        let requests: Vec<_> = (0..4)
+            .map(|i| scope.spawn(move || ask(completions, Some(&long_request(i)))))
+            .collect();
+        let sick = loop {
+            match ask(&health, None) {
+                (200, _) => std::thread::sleep(Duration::from_millis(5)),
+                other => break other,
+            }
+        };
+        let since = Instant::now();
+        let answers: Vec<_> = requests.into_iter().map(|r| r.join().unwrap()).collect();
+        (answers, (sick, since))
+    });
+    assert_eq!(sick.0, 503, "{kind}: {}", sick.1);
+    assert!(sick.1.contains(cause), "{kind}: {}", sick.1);
+    for (i, (status, body)) in answers.iter().enumerate() {
+        // The error of a stream that had begun is an event.
+        let is_expected = *status == 500 || i.is_multiple_of(2) && *status == 200;
+        assert!(is_expected, "{kind}: request {i}: {status} {body}");
+        assert!(body.contains(cause), "{kind}: request {i}: {body}");
+    }
+    let (status, log) = server.wait(MOST_TIME_TO_END.saturating_sub(since.elapsed()));
+    assert_eq!(status.code(), Some(1), "{kind}: {log}");
+    let last = log.lines().last().unwrap_or_default();
+    assert_eq!(last, format!("infold: the engine has stopped: {cause}"));
+}
+
+#[test]
+fn a_rank_that_panics_ends_the_process() {
+    check_failure(
+        "panic",
+        "rank 1 panicked in step 20: INFOLD_FAULT asked for it",
+    );
+}
+
+#[test]
+fn a_rank_whose_step_fails_ends_the_process() {
+    check_failure(
+        "error",
+        "rank 1 failed in step 20: INFOLD_FAULT asked for it",
+    );
+}
+
+#[test]
+fn a_rank_that_stops_answering_ends_the_process() {
+    check_failure(
+        "stall",
+        "rank 0 failed in step 20: all_reduce on rank 0: rank 1 did not come within 1s",
+    );
+}
+
+#[test]
+fn a_signal_under_load_lets_requests_finish() {
+    let arguments = ["--tensor-parallel-size", "2", "--shutdown-timeout", "60"];
+    let mut server = Server::start(&arguments, &[]);
+    let (completions, load) = (server.url("/v1/completions"), server.url("/load"));
+    let answers = std::thread::scope(|scope| {
+        let completions = &completions;
+        let requests: Vec<_> = (0..4)
+            .map(|i| scope.spawn(move || ask(completions, Some(&long_request(i)))))
+            .collect();
+        // All four are in work, unless the machine is so slow that one was answered before.
+        let since = Instant::now();
+        while !ask(&load, None).1.contains('4') && since.elapsed() < MOST_TIME_TO_END {}
+        server.signal("TERM");
+        let answers: Vec<_> = requests.into_iter().map(|r| r.join().unwrap()).collect();
+        answers
+    });
+    for (i, (status, body)) in answers.iter().enumerate() {
+        assert!(*status == 200 && body.contains("length"), "{i}: {body}");
+    }
+    let (status, log) = server.wait(MOST_TIME_TO_END);
+    assert_eq!(status.code(), Some(0), "{log}");
+}
+
+#[test]
+fn a_fault_of_a_rank_that_is_not_there_is_refused() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_infold"))
+        .arg("serve")
+        .arg(crate::tiny_engine::fixtures().join("tiny-qwen2"))
+        .args(["--device", "cpu", "--port", "0"])
+        .env("INFOLD_FAULT", "rank=1,step=20,kind=panic")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        text.contains("INFOLD_FAULT names rank 1 of 1 ranks"),
+        "{text}"
+    );
+    assert_eq!(output.status.code(), Some(1));
+}
