@@ -305,6 +305,8 @@ impl EngineThread {
         let failure = watch.failure().unwrap_or(failure);
         death.set(failure.clone());
         core.fail_requests(&failure);
+        // Kernels of other ranks may still write to this one's memory, which goes with the process.
+        std::mem::forget(core);
     }
 
     /// Loads the ranks and gives each its KV cache. On the CPU its size is known before, so that

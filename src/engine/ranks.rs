@@ -276,10 +276,17 @@ impl OtherRank {
                 RankCommand::Step(step, _) => Operation::Step(step),
             };
             match catch_unwind(AssertUnwindSafe(|| self.obey(&mut runner, command))) {
-                Ok(Ok(())) => self.watch.end(),
-                Ok(Err(error)) => return self.watch.fail(operation, error),
-                Err(panic) => return self.watch.fail_by_panic(operation, &*panic),
+                Ok(Ok(())) => {
+                    self.watch.end();
+                    continue;
+                }
+                Ok(Err(error)) => self.watch.fail(operation, error),
+                Err(panic) => self.watch.fail_by_panic(operation, &*panic),
             }
+            // Kernels of other ranks may still write to this one's memory, which goes with the
+            // process.
+            std::mem::forget(runner);
+            return;
         }
     }
 

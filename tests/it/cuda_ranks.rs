@@ -170,6 +170,6 @@ fn nine_heads_are_refused_on_two_and_four_gpus_before_any_is_opened() {
         let error = refused.err().unwrap();
         assert!(matches!(error, EngineError::Model(_)), "{error}");
         let text = error.to_string();
-        assert!(text.contains("1, 3, 9"), "{text}");
+        assert!(text.ends_with("1, 3"), "{text}");
     }
 }
