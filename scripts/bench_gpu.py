@@ -50,6 +50,8 @@ def measure_infold(options):
         "--case", *[case_name(size) for size in options.sizes],
     ]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True, text=True)
+    # What was measured is not lost when the rest does not end.
+    print(f"infold: {done.stdout.strip()}", file=sys.stderr, flush=True)
     report = json.loads(done.stdout)
     seconds = {}
     for case in report["cases"]:
@@ -95,6 +97,7 @@ def run_as_vllm(options):
     for size in options.sizes:
         # The first run warms up and is not counted.
         cases.append((size, statistics.median([run(size) for _ in range(options.repetitions + 1)][1:])))
+        print(f"vLLM: {case_name(size)} in {cases[-1][1]:.3f} s", file=sys.stderr, flush=True)
     print("RESULT " + json.dumps({"start": start, "cases": cases}), flush=True)
 
 

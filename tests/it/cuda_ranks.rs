@@ -3,6 +3,7 @@
 //! Where there are fewer GPUs, or no NCCL, nothing can be shown, so the tests say so and end.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use infold::engine::{
     CollectiveChoice, Dtype, Engine, EngineError, EngineHandle, EngineOptions, Fault, FaultKind,
@@ -49,6 +50,16 @@ fn start_or_skip(model: &std::path::Path, options: &EngineOptions) -> Option<Eng
     }
 }
 
+/// Ends an engine and waits for it: ranks of two engines in one process may not come and go at once.
+fn end(engine: &EngineHandle) {
+    engine.stop();
+    let started = Instant::now();
+    while engine.death().is_none() {
+        assert!(started.elapsed().as_secs() < 20, "the engine does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Compares `world_size` GPUs with one: alone, batched, replayed, sampled, both ways to meet.
 fn assert_ranks_answer_as_one(shape: Shape, world_size: usize) {
     if !has_gpus(world_size) {
@@ -80,6 +91,7 @@ fn assert_ranks_answer_as_one(shape: Shape, world_size: usize) {
             let first = run(&engine, &prompt(40, 1), seeded.clone());
             let again = run(&engine, &prompt(40, 1), seeded);
             assert_eq!(first.token_ids, again.token_ids, "{what}");
+            end(&engine);
         }
     }
 }
@@ -140,7 +152,7 @@ fn a_failing_rank_of_gpus_is_named_and_ends_the_engine() {
                 step: 20,
                 kind,
             }),
-            distributed_timeout: std::time::Duration::from_secs(5),
+            distributed_timeout: Duration::from_secs(5),
             ..split(2, collectives)
         };
         let Some(engine) = start_or_skip(folder.path(), &options) else {
