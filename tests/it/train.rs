@@ -1,5 +1,7 @@
 //! `infold train` through the binary: from a data set to an adapter that `infold merge` takes.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -205,6 +207,34 @@ fn a_run_begins_at_adapters_or_with_them_merged() {
     succeed(&train(&out, &[&evaluated[..], &[&both]].concat()));
     let [start, _] = eval_losses(&out);
     assert!((start - last).abs() < 1e-5 * last, "{start} for {last}");
+}
+
+/// Returns the files of a folder by name.
+fn contents(folder: &Path) -> BTreeMap<OsString, Vec<u8>> {
+    let files = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    files
+        .map(|file| (file.file_name(), fs::read(file.path()).unwrap()))
+        .collect()
+}
+
+#[test]
+fn the_frozen_base_stays_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    fs::create_dir(&base).unwrap();
+    for (name, content) in contents(&fixtures().join("tiny-qwen2")) {
+        fs::write(base.join(name), content).unwrap();
+    }
+    let before = contents(&base);
+    let model = format!("model_name_or_path={}", base.display());
+    for more in [
+        &["num_ranks=1"][..],
+        &["additional_target=embed_tokens"][..],
+    ] {
+        let out = dir.path().join(more[0]);
+        succeed(&train(&out, &[&[model.as_str()][..], more].concat()));
+        assert!(contents(&base) == before, "{more:?} changed the base");
+    }
 }
 
 #[test]
