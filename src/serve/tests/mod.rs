@@ -8,7 +8,6 @@ mod completions;
 mod connections;
 mod fuzz;
 mod operations;
-mod throughput;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,7 +21,7 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use crate::engine::{
-    EngineHandle, EngineInfo, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, mock_engine,
+    EngineInfo, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, mock_engine,
 };
 use crate::text::{GgufVocabulary, Tokenizer};
 
@@ -160,29 +159,6 @@ impl TestServer {
     ) -> Self {
         let requests = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&requests);
-        let start = |info| {
-            mock_engine(info, move |request: &GenerateRequest| {
-                seen.lock().unwrap().push(request.clone());
-                script(request)
-            })
-        };
-        Self {
-            requests,
-            ..Self::over(flags, chat_template, generation_config, start)
-        }
-    }
-
-    /// Starts a server over another engine.
-    fn with_engine(flags: &str, start: impl FnOnce(EngineInfo) -> EngineHandle) -> Self {
-        Self::over(flags, Some(TEMPLATE), json!({}), start)
-    }
-
-    fn over(
-        flags: &str,
-        chat_template: Option<&str>,
-        generation_config: Value,
-        start: impl FnOnce(EngineInfo) -> EngineHandle,
-    ) -> Self {
         let args = parse_args(flags);
         let info = EngineInfo {
             max_model_len: MAX_MODEL_LEN,
@@ -192,8 +168,12 @@ impl TestServer {
             block_size: 16,
             max_num_waiting: args.engine.max_queued_requests,
         };
+        let engine = mock_engine(info, move |request| {
+            seen.lock().unwrap().push(request.clone());
+            script(request)
+        });
         let loaded = LoadedModel {
-            engine: start(info),
+            engine,
             tokenizer: tokenizer(chat_template),
             config: json!({"model_type": "llama", "eos_token_id": IM_END}),
             generation_config: Some(generation_config),
@@ -206,7 +186,7 @@ impl TestServer {
         Self {
             router,
             state,
-            requests: Arc::default(),
+            requests,
         }
     }
 
