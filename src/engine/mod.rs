@@ -41,7 +41,7 @@ pub use scheduler::SchedulingPolicy;
 pub use stats::{Stats, StepTokens};
 
 #[cfg(test)]
-pub(crate) use handle::{mock_engine, stepping_engine};
+pub(crate) use handle::mock_engine;
 
 use self::core::EngineCore;
 use block_manager::PrefixCaching;
