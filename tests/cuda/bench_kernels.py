@@ -2,17 +2,24 @@
 
     python3 tests/cuda/bench_kernels.py FOLDER_OF_CUBINS [sections]
 
-Sections: memory gemm stream tile fp8 decode prefill small sampler step (all when none is named).
-Calls are captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are
+Sections: memory gemm stream tile sustained fp8 decode prefill small sampler step (all when none is
+named). Calls are captured in a CUDA graph over rotating weights that do not fit the L2 cache; times are
 medians of 7 replays. The percentage is of the read bandwidth that `read_all` reaches in the same
 run.
 """
 
+import statistics
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+
+try:
+    import pynvml
+except ImportError:
+    pynvml = None
 
 from driver import Kernels, int64, median_us
 from test_fp8 import launch_quantize, pairs, quantized
@@ -136,6 +143,55 @@ def tile(kernels, ceilings):
                 cells.append(f"n{columns}: {time:.0f} {flops / time / 1e6:.0f}")
             kernels.overlap = False
             print(f"{label:8} M {tokens:4}: {head} | " + " | ".join(cells), flush=True)
+
+
+def watched(call, secs):
+    """Repeats `call` for so long; returns µs of one, and the median clock (MHz) and power (W) of the
+    second half, 0 where pynvml is missing."""
+    median_us([call])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            call()
+    count = max(2, int(secs * 1e6 / (4 * median_us([call]))))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    clocks, powers, began = [0], [0], time.monotonic()
+    start.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    while not end.query():
+        if pynvml is not None and time.monotonic() - began > secs / 2:
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+            clocks.append(pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM))
+            powers.append(pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000)
+        time.sleep(0.02)
+    end.synchronize()
+    return (start.elapsed_time(end) * 1000 / count / 4, statistics.median_low(clocks),
+            statistics.median_low(powers))
+
+
+def sustained(kernels, ceilings):
+    """Large products for 0.8 s each, as serving goes on: the GPU's power is the limit."""
+    print("sustained products: µs TFLOP/s MHz W; with SiLU for gate_up in ours alone")
+    if pynvml is not None:
+        pynvml.nvmlInit()
+    for label, tokens in [("qkv", 8192), ("gate_up", 2048), ("gate_up", 8192), ("down", 2048)]:
+        n, k = next((n, k) for name, n, k in SHAPES if name == label)
+        is_silu = label == "gate_up"
+        x, w = random(tokens, k, dtype=DTYPE), random(n, k, dtype=DTYPE, scale=k**-0.5)
+        out = torch.empty(tokens, n, dtype=DTYPE, device="cuda")
+        half = torch.empty(tokens, n // 2, dtype=DTYPE, device="cuda") if is_silu else out
+        runs = {"torch": lambda: torch.mm(x, w.T, out=out)}
+        for columns in [192, 256] if is_silu else [192, 224, 256]:
+            runs[f"n{columns}"] = lambda columns=columns: gemm_tile(
+                kernels, NAME, columns, half, x, w, None, is_silu)
+        for name, run in runs.items():
+            kernels.overlap = name != "torch"
+            us, clock, power = watched(run, 0.8)
+            kernels.overlap = False
+            print(f"{label:8} M {tokens:4} {name:5}: {us:.0f} {2 * tokens * n * k / us / 1e6:.0f} "
+                  f"{clock} {power:.0f}", flush=True)
 
 
 def torch_fp8(x, w, out):
@@ -367,7 +423,7 @@ def step(kernels, ceilings):
 def main():
     kernels = Kernels(sys.argv[1])
     ceilings = {"read": 4.5}
-    sections = [memory, gemm, stream, tile, fp8, decode, prefill, small, sampler, step]
+    sections = [memory, gemm, stream, tile, sustained, fp8, decode, prefill, small, sampler, step]
     for section in sections:
         if len(sys.argv) == 2 or section.__name__ in sys.argv[2:]:
             try:
