@@ -40,7 +40,7 @@ impl KvBlocks {
     }
 }
 
-/// What [`Kernels::rope_and_cache`] needs besides the activations and the cache.
+/// What [`Kernels::rope_and_cache`](super::Kernels::rope_and_cache) needs besides the activations and the cache.
 pub struct RopeAndCache<'a> {
     /// Query heads.
     pub num_heads: usize,
@@ -77,7 +77,7 @@ pub struct AttentionBatch {
     pub positions: Vec<u32>,
     /// Cache slot of each token; m.
     pub slot_mapping: Vec<u32>,
-    /// The same on the GPU, once [`Kernels::stage`] has put it there.
+    /// The same on the GPU, once [`Kernels::stage`](super::Kernels::stage) has put it there.
     pub staged: Option<Staged>,
 }
 
