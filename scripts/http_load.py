@@ -198,8 +198,9 @@ class Client:
             self.send(request, self.started + request.arrival_secs)
 
     def send_untimed(self):
-        if time.monotonic() < self.stop_at:
-            self.send(next(self.untimed), time.monotonic())
+        now = time.monotonic()
+        if now < self.stop_at:
+            self.send(next(self.untimed), now)
 
     def send(self, request, scheduled):
         try:
