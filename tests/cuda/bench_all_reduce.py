@@ -1,10 +1,11 @@
-"""Times the all-reduce kernels on two GPUs inside graphs, beside NCCL's.
+"""Times the all-reduce kernels on all visible GPUs inside graphs, beside NCCL's.
 
-    python3 tests/cuda/bench_all_reduce.py FOLDER_OF_CUBINS [curve] [layers] [gather] [four]
+    python3 tests/cuda/bench_all_reduce.py FOLDER_OF_CUBINS [curve] [layers] [gather] [shared]
 
 The folder needs the cubins of all_reduce, all_gather, norm and both gemm_small. Prints µs for one
 all-reduce out of a chain of 100, plain and with overlapped launches; then what an all-reduce adds
-to a layer of Qwen2.5-7B, the gather of logits, and the kernels of four ranks on two GPUs.
+to a layer of Qwen2.5-7B, the gather of logits, and, on two GPUs, the kernels of four ranks that
+share them. CUDA_VISIBLE_DEVICES chooses the GPUs: 2, 3, 4, 6 or 8, for `layers` 2 or 4.
 """
 
 import ctypes
@@ -24,7 +25,6 @@ import torch
 HIDDEN = 3584
 SIZES = [4096] + [HIDDEN * 2 << i for i in range(11)] + [8 << 20]
 CHAIN = 100
-SLOT_BYTES = 17 << 20
 EPS = 1e-6
 
 
@@ -32,8 +32,8 @@ class NcclId(ctypes.Structure):
     _fields_ = [("bytes", ctypes.c_char * 128)]
 
 
-def nccl_communicator(nccl, rank, meeting):
-    """Joins two processes through the file `meeting`, which rank 0 writes."""
+def nccl_communicator(nccl, rank, world_size, meeting):
+    """Joins the processes through the file `meeting`, which rank 0 writes."""
     unique, communicator = NcclId(), ctypes.c_void_p()
     if rank == 0:
         assert nccl.ncclGetUniqueId(ctypes.byref(unique)) == 0
@@ -42,16 +42,16 @@ def nccl_communicator(nccl, rank, meeting):
     while not os.path.exists(meeting):
         time.sleep(0.01)
     unique = NcclId.from_buffer_copy(Path(meeting).read_bytes())
-    assert nccl.ncclCommInitRank(ctypes.byref(communicator), 2, unique, rank) == 0
+    assert nccl.ncclCommInitRank(ctypes.byref(communicator), world_size, unique, rank) == 0
     return communicator
 
 
-def nccl_rank(rank, meeting):
+def nccl_rank(rank, world_size, meeting):
     """One process of NCCL's side; prints for each size the µs of all samples."""
     torch.cuda.set_device(rank)
     torch.zeros(1, device="cuda")
     nccl = ctypes.CDLL("libnccl.so.2")
-    communicator = nccl_communicator(nccl, rank, meeting)
+    communicator = nccl_communicator(nccl, rank, world_size, meeting)
     stream = torch.cuda.Stream()
     half, addition = 6, 0
     times = {}
@@ -89,25 +89,25 @@ def nccl_rank(rank, meeting):
     os._exit(0)
 
 
-def time_nccl():
-    """µs by size, of the rank that started later; empty where NCCL fails."""
+def time_nccl(world_size):
+    """µs by size, of the rank that started last; empty where NCCL fails."""
     meeting = os.path.join(tempfile.mkdtemp(), "meeting")
     processes = [
-        subprocess.Popen([sys.executable, __file__, "--nccl", str(rank), meeting],
+        subprocess.Popen([sys.executable, __file__, "--nccl", str(rank), str(world_size), meeting],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        for rank in range(world_size)
     ]
     outputs = []
     try:
         outputs = [process.communicate(timeout=60) for process in processes]
-        first, second = (json.loads(output) for output, _ in outputs)
+        times = [json.loads(output) for output, _ in outputs]
     except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
         for process in processes:
             process.kill()
         print(f"NCCL failed: {error!r} {[errors[-500:] for _, errors in outputs]}", flush=True)
         return {}
-    return {int(size): statistics.median(map(min, first[size][2:], second[size][2:]))
-            for size in first}
+    return {size: statistics.median(map(min, *(rank[str(size)][2:] for rank in times)))
+            for size in SIZES}
 
 
 def median_us(ranks, run, count, repeats=7):
@@ -233,11 +233,12 @@ def curve(ranks, messages, limit, nccl):
 
 
 def layers(ranks):
-    """Products and norms of decoding with half of Qwen2.5-7B's layers on each rank."""
-    print("a layer's products and norms at TP 2, µs plain / overlapped: with norms alone, with "
-          "all-reduces, with those that the product sends")
-    num_layers, qkv, ffn = 4, 2304, 9472
-    shapes = {"qkv": (qkv, HIDDEN), "o": (HIDDEN, HIDDEN // 2), "gate_up": (2 * ffn, HIDDEN),
+    """Products and norms of decoding with each rank's part of Qwen2.5-7B's layers."""
+    world = ranks.world_size
+    print(f"a layer's products and norms at TP {world}, µs plain / overlapped: with norms alone, "
+          "with all-reduces, with those that the product sends")
+    num_layers, qkv, ffn = 4, 4608 // world, 18944 // world
+    shapes = {"qkv": (qkv, HIDDEN), "o": (HIDDEN, HIDDEN // world), "gate_up": (2 * ffn, HIDDEN),
               "down": (HIDDEN, ffn)}
     weights = [[{key: (torch.randn(shape, device=f"cuda:{device}") * shape[1] ** -0.5).half()
                  for key, shape in shapes.items()} for _ in range(num_layers)]
@@ -266,7 +267,7 @@ def layers(ranks):
                                *rest, tokens, n, k, shared_bytes=shared)
 
             product("", "wide", b["qkv"], b["h"], weight["qkv"], qkv, HIDDEN, None, None)
-            last_product(b["x"], b["qkv"], weight["o"], HIDDEN, HIDDEN // 2)
+            last_product(b["x"], b["qkv"], weight["o"], HIDDEN, HIDDEN // world)
             reduce(rank, b)
             product("_silu", "wide", b["act"], b["h"], weight["gate_up"], ffn, HIDDEN)
             last_product(b["x"], b["act"], weight["down"], HIDDEN, ffn)
@@ -277,10 +278,10 @@ def layers(ranks):
                          EPS, tokens, HIDDEN)
 
         def fused(rank, b):
-            norm_of(rank, b, "all_reduce_add_rms_norm_f16_r2")
+            norm_of(rank, b, f"all_reduce_add_rms_norm_f16_r{world}")
 
         def pushed(rank, b):
-            norm_of(rank, b, "all_reduce_pushed_add_rms_norm_f16_r2")
+            norm_of(rank, b, f"all_reduce_pushed_add_rms_norm_f16_r{world}")
 
         def local(rank, b):
             ranks.kernels[ranks.devices[rank]].launch(
@@ -303,13 +304,15 @@ def layers(ranks):
 
 
 def gather(ranks):
-    print("all_gather_columns of 2 × 76,032 logits: µs plain / overlapped; to rank 0, to both")
-    width = 76032
+    world = ranks.world_size
+    width = 152064 // world
+    print(f"all_gather_columns of {world} × {width:,} logits: µs plain / overlapped; to rank 0, to "
+          "all")
     for rows in [1, 8, 64, 256]:
         x = [torch.randn(rows, width, device=f"cuda:{device}") for device in ranks.devices]
-        out = [torch.empty(rows, 2 * width, device=f"cuda:{device}") for device in ranks.devices]
+        out = [torch.empty(rows, world * width, device=f"cuda:{device}") for device in ranks.devices]
         cells = []
-        for takers in [[0], [0, 1]]:
+        for takers in [[0], range(world)]:
             outs = multi.Outputs()
             for rank in takers:
                 outs.rows[rank] = out[rank].data_ptr()
@@ -329,15 +332,18 @@ def main():
     # NVLink multicast can put GPUs that others share out of service.
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     if sys.argv[1] == "--nccl":
-        nccl_rank(int(sys.argv[2]), sys.argv[3])
-    multi.enable_peer_access([0, 1])
-    kernels = multi.load_kernels(sys.argv[1], [0, 1])
-    ranks = multi.Ranks(kernels, [0, 1], SLOT_BYTES)
-    # Two ranks on each GPU: the kernels of four, with more traffic on two links than on four.
-    four = multi.Ranks(kernels, [0, 1, 0, 1], SLOT_BYTES)
-    sections = {"curve": lambda: curve(ranks, SIZES, 128, time_nccl()),
-                "layers": lambda: layers(ranks), "gather": lambda: gather(ranks),
-                "four": lambda: curve(four, SIZES[1:9], 32, {})}
+        nccl_rank(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    devices = list(range(torch.cuda.device_count()))
+    multi.enable_peer_access(devices)
+    kernels = multi.load_kernels(sys.argv[1], devices)
+    # One shot keeps what every rank sends.
+    ranks = multi.Ranks(kernels, devices, len(devices) * SIZES[-1] + (1 << 20))
+    sections = {"curve": lambda: curve(ranks, SIZES, 128, time_nccl(len(devices))),
+                "layers": lambda: layers(ranks), "gather": lambda: gather(ranks)}
+    if len(devices) == 2:
+        # Two ranks on each GPU: the kernels of four, with more traffic on two links than on four.
+        four = multi.Ranks(kernels, [0, 1, 0, 1], 4 * SIZES[8] + (1 << 20))
+        sections["shared"] = lambda: curve(four, SIZES[1:9], 32, {})
     for name, section in sections.items():
         if name in (sys.argv[2:] or sections):
             section()
