@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Soaks a running `infold serve`: mixed requests with random aborts, then checks that nothing leaked.
+r"""Soaks a running `infold serve`: mixed requests with random aborts, then checks that nothing leaked.
 
     scripts/soak.py                                 start infold on tests/fixtures/tiny-qwen2, 10 minutes
     scripts/soak.py --model DIR|FILE --minutes 2    another model or length
-    scripts/soak.py --model DIR --minutes 5 --concurrency 256 -- --load-format dummy --dtype half     on a GPU
+    scripts/soak.py --model DIR --minutes 5 --concurrency 256 -- --load-format dummy --dtype half \
+        --max-model-len 8192 --kv-cache-memory-bytes 8GiB                            on a GPU
+The cache there is small, so that all its blocks are used in the first third: until then the index of the prefix
+cache grows with every new block, in a whole GPU's memory for longer than five minutes.
 Ends with 1 if a request failed, memory grew, or sequences or KV blocks stayed in use. Standard library only.
 """
 
