@@ -19,6 +19,9 @@ use super::memory::Buffer;
 /// The compiled kernels: a name and a fat binary for each file of this folder.
 static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
+/// Kernels compiled for this capability on wait for their predecessor themselves, and may run in
+/// clusters.
+pub(super) const OVERLAPPING: i32 = 90;
 /// Shared memory that a kernel may use without asking, bytes.
 const DEFAULT_SHARED_BYTES: u32 = 48 * 1024;
 
@@ -79,6 +82,9 @@ pub(super) struct Driver {
     pub(super) num_multiprocessors: usize,
     /// Major and minor compute capability.
     pub(super) capability: (i32, i32),
+    /// The capability that our kernels are compiled for, 80 to 90: less than the GPU's where the
+    /// driver translates the PTX of an older one.
+    pub(super) compiled_for: i32,
     /// Shared memory that one block may have at most.
     pub(super) shared_bytes_per_block: usize,
 }
@@ -125,6 +131,10 @@ impl Driver {
         for (name, image) in FATBINS {
             load_functions(name, image, &mut functions)?;
         }
+        let compiled_for = match functions.values().next() {
+            Some(&function) => architecture_of(function)?,
+            None => bail!("no CUDA kernel is compiled into this program"),
+        };
         let stream = told(
             "create a stream",
             result::stream::create(result::stream::StreamKind::NonBlocking),
@@ -136,6 +146,7 @@ impl Driver {
             functions,
             num_multiprocessors: multiprocessors as usize,
             capability,
+            compiled_for,
             shared_bytes_per_block: shared_bytes as usize,
         })
     }
@@ -163,8 +174,8 @@ impl Driver {
         )
     }
 
-    /// Launches the kernel `name`. With programmatic serialisation where the GPU has it, so that
-    /// it begins while its predecessor ends.
+    /// Launches the kernel `name`. With programmatic serialisation where kernels are compiled to
+    /// wait for their predecessor, so that it begins while that one ends.
     ///
     /// # Errors
     /// When there is no such kernel or the launch is refused.
@@ -192,7 +203,7 @@ impl Driver {
             sharedMemBytes: geometry.shared_bytes,
             hStream: self.stream,
             attrs: &raw mut overlap,
-            numAttrs: u32::from(self.capability >= (9, 0)),
+            numAttrs: u32::from(self.compiled_for >= OVERLAPPING),
         };
         // SAFETY: `args` are the entry point's parameters in order (each caller's duty), and the
         // structures live until the call returns.
@@ -486,6 +497,15 @@ fn load_functions(
         }
     }
     Ok(())
+}
+
+/// Returns the virtual architecture that a kernel was compiled for, such as 80.
+fn architecture_of(function: sys::CUfunction) -> Result<i32> {
+    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+    // SAFETY: the function belongs to a loaded module.
+    told("ask what a kernel is compiled for", unsafe {
+        result::function::get_function_attribute(function, attribute)
+    })
 }
 
 /// Says what could not be done.

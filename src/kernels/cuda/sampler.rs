@@ -10,7 +10,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::super::{Draw, DrawOutcome, Drawn, MAX_TOP_LOGPROBS as MAX_TOP};
 use super::Gpu;
-use super::driver::{Address, Arg, Driver, Geometry};
+use super::driver::{Address, Arg, Driver, Geometry, OVERLAPPING};
 use super::memory::{Buffer, Pinned};
 use super::turns::Event;
 
@@ -73,7 +73,11 @@ pub(in crate::kernels) struct PendingDraws {
 
 impl Sampler {
     pub(super) fn new(driver: &Driver, max_rows: usize, vocab_size: usize) -> Result<Self> {
-        let cluster = if driver.capability >= (9, 0) { 8 } else { 1 };
+        let cluster = if driver.compiled_for >= OVERLAPPING {
+            8
+        } else {
+            1
+        };
         let share = vocab_size.div_ceil(cluster).next_multiple_of(4);
         // Two blocks a multiprocessor.
         let largest = (driver.shared_bytes_per_block / 8).saturating_sub(5 << 10) / 4 * 4;
