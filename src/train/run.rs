@@ -242,7 +242,9 @@ impl Job<'_> {
         let eval = &self.prepared.eval;
         let eval_batches = |place: BatchPlace| Ok(self.eval_batch(place, eval_size));
         let (total, per_epoch) = (counts.total_updates, counts.updates_per_epoch);
-        let every = config.output.eval.interval(total, per_epoch);
+        // With `do_eval` alone the last update is evaluated, as the trainer always does it.
+        let at_end = config.output.do_eval.then_some(total.max(1));
+        let every = config.output.eval.interval(total, per_epoch).or(at_end);
         let evaluation = every.filter(|_| !eval.is_empty()).map(|every| Evaluation {
             batches: &eval_batches,
             num_batches: eval.len().div_ceil(eval_size) as u64,

@@ -410,6 +410,26 @@ fn an_error_names_the_file_and_says_its_cause_once() {
 }
 
 #[test]
+fn do_eval_alone_evaluates_at_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    for (more, is_evaluated) in [("do_eval=true", true), ("do_eval=false", false)] {
+        let out = dir.path().join(more);
+        succeed(&train(&out, &["val_size=0.25", more]));
+        let state = json(&out.join("trainer_state.json"));
+        let history = state["log_history"].as_array().unwrap().iter();
+        let evaluated = history.filter(|entry| entry.get("eval_loss").is_some());
+        let steps: Vec<&Value> = evaluated.map(|entry| &entry["step"]).collect();
+        let wanted = [&state["global_step"]];
+        assert_eq!(
+            steps,
+            if is_evaluated { &wanted[..] } else { &[] },
+            "{more}"
+        );
+        assert_eq!(out.join("eval_results.json").is_file(), is_evaluated);
+    }
+}
+
+#[test]
 fn speeds_are_those_of_the_examples_that_were_seen() {
     let dir = tempfile::tempdir().unwrap();
     for (more, per_update) in [
