@@ -128,6 +128,21 @@ fn print_environment() -> anyhow::Result<()> {
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
     // The log may not have started yet, so the reason goes to stderr as it is.
-    eprintln!("infold: {error:#}");
+    eprintln!("infold: {}", causes(error));
     ExitCode::from(code)
+}
+
+/// Returns an error with its causes, each once: many errors already say what caused them, in the
+/// words of LLaMA-Factory.
+fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }

@@ -125,8 +125,9 @@ impl Settings {
     }
 
     fn read_file(&mut self, path: &str) -> anyhow::Result<()> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("read the settings in {path}"))?;
+        let text = std::fs::read_to_string(path).with_context(|| {
+            format!("read the settings in {path}, which must be a text file in UTF-8")
+        })?;
         // JSON is YAML too.
         let yaml: Value = serde_norway::from_str(&text)
             .with_context(|| format!("parse the settings in {path}"))?;

@@ -11,7 +11,7 @@ pub enum TextError {
     /// A model directory has no `tokenizer.json`.
     #[error(
         "no tokenizer at {path:?}: the model directory needs a tokenizer.json; \
-         save the model's tokenizer with transformers (`save_pretrained`) or name it with --tokenizer"
+         save the model's tokenizer with transformers (`save_pretrained`) (`infold serve` takes --tokenizer too)"
     )]
     MissingTokenizer {
         /// The file looked for.

@@ -4,7 +4,6 @@
 //! that has its name is whole. Moments are stored per parameter name, not per rank, so the number
 //! of ranks may change. The frozen base is never stored.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -14,6 +13,7 @@ use super::TrainError;
 use super::adapter_out::{ADAPTER_MODEL, AdapterFiles, named_tensors, read_flat, write_adapter};
 use super::files::{pretty_json, write_atomically, write_tensors};
 use super::lora::LoraLayout;
+use super::manifest::{self, Manifest};
 use super::optimizer::LossScaler;
 use super::report::{RunFacts, TrainerState};
 
@@ -24,9 +24,6 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const MASTER: &str = "master";
 const PROGRESS: &str = "infold_state.json";
 const MANIFEST: &str = "manifest.json";
-
-/// The configuration that a checkpoint belongs to: key to value, compared on resuming.
-pub type Manifest = BTreeMap<String, Value>;
 
 /// What a run carries from update to update besides parameters and moments.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -155,7 +152,11 @@ pub(super) fn save(
     let step = snapshot.state.global_step;
     let unfinished = output_dir.join(format!("{UNFINISHED}{step}"));
     remove_unfinished(output_dir)?;
-    write_content(&unfinished, context, snapshot)?;
+    if let Err(error) = write_content(&unfinished, context, snapshot) {
+        // On a full disk what was written is in the way; the error that counts is the first.
+        let _ = std::fs::remove_dir_all(&unfinished);
+        return Err(error);
+    }
     let place = checkpoint_dir(output_dir, step);
     if place.exists() {
         std::fs::remove_dir_all(&place).map_err(TrainError::io(&place))?;
@@ -211,13 +212,42 @@ fn remove_unfinished(output_dir: &Path) -> Result<(), TrainError> {
 ///
 /// # Errors
 /// [`TrainError::ManifestMismatch`] with every key that differs; [`TrainError::Io`] or
-/// [`TrainError::Checkpoint`] naming the file.
+/// [`TrainError::Checkpoint`] naming the file and what to do.
 pub(super) fn load(
     dir: &Path,
     layout: &LoraLayout,
     manifest: &Manifest,
 ) -> Result<Snapshot, TrainError> {
-    compare_manifests(dir, manifest)?;
+    if !dir.join(MANIFEST).is_file() {
+        return Err(TrainError::Checkpoint {
+            path: dir.to_owned(),
+            what: format!(
+                "{MANIFEST} is missing, so that this is no checkpoint of infold; name one of an \
+                 output directory ({PREFIX}N), or set overwrite_output_dir: true; \
+                 adapter_name_or_path goes on from the weights of an adapter that another program \
+                 trained"
+            ),
+        });
+    }
+    read_whole(dir, layout, manifest).map_err(|error| match error {
+        TrainError::Checkpoint { path, what } => TrainError::Checkpoint {
+            path,
+            what: format!(
+                "{what}. If the file is damaged, remove {}: the run goes on at the checkpoint \
+                 before it",
+                dir.display()
+            ),
+        },
+        other => other,
+    })
+}
+
+fn read_whole(
+    dir: &Path,
+    layout: &LoraLayout,
+    manifest: &Manifest,
+) -> Result<Snapshot, TrainError> {
+    manifest::compare(dir, &read_json(&dir.join(MANIFEST))?, manifest)?;
     let optimizer = dir.join(OPTIMIZER);
     let moment = |kind: &str| read_flat(&optimizer, layout, |name| format!("{kind}.{name}"));
     let progress = read_json(&dir.join(PROGRESS))?;
@@ -242,28 +272,6 @@ fn read_json(path: &Path) -> Result<Value, TrainError> {
     serde_json::from_str(&text).map_err(|error| TrainError::Checkpoint {
         path: path.to_owned(),
         what: error.to_string(),
-    })
-}
-
-fn compare_manifests(dir: &Path, manifest: &Manifest) -> Result<(), TrainError> {
-    let there = read_json(&dir.join(MANIFEST))?;
-    // Through JSON too, so that both sides have numbers in one form.
-    let here = serde_json::from_str(&json!(manifest).to_string()).unwrap_or(Value::Null);
-    let keys = [&there, &here].into_iter().filter_map(Value::as_object);
-    let mut keys: Vec<&String> = keys.flat_map(serde_json::Map::keys).collect();
-    keys.sort();
-    keys.dedup();
-    let difference = |key: &&String| {
-        let (before, now) = (&there[key.as_str()], &here[key.as_str()]);
-        (before != now).then(|| format!("{key} was {before}, is {now}"))
-    };
-    let differences: Vec<String> = keys.iter().filter_map(difference).collect();
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(TrainError::ManifestMismatch {
-        path: dir.to_owned(),
-        differences: differences.join("; "),
     })
 }
 

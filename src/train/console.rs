@@ -9,7 +9,9 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
+use super::deepspeed::python;
 use super::plan::grouped;
+use super::report::rounded;
 use super::{Prepared, TrainConfig, TrainEvent, TrainSummary, clock};
 
 /// Shows the events of a run.
@@ -129,7 +131,7 @@ impl Console {
 
     /// Writes a log entry as one line, with the speed since the last one.
     fn log_line(&self, entry: &Map<String, Value>) -> String {
-        let mut line = Value::Object(entry.clone()).to_string();
+        let mut line = log_dict(entry);
         if let Ok(mut speed) = self.speed.lock()
             && speed.1 > 0.0
         {
@@ -173,6 +175,35 @@ impl Console {
     }
 }
 
+/// Returns a log entry as Hugging Face's trainer prints it: what was measured, then the epoch. The
+/// files have all digits and the step.
+fn log_dict(entry: &Map<String, Value>) -> String {
+    let place = |key: &str| match key {
+        "loss" | "eval_loss" => 0,
+        "grad_norm" => 1,
+        "learning_rate" => 2,
+        "epoch" => 4,
+        _ => 3,
+    };
+    let is_shown = |(key, _): &(&String, &Value)| !["step", "total_flos"].contains(&key.as_str());
+    let mut shown: Vec<(&String, &Value)> = entry.iter().filter(is_shown).collect();
+    shown.sort_by_key(|(key, _)| place(key));
+    let text = |(key, value): (&String, &Value)| {
+        let value = match (key.as_str(), value.as_f64()) {
+            ("learning_rate", Some(rate)) => {
+                format!("{rate:.4e}").parse::<f64>().ok().map(Value::from)
+            }
+            ("epoch", Some(epoch)) => Some(rounded(epoch, 2).into()),
+            (_, Some(number)) if value.is_f64() => Some(rounded(number, 4).into()),
+            _ => None,
+        }
+        .unwrap_or_else(|| value.clone());
+        format!("'{key}': {}", python(&value))
+    };
+    let entries: Vec<String> = shown.into_iter().map(text).collect();
+    format!("{{{}}}", entries.join(", "))
+}
+
 /// Returns metrics as Hugging Face's trainer prints them: sorted, aligned, times on a clock.
 fn metric_lines(metrics: &Map<String, Value>) -> Vec<String> {
     let mut metrics: Vec<(&String, String)> = metrics
@@ -208,6 +239,26 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn log_entries_read_as_hugging_faces() {
+        let entry = json!({
+            "epoch": 1.727_272_727_27, "grad_norm": 3.541_687_915_54, "loss": 8.8579,
+            "learning_rate": 1.223_587_092_62e-5, "step": 5,
+        });
+        assert_eq!(
+            log_dict(entry.as_object().unwrap()),
+            "{'loss': 8.8579, 'grad_norm': 3.5417, 'learning_rate': 1.2236e-05, 'epoch': 1.73}"
+        );
+        let entry = json!({
+            "epoch": 5.0, "num_input_tokens_seen": 23_700, "total_flos": 1.6e10,
+            "train_loss": 8.654_597_400_59, "step": 15,
+        });
+        assert_eq!(
+            log_dict(entry.as_object().unwrap()),
+            "{'num_input_tokens_seen': 23700, 'train_loss': 8.6546, 'epoch': 5.0}"
+        );
+    }
 
     #[test]
     fn metrics_read_as_hugging_faces() {

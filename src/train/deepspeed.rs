@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::{LossScaleOptions, LrCurve, ZeroStage};
 
 pub use effects::KeyEffect;
+pub(super) use read::python;
 use read::{Comparison, Config};
 
 /// What is wrong with a DeepSpeed configuration.

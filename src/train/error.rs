@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use crate::weights::WeightsError;
 
+use super::DeepSpeedError;
+
 /// Errors of the training core.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -56,6 +58,9 @@ pub enum TrainError {
         /// What to do.
         advice: String,
     },
+    /// A DeepSpeed configuration does not fit the steps of the run.
+    #[error(transparent)]
+    DeepSpeed(#[from] DeepSpeedError),
     /// A batch contradicts itself or the model.
     #[error("training batch: {what}")]
     Batch {
@@ -78,6 +83,15 @@ pub enum TrainError {
         /// Rows of the data set in the micro-batches that are not finite.
         rows: Vec<u64>,
     },
+    /// Trained parameters left the range of floats.
+    #[error(
+        "trained parameters are NaN or infinite after step {step} and were not written; the last \
+         checkpoint is good. Lower learning_rate"
+    )]
+    Diverged {
+        /// The optimizer step, from 1.
+        step: u64,
+    },
     /// Sixteen-bit loss scaling can not go lower.
     #[error(
         "the loss scale is at its minimum {min_loss_scale} and gradients still overflow at step \
@@ -97,6 +111,14 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The output directory can not be made.
+    #[error("output_dir {path:?} cannot be made: {source}; choose another")]
+    OutputDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A checkpoint file has another content than expected.
     #[error("{path}: {what}")]
     Checkpoint {
@@ -108,12 +130,13 @@ pub enum TrainError {
     /// A checkpoint of another configuration.
     #[error(
         "{path} was made with another configuration: {differences}. Use overwrite_output_dir: \
-         true to start over, or another output_dir"
+         true to start over, or another output_dir; with adapter_name_or_path: {path} there the \
+         training goes on from its weights, with a new learning rate"
     )]
     ManifestMismatch {
         /// The checkpoint.
         path: PathBuf,
-        /// `key: there -> here`, all of them.
+        /// `key was …, is …`, all of them.
         differences: String,
     },
     /// The data ended or failed.

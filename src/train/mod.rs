@@ -8,7 +8,8 @@
 //! `forward_backward` is the numeric core over packed micro-batches, `model` the frozen base,
 //! `modules` its parts by name, `lora` all that is trained in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates of
 //! gradients, `sharded` divides the base among ranks, `trainer` is the loop, `checkpoint`,
-//! `adapter_out`, `report`, `plot` and `tensorboard` write files. `run` joins both halves.
+//! `adapter_out`, `report`, `plot` and `tensorboard` write files, `manifest` says what a checkpoint
+//! belongs to. `run` joins both halves.
 
 mod adapter_out;
 mod args;
@@ -25,6 +26,7 @@ mod files;
 mod forward_backward;
 mod lora;
 mod lr_schedule;
+mod manifest;
 mod model;
 mod modules;
 mod mt19937;
@@ -44,7 +46,7 @@ mod zero;
 pub use adapter_out::{AdapterFiles, read_adapter, write_adapter};
 pub use args::TrainArgs;
 pub use check_data::{CheckDataArgs, check_data};
-pub use checkpoint::{Manifest, checkpoint_dir, list_checkpoints};
+pub use checkpoint::{checkpoint_dir, list_checkpoints};
 pub use collate::{Layout, collate};
 pub use config::{
     BatchConfig, Cadence, ConfigError, DataConfig, LoraConfig, LrSchedulerType, ModelSource,
@@ -61,6 +63,7 @@ pub use forward_backward::{
 };
 pub use lora::{LoraEntry, LoraLayout, LoraOptions, LoraTarget, WholeEntry};
 pub use lr_schedule::{DeepSpeedWarmup, LrCurve, LrSchedule, WarmupType};
+pub use manifest::Manifest;
 pub use model::FrozenModel;
 pub use modules::{LayerNorm, Linear, Module};
 pub use optimizer::{AdamW, AdamWOptions, LossScaleOptions, LossScaler, clip_coefficient};

@@ -92,8 +92,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`TrainError::UnknownTarget`] when `lora_target` names no linear of the model,
-    /// [`TrainError::InvalidOption`] when there is nothing to train on or a DeepSpeed schedule
-    /// counts other steps than the run.
+    /// [`TrainError::InvalidOption`] when there is nothing to train on, [`TrainError::DeepSpeed`]
+    /// when its schedule counts other steps than the run.
     pub fn new(inputs: &PlanInputs<'_>) -> Result<Self, TrainError> {
         let PlanInputs {
             config,
@@ -108,7 +108,13 @@ impl Plan {
                 key: "dataset",
                 wanted: "at least one example, or a full batch with dataloader_drop_last"
                     .to_owned(),
-                found: format!("{} examples", train.num_examples),
+                found: match train.num_empty {
+                    0 => format!("{} examples", train.num_examples),
+                    empty => format!(
+                        "{} examples: {empty} more have nothing to learn within cutoff_len {}",
+                        train.num_examples, config.data.cutoff_len
+                    ),
+                },
             });
         }
         check_steps(config, &counts)?;
@@ -225,10 +231,10 @@ impl Plan {
         let rates = &self.learning_rates;
         let warmup = config.warmup_updates(&self.counts);
         format!(
-            "{:e} at first, {:e} at most, {:e} at the end ({}, {} updates of warm-up)",
-            rates.first,
-            rates.peak,
-            rates.last,
+            "{} at first, {} at most, {} at the end ({}, {} updates of warm-up)",
+            rate(rates.first),
+            rate(rates.peak),
+            rate(rates.last),
             schedule_name(config),
             grouped(warmup)
         )
@@ -256,13 +262,7 @@ fn check_steps(config: &TrainConfig, counts: &StepCounts) -> Result<(), TrainErr
         return Ok(());
     };
     let warmup = config.warmup_updates(counts);
-    deepspeed
-        .check_steps(warmup, counts.total_updates)
-        .map_err(|error| TrainError::InvalidOption {
-            key: "deepspeed",
-            wanted: "a configuration that counts the run's steps".to_owned(),
-            found: error.to_string(),
-        })
+    Ok(deepspeed.check_steps(warmup, counts.total_updates)?)
 }
 
 /// Returns the parameters of a model, a tied head counted once.
@@ -337,6 +337,17 @@ fn batches(inputs: &PlanInputs<'_>) -> String {
          update; {layout}",
         grouped((size * accumulation * ranks) as u64)
     )
+}
+
+/// Returns a learning rate in three digits, as people write them: 5e-4, 1.23e-5, 0.
+fn rate(rate: f64) -> String {
+    if rate == 0.0 {
+        return "0".to_owned();
+    }
+    let text = format!("{rate:.2e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let digits = digits.trim_end_matches('0').trim_end_matches('.');
+    format!("{digits}e{exponent}")
 }
 
 fn schedule_name(config: &TrainConfig) -> String {

@@ -32,8 +32,8 @@ pub struct RunFacts {
     pub save_steps: Option<u64>,
     /// Sequences of a micro-batch.
     pub train_batch_size: u64,
-    /// Examples of the data set.
-    pub num_examples: u64,
+    /// Examples that all updates of the run go through.
+    pub num_samples: f64,
     /// Parameters that multiply a token: all but the embedding, adapters included.
     pub num_flop_params: u64,
 }
@@ -256,20 +256,25 @@ pub(super) fn train_metrics(
     runtime: Duration,
 ) -> Map<String, Value> {
     let secs = runtime.as_secs_f64().max(1e-9);
-    let samples = facts.num_examples as f64 * facts.num_train_epochs;
     let metrics = json!({
         "epoch": state.epoch,
         "num_input_tokens_seen": state.num_input_tokens_seen,
         "total_flos": state.total_flos(facts),
         "train_loss": train_loss,
         "train_runtime": rounded(secs, 4),
-        "train_samples_per_second": rounded(samples / secs, 3),
+        "train_samples_per_second": rounded(facts.num_samples / secs, 3),
         "train_steps_per_second": rounded(facts.max_steps as f64 / secs, 3),
     });
     match metrics {
         Value::Object(metrics) => metrics,
         _ => Map::new(),
     }
+}
+
+/// Reads `{split}_results.json`; none where it is not there or not whole.
+pub(super) fn read_results(dir: &Path, split: &str) -> Option<Map<String, Value>> {
+    let text = std::fs::read_to_string(dir.join(format!("{split}_results.json"))).ok()?;
+    serde_json::from_str(&text).ok()
 }
 
 /// Writes `{split}_results.json` and adds the same metrics to `all_results.json`.

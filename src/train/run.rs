@@ -7,11 +7,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use serde_json::json;
 
 use super::console::Console;
+use super::manifest::manifest_of;
 use super::{
-    AdapterFiles, BatchPlace, Cadence, Evaluation, Layout, Manifest, OutputPlan, Packing, Prepared,
+    AdapterFiles, BatchPlace, Cadence, Duration, Evaluation, Layout, OutputPlan, Packing, Prepared,
     Ranks, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup, collate,
     describe_example, list_checkpoints, prepare, train,
 };
@@ -29,6 +29,16 @@ const TOKENIZER_FILES: &[&str] = &[
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+];
+
+/// Files of weights, over which a run does not write unasked; LLaMA-Factory looks for the same.
+const WEIGHTS_FILES: &[&str] = &[
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 ];
 
 /// Trains, or says what training would do.
@@ -52,7 +62,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     if config.dry_run {
         return Ok(());
     }
-    let start = choose_start(&config)?;
+    let start = choose_start(&config, prepared.plan.counts.total_updates)?;
     let files = adapter_files(&config, &prepared, &dir)?;
     let job = Job {
         config: &config,
@@ -129,7 +139,7 @@ fn print_plan(
 }
 
 /// Decides whether the run begins anew or goes on, and says so.
-fn choose_start(config: &TrainConfig) -> anyhow::Result<Start> {
+fn choose_start(config: &TrainConfig, total_updates: u64) -> anyhow::Result<Start> {
     let output = &config.output;
     let checkpoints = list_checkpoints(&output.output_dir);
     if let Some(dir) = &output.resume_from_checkpoint {
@@ -137,17 +147,27 @@ fn choose_start(config: &TrainConfig) -> anyhow::Result<Start> {
         return Ok(Start::Checkpoint(dir.clone()));
     }
     if output.overwrite_output_dir {
-        // A later run would otherwise take one of them for its own.
         for (_, dir) in checkpoints {
-            tracing::info!("removing {} (overwrite_output_dir)", dir.display());
-            std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
+            tracing::info!(
+                "{} goes when training begins (overwrite_output_dir)",
+                dir.display()
+            );
         }
     } else if let Some((step, dir)) = checkpoints.into_iter().next_back() {
         tracing::info!(
-            "resuming at step {step} because {} is there; overwrite_output_dir starts anew",
+            "resuming at step {step} of {total_updates} because {} is there; overwrite_output_dir \
+             starts anew",
             dir.display()
         );
         return Ok(Start::Checkpoint(dir));
+    } else if let Some(name) =
+        (WEIGHTS_FILES.iter()).find(|name| output.output_dir.join(name).is_file())
+    {
+        bail!(
+            "Output directory already exists and is not empty: {} holds {name} and no checkpoint \
+             to go on from. Please set `overwrite_output_dir`, or choose another output_dir",
+            output.output_dir.display()
+        );
     }
     Ok(match config.model.adapter_name_or_path.last() {
         Some(adapter) if !config.model.create_new_adapter => Start::Adapter(adapter.into()),
@@ -222,10 +242,13 @@ impl Job<'_> {
         let eval = &self.prepared.eval;
         let eval_batches = |place: BatchPlace| Ok(self.eval_batch(place, eval_size));
         let (total, per_epoch) = (counts.total_updates, counts.updates_per_epoch);
-        let every = config.output.eval.interval(total, per_epoch);
+        // With `do_eval` alone the last update is evaluated, as the trainer always does it.
+        let at_end = config.output.do_eval.then_some(total.max(1));
+        let every = config.output.eval.interval(total, per_epoch).or(at_end);
         let evaluation = every.filter(|_| !eval.is_empty()).map(|every| Evaluation {
             batches: &eval_batches,
             num_batches: eval.len().div_ceil(eval_size) as u64,
+            num_examples: eval.len() as u64,
             every,
             delay: self.eval_delay(per_epoch),
             on_start: config.output.eval_on_start,
@@ -258,7 +281,7 @@ impl Job<'_> {
             output: self.output_plan(total, per_epoch),
             ranks: self.ranks(),
             files,
-            manifest: self.manifest(),
+            manifest: manifest_of(self.config, self.prepared),
             start,
         };
         Ok(train(&setup, &|event| console.show(event))?)
@@ -300,6 +323,13 @@ impl Job<'_> {
         let output = &self.config.output;
         OutputPlan {
             output_dir: output.output_dir.clone(),
+            // A later run would otherwise take one of them for its own.
+            replaced: match (&output.resume_from_checkpoint, output.overwrite_output_dir) {
+                (None, true) => (list_checkpoints(&output.output_dir).into_iter())
+                    .map(|(_, dir)| dir)
+                    .collect(),
+                _ => Vec::new(),
+            },
             logging_steps: output
                 .logging
                 .interval(total, per_epoch)
@@ -313,7 +343,21 @@ impl Job<'_> {
                 dir.unwrap_or_else(|| output.output_dir.join("runs"))
             }),
             train_batch_size: self.config.batch.per_device_train_batch_size as u64,
-            num_examples: self.prepared.train.len() as u64,
+            num_samples: self.num_samples(),
+        }
+    }
+
+    /// Returns the examples of all updates, as Hugging Face counts them.
+    fn num_samples(&self) -> f64 {
+        let batch = &self.config.batch;
+        match batch.duration {
+            Duration::Epochs(epochs) => self.prepared.train.len() as f64 * epochs,
+            Duration::Updates(updates) => {
+                let per_update = batch.per_device_train_batch_size
+                    * batch.gradient_accumulation_steps
+                    * batch.num_ranks;
+                updates as f64 * per_update as f64
+            }
         }
     }
 
@@ -325,61 +369,5 @@ impl Job<'_> {
             threads_per_rank: (cores / num_ranks).max(1),
             zero_stage: self.config.zero_stage(),
         }
-    }
-
-    /// What makes a run the same run: a checkpoint goes on only where all of it is equal.
-    fn manifest(&self) -> Manifest {
-        let TrainConfig {
-            model,
-            data,
-            lora,
-            batch,
-            optimizer,
-            schedule,
-            ..
-        } = self.config;
-        let template = self.prepared.encoder.template();
-        let value = json!({
-            "model_name_or_path": model.model_name_or_path,
-            "adapter_name_or_path": model.adapter_name_or_path,
-            "num_examples": self.prepared.train.len(),
-            "template": template.name(),
-            "default_system": template.default_system(),
-            "cutoff_len": data.cutoff_len,
-            "train_on_prompt": data.train_on_prompt,
-            "mask_history": data.mask_history,
-            "disable_shuffling": data.disable_shuffling,
-            "data_seed": data.data_seed,
-            "lora_rank": lora.lora_rank,
-            "lora_alpha": lora.lora_alpha,
-            "lora_dropout": lora.lora_dropout,
-            "lora_target": lora.lora_target,
-            "use_rslora": lora.use_rslora,
-            "loraplus_lr_ratio": lora.loraplus_lr_ratio,
-            "per_device_train_batch_size": batch.per_device_train_batch_size,
-            "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-            "learning_rate": schedule.learning_rate,
-            "lr_scheduler_type": schedule.lr_scheduler_type.name(),
-            "adam": [optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_epsilon],
-            "weight_decay": optimizer.weight_decay,
-            "max_grad_norm": optimizer.max_grad_norm,
-            "neftune_noise_alpha": optimizer.neftune_noise_alpha,
-            "seed": self.config.seed,
-        });
-        // Keys that are left out when they ask for nothing: checkpoints from before them fit.
-        let more = json!({
-            "use_dora": lora.use_dora,
-            "additional_target": lora.additional_target,
-            "dtype": self.config.lora_options().dtype.as_str(),
-            "loss_scale": self.config.loss_scale().is_some(),
-        });
-        let is_off =
-            |value: &serde_json::Value| [json!(false), json!([]), json!("f32")].contains(value);
-        let more = more.as_object().into_iter().flatten();
-        let more = more.filter(|(_, value)| !is_off(value));
-        let entries = value.as_object().into_iter().flatten().chain(more);
-        entries
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect()
     }
 }

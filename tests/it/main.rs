@@ -26,4 +26,5 @@ mod random_models;
 mod server;
 mod tiny_engine;
 mod train;
+mod train_again;
 mod weights;

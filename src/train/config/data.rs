@@ -62,7 +62,7 @@ impl DataConfig {
         Ok(Self {
             request,
             template: settings.opt_text("template")?,
-            default_system: settings.opt_text_or_empty("default_system")?,
+            default_system: settings.opt_whole_text("default_system")?,
             enable_thinking,
             preserve_thinking: settings.bool("preserve_thinking", false)?,
             cutoff_len: settings.whole("cutoff_len", 2048, 1)? as usize,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::super::deepspeed::DeepSpeedError;
+use super::super::{DataError, DeepSpeedError};
 
 /// Everything refused before a run, naming the key and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +23,9 @@ pub enum ConfigError {
         /// Where and why.
         source: serde_norway::Error,
     },
+    /// A file is not UTF-8.
+    #[error(transparent)]
+    Encoding(#[from] DataError),
     /// A JSON file is not an object.
     #[error("{path:?} is not valid JSON: {source}")]
     Json {

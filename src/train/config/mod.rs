@@ -17,10 +17,11 @@ mod sources;
 mod tests;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
+use super::dataset::decode_utf8;
 use super::deepspeed::{DeepSpeedConfig, DeepSpeedError, RunValues};
 use super::{Recompute, ZeroStage};
 
@@ -201,7 +202,7 @@ fn check_stage(settings: &Settings) -> Result<(), ConfigError> {
             key: "stage".to_owned(),
             value: settings.opt_text("stage")?.unwrap_or_default(),
             advice: "infold trains by supervised fine-tuning; set stage: sft",
-            origin: "the training stage".to_owned(),
+            origin: settings.origin("stage"),
         }),
         Some(_) => Err(settings.invalid("stage", "sft")),
     }
@@ -278,14 +279,14 @@ fn deepspeed(settings: &Settings, run: &RunValues) -> Result<Option<DeepSpeedCon
     Ok(Some(DeepSpeedConfig::resolve(&json, run)?))
 }
 
-fn read_deepspeed(path: &Path) -> Result<Value, DeepSpeedError> {
-    let text = fs::read_to_string(path).map_err(|source| DeepSpeedError::Read {
+fn read_deepspeed(path: &Path) -> Result<Value, ConfigError> {
+    let bytes = fs::read(path).map_err(|source| DeepSpeedError::Read {
         path: path.to_owned(),
         source,
     })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    serde_json::from_str(text).map_err(|source| DeepSpeedError::Json {
-        path: PathBuf::from(path),
+    let json = serde_json::from_str(&decode_utf8(path, bytes)?);
+    Ok(json.map_err(|source| DeepSpeedError::Json {
+        path: path.to_owned(),
         source,
-    })
+    })?)
 }

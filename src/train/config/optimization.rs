@@ -85,15 +85,23 @@ impl OptimizerConfig {
                 key: "optim".to_owned(),
                 value: adamw,
                 advice: "the optimiser is AdamW; set adamw_torch or leave the key out",
-                origin: "the optimiser".to_owned(),
+                origin: settings.origin("optim"),
             });
         }
-        let share = |key, default| settings.f64_in(key, default, 0.0..=1.0);
+        // At 1 the correction of the bias divides by zero, and so does an epsilon of zero where a
+        // gradient is zero, as that of A is at the first update.
+        let beta = |key, default| match settings.f64_in(key, default, 0.0..=1.0)? {
+            beta if beta < 1.0 => Ok(beta),
+            _ => Err(settings.invalid(key, "a number from 0 to below 1")),
+        };
         let positive = |key, default| settings.f64_in(key, default, 0.0..=f64::INFINITY);
         Ok(Self {
-            adam_beta1: share("adam_beta1", 0.9)?,
-            adam_beta2: share("adam_beta2", 0.999)?,
-            adam_epsilon: positive("adam_epsilon", 1e-8)?,
+            adam_beta1: beta("adam_beta1", 0.9)?,
+            adam_beta2: beta("adam_beta2", 0.999)?,
+            adam_epsilon: match positive("adam_epsilon", 1e-8)? {
+                epsilon if epsilon > 0.0 => epsilon,
+                _ => return Err(settings.invalid("adam_epsilon", "a number above 0")),
+            },
             weight_decay: positive("weight_decay", 0.0)?,
             max_grad_norm: positive("max_grad_norm", 1.0)?,
             neftune_noise_alpha: settings

@@ -3,8 +3,8 @@
 use candle_core::DType;
 
 use super::super::{
-    AdamWOptions, DeepSpeedSchedule, LoraOptions, LoraTarget, LossScaleOptions, LrSchedule, Order,
-    Remainder, Sampler, StepCounts, ZeroStage,
+    AdamWOptions, DeepSpeedSchedule, Linear, LoraOptions, LoraTarget, LossScaleOptions, LrSchedule,
+    Order, Remainder, Sampler, StepCounts, ZeroStage,
 };
 use super::{Precision, TrainConfig};
 
@@ -83,7 +83,6 @@ impl TrainConfig {
 
     /// Returns the numbers of the adapter.
     pub fn lora_options(&self) -> LoraOptions {
-        let targets = &self.lora.lora_target;
         LoraOptions {
             rank: self.lora.lora_rank,
             alpha: self.lora.lora_alpha,
@@ -98,11 +97,7 @@ impl TrainConfig {
                 (Some(_), Precision::Fp16) => DType::F16,
                 _ => DType::F32,
             },
-            target: if targets.iter().any(|target| target == "all") {
-                LoraTarget::All
-            } else {
-                LoraTarget::Modules(targets.clone())
-            },
+            target: lora_target(&self.lora.lora_target),
         }
     }
 
@@ -123,5 +118,19 @@ impl TrainConfig {
     pub fn zero_stage(&self) -> ZeroStage {
         let stage = self.deepspeed.as_ref().map(|config| config.stage);
         stage.unwrap_or(ZeroStage::Zero)
+    }
+}
+
+/// Returns the linears that `lora_target` names; `all` may have others beside it, the head say.
+fn lora_target(names: &[String]) -> LoraTarget {
+    let (all, mut others): (Vec<String>, Vec<String>) =
+        names.iter().cloned().partition(|name| name == "all");
+    match (all.is_empty(), others.is_empty()) {
+        (true, _) => LoraTarget::Modules(others),
+        (false, true) => LoraTarget::All,
+        (false, false) => {
+            others.extend(Linear::ALL.map(|linear| linear.name().to_owned()));
+            LoraTarget::Modules(others)
+        }
     }
 }

@@ -59,6 +59,12 @@ impl Settings {
         self.get(key).map(|setting| &setting.value)
     }
 
+    /// Returns where a key was given: a file or a flag.
+    pub(super) fn origin(&self, key: &str) -> String {
+        let setting = self.entries.get(key);
+        setting.map_or_else(String::new, |setting| setting.origin.clone())
+    }
+
     /// Returns the error of a key whose value is not `wanted`.
     pub(super) fn invalid(&self, key: &str, wanted: impl Into<String>) -> ConfigError {
         let setting = self.entries.get(key);
@@ -67,7 +73,7 @@ impl Settings {
             key: key.to_owned(),
             wanted: wanted.into(),
             found: setting.map_or_else(|| "nothing".to_owned(), text),
-            origin: setting.map_or_else(String::new, |setting| setting.origin.clone()),
+            origin: self.origin(key),
         }
     }
 
@@ -147,9 +153,12 @@ impl Settings {
         Ok(text.filter(|text| !text.is_empty()))
     }
 
-    /// Returns a text that may be empty, if given.
-    pub(super) fn opt_text_or_empty(&self, key: &str) -> Result<Option<String>, ConfigError> {
-        self.typed(key, "one text", as_text)
+    /// Returns a text as it is, if given: it may be empty, and spaces around it stay.
+    pub(super) fn opt_whole_text(&self, key: &str) -> Result<Option<String>, ConfigError> {
+        self.typed(key, "one text", |value| match value {
+            Value::String(text) => Some(text.clone()),
+            other => as_text(other),
+        })
     }
 
     /// Returns the items of a list: one text with commas, or several; empty when not given.

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::super::dataset::decode_utf8;
 use super::settings::{Setting, Settings};
 use super::{ConfigError, keys};
 
@@ -103,21 +104,21 @@ fn is_config_file(argument: &str) -> bool {
 }
 
 fn read_file(path: &Path, settings: &mut Settings) -> Result<(), ConfigError> {
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+    let bytes = fs::read(path).map_err(|source| ConfigError::Read {
         path: path.to_owned(),
         source,
     })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let text = decode_utf8(path, bytes)?;
     let is_json = path
         .extension()
         .is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
     let entries: Map<String, Value> = if is_json {
-        serde_json::from_str(text).map_err(|source| ConfigError::Json {
+        serde_json::from_str(&text).map_err(|source| ConfigError::Json {
             path: path.to_owned(),
             source,
         })?
     } else {
-        serde_norway::from_str(text).map_err(|source| ConfigError::Yaml {
+        serde_norway::from_str(&text).map_err(|source| ConfigError::Yaml {
             path: path.to_owned(),
             source,
         })?

@@ -1,5 +1,7 @@
 //! Configurations as users write them, and what they are told when something is wrong.
 
+use std::path::PathBuf;
+
 use super::super::{Duration, LrCurve, StepCounts, ZeroStage};
 use super::*;
 
@@ -362,4 +364,13 @@ fn the_schedule_has_the_parameters_given_and_deepspeed_s_wins() {
 
 fn text_of_missing() -> String {
     text(&["lr_scheduler_type=warmup_stable_decay"])
+}
+
+#[test]
+fn a_system_prompt_keeps_its_spaces_and_line_breaks() {
+    // LLaMA-Factory puts it into the prompt as it is; YAML's `|` ends it with a line break.
+    for text in ["You are here.\n", " lead", ""] {
+        let config = with(&[&format!("default_system={text}")]).unwrap();
+        assert_eq!(config.data.default_system.as_deref(), Some(text));
+    }
 }

@@ -9,7 +9,7 @@ use super::DataError;
 /// # Errors
 /// [`DataError::Encoding`] with the place of the first byte that is not UTF-8, the likely encoding
 /// and the command that converts it.
-pub(super) fn decode_utf8(path: &Path, bytes: Vec<u8>) -> Result<String, DataError> {
+pub(in crate::train) fn decode_utf8(path: &Path, bytes: Vec<u8>) -> Result<String, DataError> {
     let error = match String::from_utf8(bytes) {
         Ok(mut text) => {
             if text.starts_with('\u{feff}') {

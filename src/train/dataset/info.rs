@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use crate::text::likely;
 
 use super::DataError;
+use super::encoding::decode_utf8;
 
 /// How rows spell conversations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,21 +197,32 @@ pub(super) fn find_datasets(
         }
         let info = match &info {
             Some(info) => info,
-            None => info.insert(Info::read(dataset_dir)?),
+            None => match Info::read(dataset_dir) {
+                Ok(read) => info.insert(read),
+                // Who names a file needs no dataset_info.json.
+                Err(DataError::OpenInfo { .. }) if looks_like_path(name) => {
+                    return Err(file_not_found(name));
+                }
+                Err(error) => return Err(error),
+            },
         };
         match (info.entries.get(name), file) {
             (Some(entry), _) => specs.push(info.spec(name, entry, dataset_dir)?),
             (None, Some(path)) => specs.push(bare_file(name, &path)),
             (None, None) if looks_like_path(name) => {
-                return Err(DataError::FileNotFound {
-                    name: name.clone(),
-                    path: absolute(Path::new(name)),
-                });
+                return Err(file_not_found(name));
             }
             (None, None) => return Err(info.undefined(name)),
         }
     }
     Ok(specs)
+}
+
+fn file_not_found(name: &str) -> DataError {
+    DataError::FileNotFound {
+        name: name.to_owned(),
+        path: absolute(Path::new(name)),
+    }
 }
 
 fn looks_like_path(name: &str) -> bool {
@@ -251,12 +263,11 @@ struct Info {
 impl Info {
     fn read(dataset_dir: &Path) -> Result<Self, DataError> {
         let path = absolute(&dataset_dir.join("dataset_info.json"));
-        let text = fs::read_to_string(&path).map_err(|source| DataError::OpenInfo {
+        let bytes = fs::read(&path).map_err(|source| DataError::OpenInfo {
             path: path.clone(),
             source,
         })?;
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-        match serde_json::from_str(text) {
+        match serde_json::from_str(&decode_utf8(&path, bytes)?) {
             Ok(entries) => Ok(Self { path, entries }),
             Err(source) => Err(DataError::InfoJson { path, source }),
         }

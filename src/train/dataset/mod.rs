@@ -25,6 +25,7 @@ use info::DatasetSpec;
 use numpy::{RandomState, default_rng_permutation};
 
 pub use convert::DropReason;
+pub(super) use encoding::decode_utf8;
 pub use error::DataError;
 pub use file::RowId;
 pub use report::{DatasetReport, Dropped};

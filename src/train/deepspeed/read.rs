@@ -332,7 +332,7 @@ fn equal(a: &Value, b: &Value) -> bool {
 }
 
 /// Writes a value as Python's `str` does, as far as these values go.
-pub(super) fn python(value: &Value) -> String {
+pub(in crate::train) fn python(value: &Value) -> String {
     match value {
         Value::Bool(true) => "True".to_owned(),
         Value::Bool(false) => "False".to_owned(),

@@ -253,6 +253,9 @@ fn modules_that_can_not_be_trained_as_asked_are_refused_with_their_names() {
     // Without a head in "all", as in LLaMA-Factory; by name it may have an adapter.
     let with_head = plan(&config(&["lora_target=q_proj,lm_head"]), &model(3), 1).unwrap();
     assert_eq!(with_head.lora.entries().len(), 29);
+    // Beside "all" too, where LLaMA-Factory would leave it out without a word.
+    let all_and_head = plan(&config(&["lora_target=all,lm_head"]), &model(3), 1).unwrap();
+    assert_eq!(all_and_head.lora.entries().len(), 7 * 28 + 1);
 }
 
 #[test]

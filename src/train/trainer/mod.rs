@@ -31,7 +31,10 @@ pub fn train(setup: &TrainSetup<'_>, progress: &Progress<'_>) -> Result<TrainSum
     check(setup)?;
     let layout = LoraLayout::new(setup.config, setup.lora.clone())?;
     let output_dir = &setup.output.output_dir;
-    std::fs::create_dir_all(output_dir).map_err(TrainError::io(output_dir))?;
+    std::fs::create_dir_all(output_dir).map_err(|source| TrainError::OutputDir {
+        path: output_dir.clone(),
+        source,
+    })?;
     let results: Vec<Result<TrainSummary, TrainError>> = std::thread::scope(|scope| {
         let group = || Comm::local_group(setup.ranks.num_ranks);
         let threads: Vec<_> = (group().into_iter().zip(group()))

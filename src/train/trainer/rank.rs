@@ -43,7 +43,14 @@ pub(super) fn run(
     let mut rank = Rank::begin(setup, layout, comm, (kernels, model))?;
     let mut recorder = Recorder::new(setup, layout, progress, &rank.snapshot_state())?;
     let first_step = rank.state.global_step;
+    if !setup.output.replaced.is_empty() {
+        // Other ranks may still read one of them.
+        rank.comm.barrier().map_err(collective)?;
+    }
     if rank.comm.rank() == 0 {
+        for dir in &setup.output.replaced {
+            std::fs::remove_dir_all(dir).map_err(TrainError::io(dir))?;
+        }
         progress(&TrainEvent::Begin {
             global_step: first_step,
             total_updates: setup.length.total_updates,
@@ -379,7 +386,19 @@ impl<'a> Rank<'a> {
         Ok(stops)
     }
 
+    /// Refuses to write parameters that are no numbers: an update may overflow where its gradients
+    /// did not.
+    fn check_finite(&self) -> Result<(), TrainError> {
+        match self.trainable.params.iter().all(|value| value.is_finite()) {
+            true => Ok(()),
+            false => Err(TrainError::Diverged {
+                step: self.state.global_step,
+            }),
+        }
+    }
+
     fn save(&mut self, recorder: &mut Recorder<'_>) -> Result<(), TrainError> {
+        self.check_finite()?;
         let moments = self
             .trainable
             .gather_moments(&self.comm)
@@ -437,8 +456,10 @@ impl<'a> Rank<'a> {
         {
             self.trainable.params = Arc::new(read_adapter(best.as_ref(), self.layout)?);
         }
+        self.check_finite()?;
         let train_loss = self.carried.loss_sum / self.state.global_step.max(1) as f64;
         let metrics = match self.comm.rank() {
+            0 if was_complete && let Some(metrics) = recorder.finished(&self.state)? => metrics,
             0 => recorder.finish(&mut self.state, &self.trainable.params, train_loss)?,
             _ => serde_json::Map::new(),
         };

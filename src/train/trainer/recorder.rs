@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::super::TrainError;
-use super::super::adapter_out::write_adapter;
+use super::super::adapter_out::{ADAPTER_MODEL, write_adapter};
 use super::super::checkpoint::{
     self, CheckpointContext, Progress as Carried, Snapshot, checkpoint_dir,
 };
 use super::super::lora::LoraLayout;
 use super::super::plot::plot_losses;
 use super::super::report::{
-    LogLine, RunFacts, TrainerState, cut_log, remove_log, rounded, tidy, train_metrics,
-    write_results,
+    LogLine, RunFacts, TrainerState, cut_log, read_results, remove_log, rounded, tidy,
+    train_metrics, write_results,
 };
 use super::super::tensorboard::EventFile;
 use super::setup::{Progress, TrainEvent, TrainSetup};
@@ -68,7 +68,7 @@ impl<'a> Recorder<'a> {
                 eval_steps: setup.evaluation.as_ref().map(|evaluation| evaluation.every),
                 save_steps: output.save_steps,
                 train_batch_size: output.train_batch_size,
-                num_examples: output.num_examples,
+                num_samples: output.num_samples,
                 num_flop_params: num_params.saturating_sub(embedding),
             },
             started: Instant::now(),
@@ -149,18 +149,21 @@ impl<'a> Recorder<'a> {
         eval_loss: f64,
         elapsed: Duration,
     ) -> Result<(), TrainError> {
-        let entry = json!({
-            "epoch": state.epoch,
-            "eval_loss": tidy(eval_loss),
-            "eval_runtime": rounded(elapsed.as_secs_f64(), 4),
-            "step": state.global_step,
+        let secs = elapsed.as_secs_f64().max(1e-9);
+        let evaluation = self.setup.evaluation.as_ref();
+        let (num_examples, num_batches) = evaluation.map_or((0, 0), |evaluation| {
+            (evaluation.num_examples, evaluation.num_batches)
         });
-        self.log(state, entry)?;
         let metrics = json!({
             "epoch": state.epoch,
             "eval_loss": tidy(eval_loss),
-            "eval_runtime": rounded(elapsed.as_secs_f64(), 4),
+            "eval_runtime": rounded(secs, 4),
+            "eval_samples_per_second": rounded(num_examples as f64 / secs, 3),
+            "eval_steps_per_second": rounded(num_batches as f64 / secs, 3),
         });
+        let mut entry = metrics.clone();
+        entry["step"] = json!(state.global_step);
+        self.log(state, entry)?;
         let metrics = metrics.as_object().cloned().unwrap_or_default();
         write_results(&self.setup.output.output_dir, "eval", &metrics)
     }
@@ -221,6 +224,28 @@ impl<'a> Recorder<'a> {
         Ok(())
     }
 
+    /// Returns the metrics of a run that was finished before and whose results are there, which
+    /// are worth more than those of a run without an update.
+    pub(super) fn finished(
+        &self,
+        state: &TrainerState,
+    ) -> Result<Option<Map<String, Value>>, TrainError> {
+        let output = &self.setup.output;
+        let dir = &output.output_dir;
+        let (Ok(there), Some(metrics)) = (TrainerState::read(dir), read_results(dir, "train"))
+        else {
+            return Ok(None);
+        };
+        let is_end = |entry: &Map<String, Value>| entry.contains_key("train_loss");
+        let is_whole = there.global_step == state.global_step
+            && there.log_history.last().is_some_and(is_end)
+            && dir.join(ADAPTER_MODEL).is_file();
+        if is_whole && output.plot_loss {
+            plot_losses(dir, &there)?;
+        }
+        Ok(is_whole.then_some(metrics))
+    }
+
     /// Writes the adapter and the results, and returns the metrics.
     pub(super) fn finish(
         &mut self,
@@ -236,9 +261,7 @@ impl<'a> Recorder<'a> {
         if !state.log_history.last().is_some_and(is_end) {
             let mut entry = metrics.clone();
             entry.insert("step".to_owned(), json!(state.global_step));
-            self.log_events(&entry)?;
-            (self.progress)(&TrainEvent::Log(&entry));
-            state.log_history.push(entry);
+            self.log(state, entry.into())?;
         }
         state.write(dir, &self.facts)?;
         write_results(dir, "train", &metrics)?;

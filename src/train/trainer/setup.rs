@@ -10,10 +10,10 @@ use crate::models::ModelConfig;
 use crate::weights::TensorSource;
 
 use super::super::adapter_out::AdapterFiles;
-use super::super::checkpoint::Manifest;
 use super::super::forward_backward::{Recompute, TrainBatch};
 use super::super::lora::LoraOptions;
 use super::super::lr_schedule::LrSchedule;
+use super::super::manifest::Manifest;
 use super::super::optimizer::{AdamWOptions, LossScaleOptions};
 use super::super::zero::ZeroStage;
 
@@ -60,6 +60,8 @@ pub struct Evaluation<'a> {
     pub batches: &'a BatchProvider<'a>,
     /// How many there are.
     pub num_batches: u64,
+    /// Examples in all of them.
+    pub num_examples: u64,
     /// Updates between two evaluations.
     pub every: u64,
     /// Updates before the first of them.
@@ -100,6 +102,9 @@ pub struct Ranks {
 pub struct OutputPlan {
     /// Directory of everything; made if it is not there.
     pub output_dir: PathBuf,
+    /// Checkpoints of an earlier run, which are removed when this one begins: it may start from
+    /// the weights of one of them.
+    pub replaced: Vec<PathBuf>,
     /// Updates between two log entries; at least 1.
     pub logging_steps: u64,
     /// Whether the first update is logged too.
@@ -114,8 +119,8 @@ pub struct OutputPlan {
     pub tensorboard_dir: Option<PathBuf>,
     /// Sequences of a micro-batch, for the logs.
     pub train_batch_size: u64,
-    /// Examples of the data set, for the logs.
-    pub num_examples: u64,
+    /// Examples that all updates of the run go through, for the logs.
+    pub num_samples: f64,
 }
 
 /// Everything that a run needs.

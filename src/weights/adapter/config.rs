@@ -95,7 +95,7 @@ pub struct AdapterConfig {
     pub(super) trains_biases: bool,
     rank_pattern: Vec<Pattern>,
     alpha_pattern: Vec<Pattern>,
-    modules_to_save: Vec<String>,
+    pub(super) modules_to_save: Vec<String>,
     token_indices: BTreeMap<String, Vec<usize>>,
     /// The list form of `target_modules`, when every layer is meant.
     pub(super) every_layer_targets: Vec<String>,

@@ -92,10 +92,12 @@ pub enum Fault {
     /// The adapter has no tensor.
     #[error("the adapter has no tensors")]
     NoTensors,
-    /// A target module for which the file has nothing.
-    #[error("target_modules names {target:?}, the file has no tensor for it")]
+    /// A trained module for which the file has nothing.
+    #[error("{key} names {target:?}, the file has no tensor for it")]
     MissingTarget {
-        /// The entry of `target_modules`.
+        /// `target_modules` or `modules_to_save`.
+        key: &'static str,
+        /// The entry.
         target: String,
     },
     /// Two tensors that take each other's place.

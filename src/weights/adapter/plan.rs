@@ -266,13 +266,28 @@ impl Planner {
             // Tensors that could not be used may be those of the target.
             return;
         }
-        for target in &adapter.config().every_layer_targets {
+        let config = adapter.config();
+        let targets = config.every_layer_targets.iter();
+        let targets = targets.map(|target| ("target_modules", target));
+        let saved = config.modules_to_save.iter();
+        let saved = saved.map(|module| ("modules_to_save", module));
+        for (key, target) in targets.chain(saved) {
+            let tied = self.tied.as_ref();
             let in_base = (self.recipes.keys())
-                .filter_map(|name| name.strip_suffix(".weight"))
-                .any(|module| is_module(module, target));
-            let in_file = (adapter.parts.keys()).any(|(module, _)| is_module(module, target));
-            if in_base && !in_file {
+                .filter(|name| (name.strip_suffix(".weight")).is_some_and(|m| is_module(m, target)))
+                .collect::<Vec<_>>();
+            // Of two tied modules the file may have one.
+            let is_there = |(module, _): &(String, Part)| {
+                let is_tied_to = |name: &&String| {
+                    let other = tied.and_then(|tied| tied.other(name));
+                    other.and_then(|other| other.strip_suffix(".weight")) == Some(module)
+                };
+                is_module(module, target)
+                    || key == "modules_to_save" && in_base.iter().any(is_tied_to)
+            };
+            if !in_base.is_empty() && !adapter.parts.keys().any(is_there) {
                 self.fault(Fault::MissingTarget {
+                    key,
                     target: target.clone(),
                 });
             }

@@ -98,6 +98,40 @@ fn merged_weights_are_bit_equal_to_those_of_peft() {
 }
 
 #[test]
+fn modules_saved_whole_that_are_not_in_the_file_are_a_fault() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = fixtures().join("adapters/all_linear_f32/adapter");
+    std::fs::copy(from.join(TENSORS_FILE), dir.path().join(TENSORS_FILE)).unwrap();
+    let text = std::fs::read(from.join(CONFIG_FILE)).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    let case = cases()
+        .into_iter()
+        .find(|case| case["case"] == "all_linear_f32");
+    let base = base_of(&case.unwrap());
+    let base = Arc::new(base);
+    for (modules, fault) in [
+        (serde_json::json!(["norm"]), true),
+        // Which the base does not have.
+        (serde_json::json!(["score"]), false),
+        (Value::Null, false),
+    ] {
+        config["modules_to_save"] = modules.clone();
+        std::fs::write(dir.path().join(CONFIG_FILE), config.to_string()).unwrap();
+        let adapter = Adapter::open(dir.path(), None).unwrap();
+        let options = MergeOptions {
+            accumulate: Accumulate::Fp32,
+            dtype: None,
+        };
+        let plan = MergedCheckpoint::plan(Arc::clone(&base), vec![(adapter, 1.0)], options);
+        let told = plan
+            .err()
+            .map_or_else(String::new, |error| error.to_string());
+        let wanted = "modules_to_save names \"norm\", the file has no tensor for it";
+        assert_eq!(told.contains(wanted), fault, "{modules}: {told}");
+    }
+}
+
+#[test]
 fn trained_biases_that_are_not_in_the_file_are_told() {
     for (name, is_told) in [("bias_lora_only_lost", true), ("bias_all_bf16", false)] {
         let case = cases().into_iter().find(|case| case["case"] == name);

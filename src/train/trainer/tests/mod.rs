@@ -149,6 +149,7 @@ impl Run {
             evaluation: self.evaluation.map(|(every, early_stopping)| Evaluation {
                 batches,
                 num_batches: 3,
+                num_examples: 6,
                 every,
                 delay: 0,
                 on_start: false,
@@ -164,7 +165,8 @@ impl Run {
                 plot_loss: true,
                 tensorboard_dir: None,
                 train_batch_size: 2,
-                num_examples: 14,
+                num_samples: 14.0,
+                replaced: Vec::new(),
             },
             ranks: self.ranks,
             files: AdapterFiles {
@@ -410,6 +412,19 @@ fn a_loss_that_is_no_number_stops_with_step_and_rows_and_keeps_checkpoints() {
         "{error}"
     );
     assert_eq!(list_checkpoints(dir.path()).len(), 2);
+}
+
+#[test]
+fn parameters_that_an_update_made_infinite_are_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = Run::new("tiny-llama", 3);
+    run.save_steps = Some(1);
+    run.schedule.learning_rate = 1e39;
+    run.schedule.curve = LrCurve::Constant;
+    let error = run.run(dir.path(), &batches).unwrap_err().to_string();
+    assert!(error.contains("infinite after step 1"), "{error}");
+    assert_eq!(list_checkpoints(dir.path()), []);
+    assert!(!dir.path().join("adapter_model.safetensors").exists());
 }
 
 #[test]
