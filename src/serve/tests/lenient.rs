@@ -1,0 +1,61 @@
+//! Odd but legal forms of requests, which vLLM takes and so must this server.
+
+use serde_json::json;
+
+use super::*;
+
+#[tokio::test]
+async fn numbers_and_switches_may_be_written_as_text_or_with_a_point() {
+    let server = TestServer::answering("Yo");
+    let fields = json!({
+        "max_tokens": "3", "temperature": "0.5", "top_k": 5.0, "seed": " -3 ", "min_tokens": "2.0",
+        "top_p": 1, "ignore_eos": "true", "logprobs": 1, "top_logprobs": true, "n": "1",
+        "stream": "off",
+    });
+    let reply = server.chat(fields).await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+    let params = server.last_request().sampling_params;
+    assert_eq!((params.max_tokens, params.min_tokens), (3, 2));
+    assert_eq!((params.temperature, params.top_k), (0.5, 5));
+    assert_eq!(params.seed, Some((-3i64).cast_unsigned()));
+    assert_eq!((params.ignore_eos, params.logprobs), (true, Some(1)));
+    let logprobs = &reply.json()["choices"][0]["logprobs"]["content"];
+    assert_eq!(logprobs[0]["top_logprobs"].as_array().unwrap().len(), 1);
+
+    let reply = server
+        .complete(json!({"max_tokens": 3.0, "logprobs": true}))
+        .await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+    assert_eq!(server.last_request().sampling_params.max_tokens, 3);
+}
+
+#[tokio::test]
+async fn what_is_no_number_is_still_refused() {
+    let server = TestServer::answering("Yo");
+    let mut errors = Vec::new();
+    for fields in [
+        json!({"max_tokens": 5.5}),
+        json!({"max_tokens": "five"}),
+        json!({"max_tokens": ""}),
+        json!({"max_tokens": 9_223_372_036_854_775_808u64}),
+        json!({"max_tokens": "1e30"}),
+        json!({"temperature": "nan"}),
+        json!({"temperature": [1]}),
+        json!({"stream": 2}),
+        json!({"stream": "maybe"}),
+    ] {
+        let error = server.chat(fields).await.error();
+        errors.push(error.split("'loc': ").nth(1).unwrap().to_owned());
+    }
+    insta::assert_snapshot!(errors.join("\n"), @r#"
+    ('body', 'max_tokens'), 'msg': 'invalid type: floating point `5.5`, expected a whole number at line 1 column 61'}
+    ('body', 'max_tokens'), 'msg': 'invalid type: string "five", expected a whole number at line 1 column 64'}
+    ('body', 'max_tokens'), 'msg': 'invalid type: string "", expected a whole number at line 1 column 60'}
+    ('body', 'max_tokens'), 'msg': 'Input should be less than or equal to 9223372036854775807'}
+    ('body', 'max_tokens'), 'msg': 'invalid type: string "1e30", expected a whole number at line 1 column 64'}
+    ('body', 'temperature'), 'msg': 'invalid type: string "nan", expected a number at line 1 column 64'}
+    ('body', 'temperature'), 'msg': 'invalid type: list, expected a number at line 1 column 60'}
+    ('body', 'stream'), 'msg': 'invalid type: integer `2`, expected a boolean at line 1 column 55'}
+    ('body', 'stream'), 'msg': 'invalid type: string "maybe", expected a boolean at line 1 column 61'}
+    "#);
+}
