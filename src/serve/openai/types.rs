@@ -169,6 +169,8 @@ pub(in crate::serve) struct ChatMessage {
     /// The call that a tool message answers.
     pub(in crate::serve) tool_call_id: Option<String>,
     /// Reasoning of an earlier turn, for the template.
+    pub(in crate::serve) reasoning: Option<String>,
+    /// The same under its older name.
     pub(in crate::serve) reasoning_content: Option<String>,
 }
 

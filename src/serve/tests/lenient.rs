@@ -59,3 +59,52 @@ async fn what_is_no_number_is_still_refused() {
     ('body', 'stream'), 'msg': 'invalid type: string "maybe", expected a boolean at line 1 column 61'}
     "#);
 }
+
+#[tokio::test]
+async fn parts_that_carry_text_are_text() {
+    let server = TestServer::answering("Yo");
+    let parts = json!([
+        {"type": "text", "text": "a"}, {"type": "input_text", "text": "b"},
+        {"type": "output_text", "text": "c"}, {"type": "refusal", "refusal": "d"},
+        {"type": "thinking", "thinking": "e"}, {"type": "text", "text": null},
+        {"type": "text", "text": ""}, "f", {"text": "g"},
+    ]);
+    let messages = json!([{"role": "user", "content": parts}]);
+    let reply = server.chat(json!({"messages": messages})).await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+    let prompt = server.last_request().prompt_token_ids;
+    let text = server
+        .state
+        .tokenizer
+        .decode(&prompt, SkipSpecialTokens::No);
+    let asked = "<|im_start|>user\na\nb\nc\nd\ne\nf\ng<|im_end|>\n";
+    assert!(text.starts_with(asked), "{text}");
+
+    let messages = json!([{"role": "user", "content": [{"type": "text", "content": "a"}]}]);
+    let reply = server.chat(json!({"messages": messages})).await;
+    insta::assert_snapshot!(reply.error(), @r"
+    400 Bad Request body.messages.0.content.0.text: 1 validation error:
+      {'type': 'missing', 'loc': ('body', 'messages', 0, 'content', 0, 'text'), 'msg': 'Field required'}
+    ");
+}
+
+#[tokio::test]
+async fn reasoning_of_an_earlier_turn_reaches_the_template_under_both_names() {
+    let template = "{% for message in messages %}[{{ message.reasoning }}|\
+                    {{ message.reasoning_content }}]{% endfor %}";
+    let server = TestServer::with_model("", Some(template), json!({}), |request| {
+        answer(request, "Yo")
+    });
+    for name in ["reasoning", "reasoning_content"] {
+        let mut message = json!({"role": "assistant", "content": "a"});
+        message[name] = json!("why");
+        let reply = server.chat(json!({"messages": [message]})).await;
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        let prompt = server.last_request().prompt_token_ids;
+        let text = server
+            .state
+            .tokenizer
+            .decode(&prompt, SkipSpecialTokens::No);
+        assert_eq!(text, "[why|why]", "{name}");
+    }
+}
