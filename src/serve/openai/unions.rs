@@ -308,7 +308,7 @@ impl<'de> Deserialize<'de> for PromptElement {
 pub(super) struct RefusedFields(pub(super) Vec<String>);
 
 /// Fields that are refused whatever they hold, unless it is null.
-const REFUSED: [&str; 38] = [
+const REFUSED: [&str; 36] = [
     "tools",
     "functions",
     "audio",
@@ -338,8 +338,6 @@ const REFUSED: [&str; 38] = [
     "bad_words",
     "allowed_token_ids",
     "logprob_token_ids",
-    "length_penalty",
-    "early_stopping",
     "cache_salt",
     "kv_transfer_params",
     "vllm_xargs",
@@ -349,14 +347,28 @@ const REFUSED: [&str; 38] = [
     "suffix",
 ];
 
+/// Refused fields that ask for nothing when they are `[]` or `{}`, as some clients send them.
+const HARMLESS_IF_EMPTY: [&str; 7] = [
+    "bad_words",
+    "documents",
+    "images",
+    "logits_processors",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "vllm_xargs",
+];
+
 /// Fields of which some values mean what this server does anyway.
+///
+/// `length_penalty` and `early_stopping` only count for beam search, which is refused itself.
 fn is_harmless(field: &str, value: &Peek) -> Option<bool> {
     let text = |accepted: &str| matches!(value, Peek::Text(text) if text == accepted);
     Some(match field {
         "tool_choice" | "function_call" => text("none"),
         "response_format" => matches!(value, Peek::Object { kind } if kind == "text"),
-        "modalities" => matches!(value, Peek::TextList),
+        "modalities" => matches!(value, Peek::TextList | Peek::Empty),
         "use_beam_search" => matches!(value, Peek::False),
+        _ if HARMLESS_IF_EMPTY.contains(&field) => matches!(value, Peek::Empty),
         _ if REFUSED.contains(&field) => false,
         _ => return None,
     })
@@ -395,6 +407,8 @@ enum Peek {
     Null,
     False,
     Text(String),
+    /// A list or an object without entries.
+    Empty,
     /// A list of nothing but `"text"`.
     TextList,
     Object {
@@ -430,25 +444,30 @@ impl<'de> Deserialize<'de> for Peek {
                 Ok(Peek::Text(text.to_owned()))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Peek, A::Error> {
-                let mut only_text = true;
+                let (mut is_empty, mut only_text) = (true, true);
                 while let Some(entry) = list.next_element::<Peek>()? {
+                    is_empty = false;
                     only_text &= matches!(entry, Peek::Text(text) if text == "text");
                 }
-                Ok(if only_text {
-                    Peek::TextList
-                } else {
-                    Peek::Other
+                Ok(match (is_empty, only_text) {
+                    (true, _) => Peek::Empty,
+                    (false, true) => Peek::TextList,
+                    (false, false) => Peek::Other,
                 })
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Peek, A::Error> {
-                let mut kind = String::new();
+                let (mut is_empty, mut kind) = (true, String::new());
                 while let Some(key) = map.next_key::<String>()? {
+                    is_empty = false;
                     match key.as_str() {
                         "type" => kind = map.next_value()?,
                         _ => drop(map.next_value::<IgnoredAny>()?),
                     }
                 }
-                Ok(Peek::Object { kind })
+                Ok(match is_empty {
+                    true => Peek::Empty,
+                    false => Peek::Object { kind },
+                })
             }
         }
         deserializer.deserialize_any(PeekVisitor)

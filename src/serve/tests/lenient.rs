@@ -108,3 +108,19 @@ async fn reasoning_of_an_earlier_turn_reaches_the_template_under_both_names() {
         assert_eq!(text, "[why|why]", "{name}");
     }
 }
+
+#[tokio::test]
+async fn fields_that_ask_for_nothing_are_accepted() {
+    let server = TestServer::answering("Yo");
+    for fields in [
+        json!({"length_penalty": 1.0, "early_stopping": false}),
+        json!({"bad_words": [], "logits_processors": []}),
+        json!({"documents": [], "vllm_xargs": {}, "mm_processor_kwargs": {}, "media_io_kwargs": {}}),
+        json!({"modalities": []}),
+    ] {
+        let reply = server.chat(fields.clone()).await;
+        assert_eq!(reply.status, 200, "{fields}: {}", reply.text);
+    }
+    let reply = server.chat(json!({"allowed_token_ids": []})).await;
+    assert_eq!(reply.status, 400, "an empty list would allow no token");
+}
