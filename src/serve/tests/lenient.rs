@@ -124,3 +124,24 @@ async fn fields_that_ask_for_nothing_are_accepted() {
     let reply = server.chat(json!({"allowed_token_ids": []})).await;
     assert_eq!(reply.status, 400, "an empty list would allow no token");
 }
+
+#[tokio::test]
+async fn a_byte_order_mark_before_the_json_is_passed_over() {
+    let server = TestServer::answering("Yo");
+    let body = "\u{feff}{\"prompt\": \"ab\"}";
+    let reply = server.post_text("/v1/completions", body).await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+}
+
+#[tokio::test]
+async fn a_compressed_body_is_refused_by_name() {
+    let server = TestServer::answering("Yo");
+    let mut request = post_request("/v1/completions", &b"\x1f\x8b\x08\x00"[..]);
+    let headers = request.headers_mut();
+    headers.insert("content-encoding", "gzip".parse().unwrap());
+    insta::assert_snapshot!(server.call(request).await.error(), @"415 BadRequestError -: Content-Encoding `gzip` is not supported by this server; send the body as it is.");
+    let mut request = post_request("/v1/completions", r#"{"prompt": "ab"}"#);
+    let headers = request.headers_mut();
+    headers.insert("content-encoding", "identity".parse().unwrap());
+    assert_eq!(server.call(request).await.status, 200);
+}
