@@ -44,6 +44,7 @@ pub use stats::{Stats, StepTokens};
 pub(crate) use handle::mock_engine;
 
 use self::core::EngineCore;
+use args::ALLOW_LONG_VARIABLE;
 use block_manager::PrefixCaching;
 use config::{Bytes, KvPlan, cpu_kv_budget, plan_kv_cache};
 use handle::{Command, Death, Shared};
@@ -133,6 +134,18 @@ pub enum EngineError {
         available_bytes: u64,
         /// The longest that fits.
         fitting_len: usize,
+    },
+    /// Sequences would be longer than those that the model was made for.
+    #[error(
+        "--max-model-len {asked} is more than the {of_model} tokens that the model was made for (config.json: \
+         max_position_embeddings, rope_scaling), beyond which its answers make no sense; give at most that, or \
+         set {ALLOW_LONG_VARIABLE}=1 to have it anyway"
+    )]
+    BeyondModelLen {
+        /// The wanted length.
+        asked: usize,
+        /// The longest that the model knows.
+        of_model: usize,
     },
     /// The model's description is wrong or asks for too much.
     #[error(transparent)]

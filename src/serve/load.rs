@@ -219,6 +219,14 @@ mod tests {
     }
 
     #[test]
+    fn a_length_beyond_the_models_is_refused() {
+        let flags = ["--device", "cpu", "--max-model-len", "1025"];
+        let error = message(start_dummy(Path::new(FIXTURE), &flags));
+        assert!(error.contains("--max-model-len 1025"), "{error}");
+        assert!(error.contains("1024 tokens"), "{error}");
+    }
+
+    #[test]
     fn what_dummy_weights_lack_is_named() {
         let no_tokenizer = without_weights(&["config.json"]);
         let error = message(start_dummy(no_tokenizer.path(), &[]));
