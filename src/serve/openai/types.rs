@@ -85,9 +85,11 @@ pub(in crate::serve) struct SamplingFields {
     /// Report this many most likely tokens for each prompt token.
     #[serde(default, deserialize_with = "lax::integer")]
     pub(in crate::serve) prompt_logprobs: Option<i64>,
-    /// Keep only this many last prompt tokens; -1 for as many as fit.
+    /// Keep only this many prompt tokens; -1 for as many as fit.
     #[serde(default, deserialize_with = "lax::integer")]
     pub(in crate::serve) truncate_prompt_tokens: Option<i64>,
+    /// Which end `truncate_prompt_tokens` keeps: the last tokens (`left`, the default) or the first.
+    pub(in crate::serve) truncation_side: Option<TruncationSide>,
     /// Repeat the prompt (completions) or the last message (chats) before the answer.
     #[serde(default, deserialize_with = "lax::switch")]
     pub(in crate::serve) echo: Option<bool>,
@@ -110,6 +112,16 @@ pub(in crate::serve) struct SamplingFields {
     pub(in crate::serve) stream: Option<bool>,
     /// What a stream contains besides text.
     pub(in crate::serve) stream_options: Option<StreamOptions>,
+}
+
+/// The side of a prompt from which tokens are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub(in crate::serve) enum TruncationSide {
+    /// The last tokens stay.
+    Left,
+    /// The first tokens stay.
+    Right,
 }
 
 /// What a stream contains besides text.

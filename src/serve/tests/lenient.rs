@@ -145,3 +145,20 @@ async fn a_compressed_body_is_refused_by_name() {
     headers.insert("content-encoding", "identity".parse().unwrap());
     assert_eq!(server.call(request).await.status, 200);
 }
+
+#[tokio::test]
+async fn a_prompt_is_cut_at_the_side_that_is_asked_for() {
+    let server = TestServer::answering("Yo");
+    for (side, kept) in [
+        (json!(null), [98, 99]),
+        (json!("left"), [98, 99]),
+        (json!("right"), [97, 98]),
+    ] {
+        let fields = json!({"prompt": "abc", "truncate_prompt_tokens": 2, "truncation_side": side});
+        let reply = server.complete(fields).await;
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        assert_eq!(server.last_request().prompt_token_ids, kept, "{side}");
+    }
+    let reply = server.complete(json!({"truncation_side": "middle"})).await;
+    assert_eq!(reply.status, 400, "{}", reply.text);
+}
