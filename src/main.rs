@@ -101,8 +101,8 @@ fn start_log(command: &Command) {
 
 /// Talks to the named server, or serves the named model on a free port and talks to that.
 fn run_chat(args: &chat::ChatArgs) -> anyhow::Result<()> {
-    if args.is_url() {
-        return chat::run(args, &args.target);
+    if let Some(url) = args.server_url() {
+        return chat::run(args, &url);
     }
     let server = serve::start_local(&args.target).context("starting the model")?;
     chat::run(args, server.base_url())

@@ -15,6 +15,9 @@ use super::{
     EngineOptions, FAULT_VARIABLE, Fault, Graphs, KvCacheDtype, MaxModelLen, SchedulingPolicy,
 };
 
+/// Set to 1, it allows a `--max-model-len` beyond the model's; vLLM's name.
+pub(super) const ALLOW_LONG_VARIABLE: &str = "VLLM_ALLOW_LONG_MAX_MODEL_LEN";
+
 /// What the engine is built with.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Engine")]
@@ -161,8 +164,9 @@ impl EngineArgs {
     /// Starts an engine on an open checkpoint.
     ///
     /// # Errors
-    /// See [`Engine::start`].
+    /// [`EngineError::BeyondModelLen`] before anything is loaded; see [`Engine::start`].
     pub fn start(&self, checkpoint: Arc<dyn ModelSource>) -> Result<EngineHandle, EngineError> {
+        self.check_max_model_len(checkpoint.as_ref())?;
         if self.dtype == Dtype::Float16 && self.device.resolve() == DeviceChoice::Cpu {
             tracing::info!(
                 "activations are float32 on a CPU, so --dtype half can not overflow here"
@@ -173,6 +177,23 @@ impl EngineArgs {
             ..self.options()
         };
         Engine::start(checkpoint, &options)
+    }
+
+    /// Refuses sequences longer than the model knows, as vLLM does and with its way out.
+    fn check_max_model_len(&self, checkpoint: &dyn ModelSource) -> Result<(), EngineError> {
+        let Some(MaxModelLen::Tokens(asked)) = self.max_model_len else {
+            return Ok(());
+        };
+        let of_model = ModelConfig::from_json(checkpoint.config())?.longest_sequence();
+        if asked <= of_model {
+            return Ok(());
+        }
+        let error = EngineError::BeyondModelLen { asked, of_model };
+        if std::env::var_os(ALLOW_LONG_VARIABLE).is_some_and(|value| value == "1") {
+            tracing::warn!("{error}");
+            return Ok(());
+        }
+        Err(error)
     }
 
     /// Returns where and how models are looked up on the hub.

@@ -239,6 +239,21 @@ impl EngineOptions {
     }
 }
 
+/// A number of bytes, for people.
+pub(super) struct Bytes(pub(super) u64);
+
+impl std::fmt::Display for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (shift, unit) = match self.0 {
+            0..=0x3ff => return write!(f, "{} bytes", self.0),
+            0x400..=0xf_ffff => (10, "KiB"),
+            0x10_0000..=0x3fff_ffff => (20, "MiB"),
+            _ => (30, "GiB"),
+        };
+        write!(f, "{:.2} {unit}", self.0 as f64 / (1u64 << shift) as f64)
+    }
+}
+
 /// What the KV cache will hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct KvPlan {
@@ -340,7 +355,40 @@ mod tests {
             ..EngineOptions::default()
         };
         let error = plan_kv_cache(&options, &model(), 4, 0).unwrap_err();
-        assert!(error.to_string().contains("--max-model-len 160"), "{error}");
+        assert_eq!(
+            error.to_string(),
+            "a sequence of 1024 tokens needs 512.00 KiB of KV cache, 80.00 KiB are available; \
+             --max-model-len 160 would fit, or raise --kv-cache-memory-bytes"
+        );
+    }
+
+    #[test]
+    fn a_cache_too_small_for_a_block_names_no_length() {
+        let options = EngineOptions {
+            kv_cache_memory_bytes: Some(1000),
+            ..EngineOptions::default()
+        };
+        let error = plan_kv_cache(&options, &model(), 4, 0).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "a sequence of 1024 tokens needs 512.00 KiB of KV cache, 1000 bytes are available; \
+             raise --kv-cache-memory-bytes"
+        );
+    }
+
+    #[test]
+    fn sizes_are_told_in_units_that_fit() {
+        let sizes = [1023, 1024, 1 << 20, 3 << 29, 1 << 40].map(|size| Bytes(size).to_string());
+        assert_eq!(
+            sizes,
+            [
+                "1023 bytes",
+                "1.00 KiB",
+                "1.00 MiB",
+                "1.50 GiB",
+                "1024.00 GiB"
+            ]
+        );
     }
 
     #[test]

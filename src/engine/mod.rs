@@ -44,8 +44,9 @@ pub use stats::{Stats, StepTokens};
 pub(crate) use handle::mock_engine;
 
 use self::core::EngineCore;
+use args::ALLOW_LONG_VARIABLE;
 use block_manager::PrefixCaching;
-use config::{KvPlan, cpu_kv_budget, plan_kv_cache};
+use config::{Bytes, KvPlan, cpu_kv_budget, plan_kv_cache};
 use handle::{Command, Death, Shared};
 use model_runner::{Placement, RunnerConfig};
 use ranks::{RankOptions, Ranks};
@@ -121,8 +122,8 @@ pub enum EngineError {
     },
     /// The KV cache can not hold one sequence of the wanted length.
     #[error(
-        "a sequence of {max_model_len} tokens needs {needed_bytes} bytes of KV cache, {available_bytes} are \
-         available; --max-model-len {fitting_len} would fit, or raise --kv-cache-memory-bytes"
+        "a sequence of {max_model_len} tokens needs {} of KV cache, {} are available; {}",
+        Bytes(*needed_bytes), Bytes(*available_bytes), shorter(*fitting_len)
     )]
     KvCacheTooSmall {
         /// The wanted length.
@@ -133,6 +134,18 @@ pub enum EngineError {
         available_bytes: u64,
         /// The longest that fits.
         fitting_len: usize,
+    },
+    /// Sequences would be longer than those that the model was made for.
+    #[error(
+        "--max-model-len {asked} is more than the {of_model} tokens that the model was made for (config.json: \
+         max_position_embeddings, rope_scaling), beyond which its answers make no sense; give at most that, or \
+         set {ALLOW_LONG_VARIABLE}=1 to have it anyway"
+    )]
+    BeyondModelLen {
+        /// The wanted length.
+        asked: usize,
+        /// The longest that the model knows.
+        of_model: usize,
     },
     /// The model's description is wrong or asks for too much.
     #[error(transparent)]
@@ -170,6 +183,16 @@ impl From<LayerError> for EngineError {
     /// Boxed: it is by far the largest of the causes.
     fn from(error: LayerError) -> Self {
         Self::Layer(Box::new(error))
+    }
+}
+
+/// Says what to do about a KV cache that holds no sequence of the wanted length.
+fn shorter(fitting_len: usize) -> String {
+    match fitting_len {
+        0 => "raise --kv-cache-memory-bytes".to_owned(),
+        fitting_len => {
+            format!("--max-model-len {fitting_len} would fit, or raise --kv-cache-memory-bytes")
+        }
     }
 }
 
@@ -275,7 +298,8 @@ impl EngineThread {
                 return;
             }
         };
-        tracing::info!(seconds = start.elapsed().as_secs_f32(), "weights loaded");
+        let seconds = start.elapsed().as_millis() as f64 / 1e3;
+        tracing::info!(seconds, "weights loaded");
         let shared = Arc::new(Shared {
             info: self.info(&plan),
             stats: SharedStats::default(),
@@ -522,23 +546,22 @@ fn log_plan(
     kv_dtype: DType,
     options: &EngineOptions,
 ) {
-    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let dtype = model_runner::weight_dtype(checkpoint)
         .map_or_else(|| "?".to_owned(), |dtype| format!("{dtype:?}"));
     tracing::info!(
-        "model {}: {} with {} layers, {:.1} M parameters, {dtype} weights of {:.2} GiB",
+        "model {}: {} with {} layers, {:.1} M parameters, {dtype} weights of {}",
         model_runner::display_name(checkpoint.path()),
         model.architecture.name(),
         model.num_layers,
         checkpoint.num_parameters() as f64 / 1e6,
-        gib(checkpoint.size_bytes()),
+        Bytes(checkpoint.size_bytes()),
     );
     tracing::info!(
-        "KV cache: {} blocks of {} tokens, {kv_dtype:?}, {:.2} GiB at most; max model length {} tokens; {} threads, \
+        "KV cache: {} blocks of {} tokens, {kv_dtype:?}, {} at most; max model length {} tokens; {} threads, \
          tensor parallel size {}",
         plan.num_blocks,
         options.block_size,
-        gib(plan.size_bytes),
+        Bytes(plan.size_bytes),
         plan.max_model_len,
         options.num_threads.unwrap_or_else(default_num_threads),
         options.tensor_parallel_size,

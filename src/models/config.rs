@@ -116,6 +116,23 @@ impl ModelConfig {
         }
     }
 
+    /// Returns the most tokens that the rotary embedding was made or scaled for.
+    ///
+    /// Linear scaling and YaRN stretch a length that `config.json` gives unscaled; Llama 3's files
+    /// give the stretched one. As vLLM derives it.
+    pub fn longest_sequence(&self) -> usize {
+        let stretched = match &self.rope.scaling {
+            RopeScaling::Default | RopeScaling::Llama3 { .. } => 0.0,
+            RopeScaling::Linear { factor } => self.max_position_embeddings as f64 * factor,
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                ..
+            } => *original as f64 * factor,
+        };
+        self.max_position_embeddings.max(stretched as usize)
+    }
+
     fn check(&self, keys: &Keys<'_>) -> Result<(), ModelError> {
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {
             let wanted = format!("a divisor of num_attention_heads ({})", self.num_heads);
@@ -326,5 +343,38 @@ impl Keys<'_> {
 
     fn opt_str(&self, key: &str) -> Result<Option<&str>, ModelError> {
         self.typed(key, "a string", Value::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn longest_sequence(scaling: Value) -> usize {
+        let config = json!({
+            "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 1000,
+            "rope_scaling": scaling,
+        });
+        ModelConfig::from_json(&config).unwrap().longest_sequence()
+    }
+
+    #[test]
+    fn rope_scaling_stretches_the_longest_sequence() {
+        assert_eq!(longest_sequence(json!(null)), 1000);
+        let linear = json!({"rope_type": "linear", "factor": 2.5});
+        assert_eq!(longest_sequence(linear), 2500);
+        let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000});
+        assert_eq!(longest_sequence(yarn), 4000);
+        // Some files give the stretched length in both places.
+        let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 250});
+        assert_eq!(longest_sequence(yarn), 1000);
+        let llama3 = json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 500,
+        });
+        assert_eq!(longest_sequence(llama3), 1000);
     }
 }

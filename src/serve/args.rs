@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::engine::{EngineArgs, parse_size};
@@ -31,7 +32,7 @@ pub struct ServeArgs {
     pub merge_adapter: Vec<String>,
 
     /// Accept these model names in requests; responses carry the first [default: MODEL as given]
-    #[arg(long, num_args = 1.., value_name = "NAME")]
+    #[arg(long, num_args = 1.., value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub served_model_name: Vec<String>,
 
     /// Read the tokenizer from this directory [default: the model's]
@@ -89,7 +90,13 @@ pub struct ListenArgs {
     pub uds: Option<PathBuf>,
 
     /// Require one of these bearer keys on /v1 [default: $INFOLD_API_KEY, else $VLLM_API_KEY, else none]
-    #[arg(long, num_args = 1.., value_name = "KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        num_args = 1..,
+        value_name = "KEY",
+        hide_env_values = true,
+        value_parser = NonEmptyStringValueParser::new()
+    )]
     pub api_key: Vec<String>,
 
     /// Allow these origins to call from a browser, as a JSON list
@@ -153,7 +160,7 @@ pub struct ApiArgs {
     #[arg(long, value_name = "JSON", value_parser = parse_json_object)]
     pub override_generation_config: Option<JsonObject>,
 
-    /// Render chats with this template: a name (chatml, qwen2, qwen3, llama3), a file or its text [default: the model's]
+    /// Render chats with this template: a name (chatml, qwen2.5, qwen3, llama3), a file or its text [default: the model's]
     #[arg(long, value_name = "NAME|FILE|TEXT")]
     pub chat_template: Option<String>,
 
@@ -174,7 +181,12 @@ pub struct ApiArgs {
     pub response_role: String,
 
     /// Return at most this many logprobs a token; -1 sets no limit
-    #[arg(long, default_value_t = 20, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 20,
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i64).range(-1..)
+    )]
     pub max_logprobs: i64,
 
     /// Send this many tokens in a streamed chunk
@@ -241,7 +253,7 @@ fn parse_positive(text: &str) -> Result<usize, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use clap::{CommandFactory, Parser};
 
     use crate::engine::{Dtype, MaxModelLen, Quantization, SchedulingPolicy};
 
@@ -360,6 +372,33 @@ mod tests {
             let engine = parse(&[vec!["m"], flags].concat()).unwrap().engine;
             assert_eq!((engine.async_scheduling, engine.no_async_scheduling), want);
         }
+    }
+
+    #[test]
+    fn the_help_names_chat_templates_that_there_are() {
+        let help = Command::command().render_long_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let names = help.split_once("with this template: a name (").unwrap().1;
+        let names: Vec<&str> = names.split_once(')').unwrap().0.split(", ").collect();
+        assert_eq!(names.len(), 4, "{names:?}");
+        for name in names {
+            assert!(crate::text::resolve_chat_template(name).is_ok(), "{name}");
+        }
+    }
+
+    #[test]
+    fn values_that_mean_nothing_are_refused() {
+        // A shell expands a variable that is not set to an empty word.
+        assert!(parse(&["m", "--api-key", ""]).is_err());
+        assert!(parse(&["m", "--served-model-name", ""]).is_err());
+        assert!(parse(&["m", "--max-logprobs", "-2"]).is_err());
+        assert_eq!(
+            parse(&["m", "--max-logprobs", "-1"])
+                .unwrap()
+                .api
+                .max_logprobs,
+            -1
+        );
     }
 
     #[test]

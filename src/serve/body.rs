@@ -29,13 +29,17 @@ const MAX_ERROR_CHARS: usize = 500;
 /// Reads the body of a JSON request.
 ///
 /// # Errors
-/// Another content type, a body above `max_body_size` bytes, or one that stops coming.
+/// Another content type, a compressed body, one above `max_body_size` bytes, or one that stops
+/// coming.
 pub(super) async fn read_json_body(
     request: Request,
     max_body_size: usize,
 ) -> Result<Bytes, ApiError> {
     if !is_json(request.headers()) {
         return Err(ApiError::wrong_content_type());
+    }
+    if let Some(encoding) = content_encoding(request.headers()) {
+        return Err(ApiError::unsupported_encoding(&encoding));
     }
     let declared = declared_length(request.headers());
     let waits_for_consent = request.headers().contains_key(header::EXPECT);
@@ -105,6 +109,8 @@ pub(super) async fn off_workers<T: Send + 'static>(
 /// # Errors
 /// Malformed JSON, or a value of the wrong type with its place and both types.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    // Some editors on Windows save a byte order mark, and `curl -d @file` sends it.
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     // Serde would read a struct from a list too, field by field.
     let is_object = body.trim_ascii_start().first() == Some(&b'{');
     if !is_object {
@@ -218,6 +224,13 @@ fn is_json(headers: &HeaderMap) -> bool {
         .and_then(|value| value.to_str().ok());
     let media_type = value.and_then(|value| value.split(';').next());
     media_type.is_some_and(|media| media.trim().eq_ignore_ascii_case("application/json"))
+}
+
+/// Returns how a body is compressed, if it is.
+fn content_encoding(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::CONTENT_ENCODING)?;
+    let encoding = String::from_utf8_lossy(value.as_bytes()).trim().to_owned();
+    (!encoding.is_empty() && !encoding.eq_ignore_ascii_case("identity")).then_some(encoding)
 }
 
 fn declared_length(headers: &HeaderMap) -> Option<u64> {

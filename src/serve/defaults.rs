@@ -40,7 +40,7 @@ impl SamplingDefaults {
     /// Reads the defaults for a model whose own `generation_config.json` is `of_model`.
     ///
     /// # Errors
-    /// A named directory without a readable file, or an override of the wrong type.
+    /// A named directory without a readable file, or a value of the wrong type or out of range.
     pub(super) fn load(args: &ApiArgs, of_model: Option<&Value>) -> anyhow::Result<Self> {
         let from_file = match args.generation_config.as_str() {
             "vllm" => None,
@@ -51,7 +51,7 @@ impl SamplingDefaults {
         if let Some(Value::Object(values)) = &from_file {
             defaults
                 .apply(values)
-                .context("read generation_config.json")?;
+                .context("read generation_config.json (--generation-config vllm leaves it out)")?;
         }
         if let Some(values) = &args.override_generation_config {
             defaults
@@ -77,7 +77,41 @@ impl SamplingDefaults {
         if let Some(max_tokens) = count(values, "max_new_tokens")? {
             self.max_tokens = Some(max_tokens);
         }
-        Ok(())
+        self.check_ranges()
+    }
+
+    /// Refuses defaults that every request would be refused for.
+    fn check_ranges(&self) -> anyhow::Result<()> {
+        let Self {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            repetition_penalty,
+            max_tokens: _,
+            max_tokens_cap: _,
+        } = *self;
+        let faults = [
+            (
+                !(0.0..=2.0).contains(&temperature),
+                "temperature",
+                "in [0, 2]",
+                temperature,
+            ),
+            (!(top_p > 0.0 && top_p <= 1.0), "top_p", "in (0, 1]", top_p),
+            (top_k < -1, "top_k", "-1, 0 or more", top_k as f64),
+            (!(0.0..=1.0).contains(&min_p), "min_p", "in [0, 1]", min_p),
+            (
+                repetition_penalty <= 0.0,
+                "repetition_penalty",
+                "greater than zero",
+                repetition_penalty,
+            ),
+        ];
+        match faults.into_iter().find(|(is_fault, ..)| *is_fault) {
+            Some((_, key, wanted, found)) => bail!("{key} must be {wanted}, got {found}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -170,8 +204,24 @@ mod tests {
         let error = load(&[], json!({"top_p": "high"})).unwrap_err();
         assert_eq!(
             format!("{error:#}"),
-            "read generation_config.json: top_p must be a number, got \"high\""
+            "read generation_config.json (--generation-config vllm leaves it out): top_p must be a number, got \"high\""
         );
+        for (values, text) in [
+            (
+                json!({"temperature": 3}),
+                "temperature must be in [0, 2], got 3",
+            ),
+            (json!({"top_p": 0}), "top_p must be in (0, 1], got 0"),
+            (json!({"top_k": -2}), "top_k must be -1, 0 or more, got -2"),
+            (json!({"min_p": 1.5}), "min_p must be in [0, 1], got 1.5"),
+            (
+                json!({"repetition_penalty": 0}),
+                "repetition_penalty must be greater than zero, got 0",
+            ),
+        ] {
+            let error = format!("{:#}", load(&[], values).unwrap_err());
+            assert!(error.ends_with(text), "{error}");
+        }
     }
 
     #[test]

@@ -89,6 +89,16 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "Bad Request", message)
     }
 
+    /// A body that is compressed.
+    pub(super) fn unsupported_encoding(encoding: &str) -> Self {
+        let message = format!(
+            "Content-Encoding `{}` is not supported by this server; send the body as it is.",
+            encoding.escape_debug()
+        );
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        Self::new(status, "BadRequestError", message)
+    }
+
     /// A body above the limit.
     pub(super) fn body_too_large(max_body_size: usize) -> Self {
         let message = format!(

@@ -81,6 +81,7 @@ impl BoundSocket {
     /// An address that is in use or not this machine's.
     pub fn bind(args: &ListenArgs) -> anyhow::Result<Self> {
         if let Some(path) = &args.uds {
+            check_directory(path)?;
             remove_stale_socket(path)?;
             return Ok(Self(Bound::Unix(path.clone())));
         }
@@ -138,6 +139,19 @@ impl Listener {
                 Err(_) => "an unknown socket".to_owned(),
             },
         }
+    }
+}
+
+/// Refuses a socket without a directory to lie in, before a model is loaded for it.
+fn check_directory(socket: &Path) -> anyhow::Result<()> {
+    let parent = socket.parent().filter(|path| !path.as_os_str().is_empty());
+    match parent {
+        Some(directory) if !directory.is_dir() => bail!(
+            "--uds {}: there is no directory {}",
+            socket.display(),
+            directory.display()
+        ),
+        _ => Ok(()),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::text::{
 use crate::weights::{self, Checkpoint, DummyCheckpoint, ModelSource, TokenizerSource};
 
 use super::args::ServeArgs;
-use super::defaults;
+use super::defaults::{self, SamplingDefaults};
 
 /// A model that answers, with all that the HTTP side needs to know about it.
 pub struct LoadedModel {
@@ -51,23 +51,28 @@ impl LoadedModel {
         &self,
         asked_for: Option<&str>,
     ) -> anyhow::Result<Option<ChatTemplate>> {
-        let has_token = |token: &str| self.tokenizer.token_id(token).is_some();
-        let model_type = self
-            .config
-            .get("model_type")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
-        let source = match (asked_for, self.tokenizer.chat_templates().select(None)) {
-            (Some(asked_for), _) => Some(resolve_chat_template(asked_for)?),
-            (None, Some(own)) => Some(own.to_owned()),
-            (None, None) => fallback_template_for_architecture(model_type, &has_token)
-                .and_then(fallback_template)
-                .map(str::to_owned),
-        };
-        let compile =
-            |source: String| ChatTemplate::compile(&source, self.tokenizer.named_tokens());
-        Ok(source.map(compile).transpose()?)
+        chat_template(&self.tokenizer, &self.config, asked_for)
     }
+}
+
+fn chat_template(
+    tokenizer: &Tokenizer,
+    config: &Value,
+    asked_for: Option<&str>,
+) -> anyhow::Result<Option<ChatTemplate>> {
+    let has_token = |token: &str| tokenizer.token_id(token).is_some();
+    let model_type = config.get("model_type").and_then(Value::as_str);
+    let source = match (asked_for, tokenizer.chat_templates().select(None)) {
+        (Some(asked_for), _) => Some(resolve_chat_template(asked_for)?),
+        (None, Some(own)) => Some(own.to_owned()),
+        (None, None) => {
+            fallback_template_for_architecture(model_type.unwrap_or_default(), &has_token)
+                .and_then(fallback_template)
+                .map(str::to_owned)
+        }
+    };
+    let compile = |source: String| ChatTemplate::compile(&source, tokenizer.named_tokens());
+    Ok(source.map(compile).transpose()?)
 }
 
 /// Finds and opens the model that `args` names, then starts its engine.
@@ -85,6 +90,9 @@ pub(super) fn start_engine(args: &ServeArgs) -> anyhow::Result<LoadedModel> {
     };
     let root = source.path().display().to_string();
     let config = source.config().clone();
+    // The server makes both again; a mistake in the flags must not cost the minutes of a load.
+    SamplingDefaults::load(&args.api, generation_config.as_ref())?;
+    chat_template(&tokenizer, &config, args.api.chat_template.as_deref())?;
     let engine = args.engine.start(source)?;
     Ok(LoadedModel {
         engine,
@@ -190,6 +198,32 @@ mod tests {
         assert!(loaded.generation_config.is_some());
         assert_eq!(loaded.engine.info().max_model_len, 64);
         loaded.engine.stop();
+    }
+
+    #[test]
+    fn settings_are_checked_before_the_engine_starts() {
+        // An engine with this flag would not start either.
+        let too_small = ["--device", "cpu", "--kv-cache-memory-bytes", "1"];
+        let error = |flags: [&str; 2]| {
+            message(start_dummy(
+                Path::new(FIXTURE),
+                &[&too_small[..], &flags].concat(),
+            ))
+        };
+        let template = error(["--chat-template", "{{ messages"]);
+        assert!(template.contains("chat template, line 1"), "{template}");
+        let hot = error(["--override-generation-config", r#"{"temperature": 9}"#]);
+        assert!(hot.contains("temperature must be in [0, 2]"), "{hot}");
+        let directory = error(["--generation-config", "/nonexistent"]);
+        assert!(directory.contains("/nonexistent"), "{directory}");
+    }
+
+    #[test]
+    fn a_length_beyond_the_models_is_refused() {
+        let flags = ["--device", "cpu", "--max-model-len", "1025"];
+        let error = message(start_dummy(Path::new(FIXTURE), &flags));
+        assert!(error.contains("--max-model-len 1025"), "{error}");
+        assert!(error.contains("1024 tokens"), "{error}");
     }
 
     #[test]

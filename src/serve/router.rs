@@ -48,21 +48,19 @@ pub(super) fn router(state: Arc<AppState>, cors: CorsLayer) -> Router {
 /// # Errors
 /// A value that can not stand in a header.
 pub(super) fn cors(args: &ListenArgs) -> anyhow::Result<CorsLayer> {
-    // Browsers refuse `*` together with credentials; the values are mirrored then.
-    let mirror = args.allow_credentials;
+    // Browsers refuse `*` together with credentials; the origin is mirrored then.
     let origins = match any(&args.allowed_origins) {
-        true if mirror => AllowOrigin::mirror_request(),
+        true if args.allow_credentials => AllowOrigin::mirror_request(),
         true => AllowOrigin::any(),
         false => AllowOrigin::list(parse_all::<HeaderValue>(&args.allowed_origins)?),
     };
+    // Methods and headers are always mirrored: `*` would leave out Authorization.
     let methods = match any(&args.allowed_methods) {
-        true if mirror => AllowMethods::mirror_request(),
-        true => AllowMethods::any(),
+        true => AllowMethods::mirror_request(),
         false => AllowMethods::list(parse_all::<Method>(&args.allowed_methods)?),
     };
     let headers = match any(&args.allowed_headers) {
-        true if mirror => AllowHeaders::mirror_request(),
-        true => AllowHeaders::any(),
+        true => AllowHeaders::mirror_request(),
         false => AllowHeaders::list(parse_all::<HeaderName>(&args.allowed_headers)?),
     };
     Ok(CorsLayer::new()

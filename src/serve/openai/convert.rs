@@ -17,8 +17,8 @@ use super::super::observe::RequestRecord;
 use super::super::state::{AppState, unix_seconds};
 use super::choice::{Choice, ChoiceText, EndingToken};
 use super::logprobs::{LogprobWriter, TokenSpelling};
-use super::types::SamplingFields;
-use super::validate::Checked;
+use super::types::{SamplingFields, TruncationSide};
+use super::validate::{Checked, Truncation};
 
 /// A request ready for the engine.
 pub(super) struct Generation {
@@ -307,11 +307,14 @@ pub(super) fn fit_context(
     let max_model_len = state.engine.info().max_model_len;
     let asked = checked.max_tokens.or(fallback);
     let mut text = text;
-    if let Some(keep) = checked.truncate_prompt_tokens {
+    if let Some(Truncation { keep, side }) = checked.truncation {
         let room = max_model_len.saturating_sub(asked.unwrap_or(1).max(1));
         let keep = keep.unwrap_or(room);
         if token_ids.len() > keep {
-            token_ids.drain(..token_ids.len() - keep);
+            match side {
+                TruncationSide::Left => drop(token_ids.drain(..token_ids.len() - keep)),
+                TruncationSide::Right => token_ids.truncate(keep),
+            }
             text = None;
         }
     }

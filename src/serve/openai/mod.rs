@@ -9,6 +9,7 @@ mod chat;
 mod choice;
 mod completions;
 mod convert;
+mod lax;
 mod logprobs;
 mod responses;
 mod stream;

@@ -93,8 +93,11 @@ fn template_message(
         name,
         tool_calls,
         tool_call_id,
+        reasoning,
         reasoning_content,
     } = message;
+    // Templates read one name or the other, as vLLM's answers did over time.
+    let reasoning = reasoning.as_ref().or(reasoning_content.as_ref());
     if let Some(MessageContent::Parts(parts)) = content {
         check_parts(index, parts)?;
     }
@@ -107,9 +110,10 @@ fn template_message(
     };
     object.insert("content".to_owned(), content);
     let texts = [
-        ("name", name),
-        ("tool_call_id", tool_call_id),
-        ("reasoning_content", reasoning_content),
+        ("name", name.as_ref()),
+        ("tool_call_id", tool_call_id.as_ref()),
+        ("reasoning", reasoning),
+        ("reasoning_content", reasoning),
     ];
     for (key, value) in texts {
         if let Some(value) = value {
@@ -141,18 +145,12 @@ fn with_parsed_arguments(call: &Value) -> Value {
 fn check_parts(index: usize, parts: &[ContentPart]) -> Result<(), ApiError> {
     let param = format!("messages.{index}.content");
     for part in parts {
-        if part.kind != "text" {
+        if !part.is_text() {
             let message = format!(
                 "content parts of type `{}` are not supported by this server, only `text`.",
                 part.kind.escape_debug()
             );
             return Err(ApiError::invalid(&param, message));
-        }
-        if part.text.is_none() {
-            return Err(ApiError::invalid(
-                &param,
-                "a content part of type `text` needs a text.",
-            ));
         }
     }
     Ok(())

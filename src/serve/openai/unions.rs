@@ -60,17 +60,18 @@ impl<'de> Deserialize<'de> for StringOrList {
 pub(in crate::serve) enum MessageContent {
     /// Plain text.
     Text(String),
-    /// Parts; only those of type `text` are served.
+    /// Parts; only those that carry text are served.
     Parts(Vec<ContentPart>),
 }
 
 impl MessageContent {
-    /// Returns the text; parts are joined by line feeds, as vLLM does.
+    /// Returns the text; parts are joined by line feeds and empty ones left out, as vLLM does.
     pub(super) fn text(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
             Self::Parts(parts) => {
-                let texts: Vec<&str> = parts.iter().map(ContentPart::text).collect();
+                let texts = parts.iter().filter_map(|part| part.text.as_deref());
+                let texts: Vec<&str> = texts.filter(|text| !text.is_empty()).collect();
                 texts.join("\n")
             }
         }
@@ -81,7 +82,10 @@ impl MessageContent {
         let part = |text: &str| json!({"type": "text", "text": text});
         match self {
             Self::Text(text) => Value::Array(vec![part(text)]),
-            Self::Parts(parts) => parts.iter().map(|entry| part(entry.text())).collect(),
+            Self::Parts(parts) => {
+                let texts = parts.iter().filter_map(|entry| entry.text.as_deref());
+                texts.map(part).collect()
+            }
         }
     }
 }
@@ -114,13 +118,25 @@ impl<'de> Deserialize<'de> for MessageContent {
 pub(in crate::serve) struct ContentPart {
     #[schemars(rename = "type")]
     pub(super) kind: String,
+    /// What it says, under the key that its type has for it; parts with a null say nothing.
     pub(super) text: Option<String>,
 }
 
 impl ContentPart {
-    /// Returns the text; empty for the parts that validation refuses.
-    fn text(&self) -> &str {
-        self.text.as_deref().unwrap_or_default()
+    /// Returns whether the part carries text: as a question, an answer, a refusal or a thought of
+    /// an earlier turn.
+    pub(super) fn is_text(&self) -> bool {
+        text_key(&self.kind).is_some()
+    }
+}
+
+/// Returns the key under which a part of type `kind` carries its text, as in vLLM.
+fn text_key(kind: &str) -> Option<&'static str> {
+    match kind {
+        "text" | "input_text" | "output_text" => Some("text"),
+        "refusal" => Some("refusal"),
+        "thinking" => Some("thinking"),
+        _ => None,
     }
 }
 
@@ -139,20 +155,32 @@ impl<'de> Deserialize<'de> for ContentPart {
                 })
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ContentPart, A::Error> {
-                let (mut kind, mut text) = (None, None);
+                let (mut kind, mut text) = (None, None::<Option<String>>);
+                let (mut refusal, mut thinking) = (None, None);
                 while let Some(key) = map.next_key::<String>()? {
                     match key.as_str() {
-                        "type" => kind = Some(map.next_value()?),
-                        "text" => text = map.next_value()?,
+                        "type" => kind = Some(map.next_value::<String>()?),
+                        "text" => text = Some(map.next_value()?),
+                        "refusal" => refusal = Some(map.next_value()?),
+                        "thinking" => thinking = Some(map.next_value()?),
                         _ => drop(map.next_value::<IgnoredAny>()?),
                     }
                 }
                 // vLLM takes a part without a type for text, if it has one.
                 let kind = match (kind, &text) {
                     (Some(kind), _) => kind,
-                    (None, Some(_)) => "text".to_owned(),
-                    (None, None) => return Err(de::Error::missing_field("type")),
+                    (None, Some(Some(_))) => "text".to_owned(),
+                    (None, _) => return Err(de::Error::missing_field("type")),
                 };
+                let Some(key) = text_key(&kind) else {
+                    return Ok(ContentPart { kind, text: None });
+                };
+                let text = match key {
+                    "refusal" => refusal,
+                    "thinking" => thinking,
+                    _ => text,
+                };
+                let text = text.ok_or_else(|| de::Error::missing_field(key))?;
                 Ok(ContentPart { kind, text })
             }
         }
@@ -280,7 +308,7 @@ impl<'de> Deserialize<'de> for PromptElement {
 pub(super) struct RefusedFields(pub(super) Vec<String>);
 
 /// Fields that are refused whatever they hold, unless it is null.
-const REFUSED: [&str; 38] = [
+const REFUSED: [&str; 36] = [
     "tools",
     "functions",
     "audio",
@@ -310,8 +338,6 @@ const REFUSED: [&str; 38] = [
     "bad_words",
     "allowed_token_ids",
     "logprob_token_ids",
-    "length_penalty",
-    "early_stopping",
     "cache_salt",
     "kv_transfer_params",
     "vllm_xargs",
@@ -321,14 +347,28 @@ const REFUSED: [&str; 38] = [
     "suffix",
 ];
 
+/// Refused fields that ask for nothing when they are `[]` or `{}`, as some clients send them.
+const HARMLESS_IF_EMPTY: [&str; 7] = [
+    "bad_words",
+    "documents",
+    "images",
+    "logits_processors",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "vllm_xargs",
+];
+
 /// Fields of which some values mean what this server does anyway.
+///
+/// `length_penalty` and `early_stopping` only count for beam search, which is refused itself.
 fn is_harmless(field: &str, value: &Peek) -> Option<bool> {
     let text = |accepted: &str| matches!(value, Peek::Text(text) if text == accepted);
     Some(match field {
         "tool_choice" | "function_call" => text("none"),
         "response_format" => matches!(value, Peek::Object { kind } if kind == "text"),
-        "modalities" => matches!(value, Peek::TextList),
+        "modalities" => matches!(value, Peek::TextList | Peek::Empty),
         "use_beam_search" => matches!(value, Peek::False),
+        _ if HARMLESS_IF_EMPTY.contains(&field) => matches!(value, Peek::Empty),
         _ if REFUSED.contains(&field) => false,
         _ => return None,
     })
@@ -367,6 +407,8 @@ enum Peek {
     Null,
     False,
     Text(String),
+    /// A list or an object without entries.
+    Empty,
     /// A list of nothing but `"text"`.
     TextList,
     Object {
@@ -402,25 +444,30 @@ impl<'de> Deserialize<'de> for Peek {
                 Ok(Peek::Text(text.to_owned()))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Peek, A::Error> {
-                let mut only_text = true;
+                let (mut is_empty, mut only_text) = (true, true);
                 while let Some(entry) = list.next_element::<Peek>()? {
+                    is_empty = false;
                     only_text &= matches!(entry, Peek::Text(text) if text == "text");
                 }
-                Ok(if only_text {
-                    Peek::TextList
-                } else {
-                    Peek::Other
+                Ok(match (is_empty, only_text) {
+                    (true, _) => Peek::Empty,
+                    (false, true) => Peek::TextList,
+                    (false, false) => Peek::Other,
                 })
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Peek, A::Error> {
-                let mut kind = String::new();
+                let (mut is_empty, mut kind) = (true, String::new());
                 while let Some(key) = map.next_key::<String>()? {
+                    is_empty = false;
                     match key.as_str() {
                         "type" => kind = map.next_value()?,
                         _ => drop(map.next_value::<IgnoredAny>()?),
                     }
                 }
-                Ok(Peek::Object { kind })
+                Ok(match is_empty {
+                    true => Peek::Empty,
+                    false => Peek::Object { kind },
+                })
             }
         }
         deserializer.deserialize_any(PeekVisitor)

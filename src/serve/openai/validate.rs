@@ -7,7 +7,7 @@ use crate::engine::SamplingParams;
 
 use super::super::error::ApiError;
 use super::super::state::AppState;
-use super::types::{SamplingFields, StreamOptions};
+use super::types::{SamplingFields, StreamOptions, TruncationSide};
 use super::unions::RefusedFields;
 
 /// Most prompts of one completion request.
@@ -38,8 +38,17 @@ pub(super) struct Checked {
     pub(super) stop: Vec<String>,
     /// What a stream carries; `None` for one JSON answer.
     pub(super) stream: Option<StreamOptions>,
-    /// Last prompt tokens to keep; `Some(None)` keeps what fits.
-    pub(super) truncate_prompt_tokens: Option<Option<usize>>,
+    /// How a long prompt is cut; `None` refuses it.
+    pub(super) truncation: Option<Truncation>,
+}
+
+/// How a prompt is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Truncation {
+    /// Tokens to keep; `None` for as many as fit.
+    pub(super) keep: Option<usize>,
+    /// Where the others are taken away.
+    pub(super) side: TruncationSide,
 }
 
 /// What the endpoint itself knows about tokens and logprobs.
@@ -105,7 +114,7 @@ pub(super) fn check_sampling(
         best_of,
         stop: check_stop(fields)?,
         stream,
-        truncate_prompt_tokens: check_truncation(fields, state)?,
+        truncation: check_truncation(fields, state)?,
     })
 }
 
@@ -377,13 +386,15 @@ fn check_logprobs(
 fn check_truncation(
     fields: &SamplingFields,
     state: &AppState,
-) -> Result<Option<Option<usize>>, ApiError> {
+) -> Result<Option<Truncation>, ApiError> {
     let max_model_len = state.engine.info().max_model_len;
+    let side = fields.truncation_side.unwrap_or(TruncationSide::Left);
+    let truncation = |keep| Ok(Some(Truncation { keep, side }));
     match fields.truncate_prompt_tokens {
         None => Ok(None),
-        Some(-1) => Ok(Some(None)),
+        Some(-1) => truncation(None),
         Some(value) => match usize::try_from(value) {
-            Ok(keep) if keep >= 1 && keep <= max_model_len => Ok(Some(Some(keep))),
+            Ok(keep) if keep >= 1 && keep <= max_model_len => truncation(Some(keep)),
             _ => {
                 let message = format!(
                     "truncate_prompt_tokens must be -1 or in [1, {max_model_len}], got {value}."

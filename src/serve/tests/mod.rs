@@ -7,6 +7,7 @@ mod chat;
 mod completions;
 mod connections;
 mod fuzz;
+mod lenient;
 mod operations;
 
 use std::sync::{Arc, Mutex};
@@ -23,7 +24,7 @@ use tower::ServiceExt;
 use crate::engine::{
     EngineInfo, FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, mock_engine,
 };
-use crate::text::{GgufVocabulary, Tokenizer};
+use crate::text::{GgufVocabulary, SkipSpecialTokens, Tokenizer};
 
 use super::args::ServeArgs;
 use super::load::LoadedModel;

@@ -161,6 +161,39 @@ async fn browsers_of_allowed_origins_may_call() {
 }
 
 #[tokio::test]
+async fn a_browser_may_send_its_key_and_other_headers() {
+    // `*` does not cover Authorization (Fetch standard, "CORS-preflight fetch"), so that browsers
+    // would keep back what the OpenAI SDK for JavaScript sends.
+    let preflight = async |flags: &str| {
+        let server = TestServer::with_flags(flags, |_| Vec::new());
+        let request = Request::options("/v1/chat/completions")
+            .header("origin", "http://a")
+            .header("access-control-request-method", "POST")
+            .header(
+                "access-control-request-headers",
+                "authorization,content-type,x-stainless-lang",
+            )
+            .body(Body::empty())
+            .unwrap();
+        let headers = server.call(request).await.headers;
+        let text = |name: &str| {
+            headers
+                .get(name)
+                .map(|value| value.to_str().unwrap().to_owned())
+        };
+        ["origin", "methods", "headers"].map(|of| text(&format!("access-control-allow-{of}")))
+    };
+    let some = |text: &str| Some(text.to_owned());
+    let asked = some("authorization,content-type,x-stainless-lang");
+    assert_eq!(preflight("").await, [some("*"), some("POST"), asked]);
+    let only = r#"--allowed-headers ["authorization"] --allowed-methods ["GET"]"#;
+    assert_eq!(
+        preflight(only).await,
+        [some("*"), some("GET"), some("authorization")]
+    );
+}
+
+#[tokio::test]
 async fn a_draining_server_takes_no_new_work() {
     let server = TestServer::answering("Yo");
     server.state.lifecycle.start_draining();
