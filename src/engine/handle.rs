@@ -402,7 +402,37 @@ fn answer_commands(
 
 #[cfg(test)]
 mod tests {
+    use super::super::SamplingParams;
     use super::*;
+
+    #[tokio::test]
+    async fn a_failure_of_one_replica_ends_the_streams_of_all() {
+        let info = EngineInfo {
+            max_model_len: 8,
+            vocab_size: 8,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 8,
+            block_size: 16,
+            max_num_waiting: 8,
+            num_replicas: 2,
+        };
+        let engine = mock_engine(info, |_| Vec::new());
+        let request = || GenerateRequest {
+            request_id: "held".to_owned(),
+            prompt_token_ids: vec![1],
+            sampling_params: SamplingParams::default(),
+            priority: 0,
+        };
+        let mut streams = [(); 2].map(|()| engine.submit(request()).unwrap());
+        assert_eq!(streams.each_ref().map(TokenStream::replica), [0, 1]);
+        engine.0.death.set("replica 1: by a test".to_owned());
+        for stream in &mut streams {
+            assert_eq!(stream.next().await, None);
+        }
+        let refused = engine.submit(request()).err().unwrap();
+        let reason = "replica 1: by a test".to_owned();
+        assert_eq!(refused, SubmitError::EngineDead { reason });
+    }
 
     #[test]
     fn the_least_load_wins_and_equal_ones_take_turns() {

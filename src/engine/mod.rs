@@ -191,9 +191,11 @@ impl EngineError {
 pub struct Engine;
 
 impl Engine {
-    /// Checks, plans memory, loads the model on all ranks and starts the engine thread.
+    /// Checks, plans memory, loads the model on all ranks and starts the engine thread, or one for
+    /// each of [`EngineOptions::data_parallel_size`] replicas.
     ///
-    /// Returns when the engine is ready to take requests.
+    /// Returns when all are ready to take requests. On a CPU replicas read the same mapped pages of
+    /// dense weights; of quantised ones each packs a copy, as each GPU has its own.
     ///
     /// # Errors
     /// [`EngineError`]; head counts that the ranks do not divide are found before loading.

@@ -80,12 +80,19 @@ fn check_failure(replicas: usize, kind: &str, cause: &str) {
     });
     assert_eq!(sick.0, 503, "{kind}: {}", sick.1);
     assert!(sick.1.contains(cause), "{kind}: {}", sick.1);
+    let mut num_told = 0;
     for (i, (status, body)) in answers.iter().enumerate() {
+        // Another replica may have answered before this one failed.
+        if replicas > 1 && *status == 200 && body.contains("\"length\"") {
+            continue;
+        }
+        num_told += 1;
         // The error of a stream that had begun is an event.
         let is_expected = *status == 500 || i.is_multiple_of(2) && *status == 200;
         assert!(is_expected, "{kind}: request {i}: {status} {body}");
         assert!(body.contains(cause), "{kind}: request {i}: {body}");
     }
+    assert!(num_told >= 4 / replicas, "{kind}: {num_told} were told");
     let (status, log) = server.wait(MOST_TIME_TO_END.saturating_sub(since.elapsed()));
     assert_eq!(status.code(), Some(1), "{kind}: {log}");
     let last = log.lines().last().unwrap_or_default();
@@ -120,7 +127,7 @@ fn a_rank_that_stops_answering_ends_the_process() {
 }
 
 #[test]
-fn a_rank_of_one_replica_ends_the_process_and_the_requests_of_all() {
+fn a_rank_of_one_replica_ends_the_process() {
     check_failure(
         2,
         "panic",
