@@ -29,7 +29,8 @@
 //! - A rank is one thread that owns its kernels, its slice of the model and its KV cache; nothing
 //!   else touches its tensors. Only host data crosses threads.
 //! - The engine thread owns all engine state. The rest holds an [`engine::EngineHandle`]: a
-//!   sender and counters. Dropping a stream of events aborts its sequence.
+//!   sender and counters. Dropping a stream of events aborts its sequence. With
+//!   `--data-parallel-size` several such threads stand behind one handle.
 //! - `axum` and status codes live in [`serve`] alone, files and mappings in [`weights`] alone,
 //!   strings in [`text`] and the verbs alone.
 //! - Activations are candle tensors: f32 on the CPU, where weights stay as stored and are read by
@@ -41,7 +42,8 @@
 //!    supported and names the field.
 //! 2. `convert.rs` renders the messages ([`text::ChatTemplate`]), encodes them
 //!    ([`text::Tokenizer`]) and fills an [`engine::GenerateRequest`].
-//! 3. [`engine::EngineHandle::submit`] queues it; a full queue answers 429.
+//! 3. [`engine::EngineHandle::submit_choices`] queues it at the replica with the least load; a full
+//!    queue answers 429.
 //! 4. The engine thread (`engine/core.rs`) schedules one mixed batch a step: decodes first, then
 //!    chunks of prompts. `batch.rs` lays it out as integers, `model_runner.rs` runs it on every
 //!    rank through [`models::Decoder`], [`layers`] and [`kernels::Kernels`]; `sampler.rs` draws.
@@ -69,8 +71,8 @@
 //!    learns that it has left, so the first record is the cause. A rank that does not come to a
 //!    collective is named by those who wait: on the CPU by [`distributed::Comm`], on GPUs by the
 //!    kernels after 4 s; a step that does not end, by the watchdog.
-//! 2. The watchdog sets [`engine::EngineHandle::death`], which ends the streams of all requests, and
-//!    lets kernels that wait for the rank end ([`kernels::Interrupt`]).
+//! 2. The watchdog sets [`engine::EngineHandle::death`], which all replicas share and which ends the
+//!    streams of all requests, and lets kernels that wait for the rank end ([`kernels::Interrupt`]).
 //! 3. `serve/listen.rs` answers 503 on `/health` for a second, then the process ends with 1; memory of
 //!    GPUs goes with it. `INFOLD_FAULT` ([`engine::Fault`]) makes a rank fail, for tests.
 //!

@@ -67,6 +67,15 @@ pub struct EngineArgs {
     )]
     pub tensor_parallel_size: usize,
 
+    /// Run this many replicas of the model, each on as many ranks, and share the requests among them
+    #[arg(
+        long,
+        value_name = "REPLICAS",
+        default_value_t = 1,
+        value_parser = parse_positive
+    )]
+    pub data_parallel_size: usize,
+
     /// Let GPUs meet through NCCL instead of own kernels, as where they cannot reach each other's memory
     #[arg(long)]
     pub disable_custom_all_reduce: bool,
@@ -79,7 +88,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "THREADS", value_parser = parse_positive)]
     pub threads: Option<usize>,
 
-    /// Reserve this much memory for the KV cache, e.g. 4GiB [default: from the free memory]
+    /// Reserve this much memory for the KV cache of a replica, e.g. 4GiB [default: from the free memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub kv_cache_memory_bytes: Option<usize>,
 
@@ -228,6 +237,7 @@ impl EngineArgs {
                 (false, false) => AsyncScheduling::OnGpus,
             },
             tensor_parallel_size: self.tensor_parallel_size,
+            data_parallel_size: self.data_parallel_size,
             collectives: match self.disable_custom_all_reduce {
                 true => CollectiveChoice::Nccl,
                 false => CollectiveChoice::Fastest,
@@ -271,9 +281,10 @@ fn fault_on_demand() -> Result<Option<Fault>, EngineError> {
     let fault = text.to_string_lossy().parse();
     let fault: Fault = fault.map_err(|message| EngineError::InvalidFault { message })?;
     tracing::warn!(
+        replica = fault.replica,
         rank = fault.rank,
         step = fault.step,
-        "{FAULT_VARIABLE} is set: this rank will fail"
+        "{FAULT_VARIABLE} is set: this rank of this replica will fail"
     );
     Ok(Some(fault))
 }

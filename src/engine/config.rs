@@ -122,13 +122,16 @@ pub struct EngineOptions {
     pub async_scheduling: AsyncScheduling,
     /// Ranks that share each layer.
     pub tensor_parallel_size: usize,
+    /// Replicas of the whole, each with its own ranks, scheduler and KV cache, that share the
+    /// requests. On GPUs replica `r` has those from `r * tensor_parallel_size` after the first on.
+    pub data_parallel_size: usize,
     /// How ranks on GPUs meet.
     pub collectives: CollectiveChoice,
     /// How long ranks wait for each other, and for a step on a GPU, before the engine ends.
     pub distributed_timeout: Duration,
     /// A failure on demand, for tests.
     pub fault: Option<Fault>,
-    /// CPU threads in all; the cores this process may use when absent.
+    /// CPU threads of all replicas; the cores this process may use when absent.
     pub num_threads: Option<usize>,
     /// Longest sequence.
     pub max_model_len: MaxModelLen,
@@ -138,7 +141,7 @@ pub struct EngineOptions {
     pub max_num_batched_tokens: usize,
     /// Tokens a KV block holds, a multiple of 16.
     pub block_size: usize,
-    /// Bytes of all ranks' KV caches together; planned from free memory when absent.
+    /// Bytes of the KV caches of a replica's ranks together; planned from free memory when absent.
     pub kv_cache_memory_bytes: Option<u64>,
     /// Type of keys and values.
     pub kv_cache_dtype: KvCacheDtype,
@@ -164,6 +167,7 @@ impl Default for EngineOptions {
             graphs: Graphs::Decode,
             async_scheduling: AsyncScheduling::OnGpus,
             tensor_parallel_size: 1,
+            data_parallel_size: 1,
             collectives: CollectiveChoice::Fastest,
             distributed_timeout: Duration::from_secs(60),
             fault: None,
@@ -225,17 +229,27 @@ impl EngineOptions {
                 found: self.gpu_memory_utilization,
             });
         }
-        if let Some(fault) = self.fault
-            && fault.rank >= self.tensor_parallel_size
-        {
-            let ranks = self.tensor_parallel_size;
-            let message = format!("names rank {} of {ranks} ranks", fault.rank);
+        let most = (MAX_RANKS / self.tensor_parallel_size.max(1)).max(1);
+        if self.data_parallel_size == 0 || self.data_parallel_size > most {
+            let wanted = format!("1 to {most}");
+            return invalid("data-parallel-size", wanted, self.data_parallel_size);
+        }
+        if let Some(message) = self.fault.and_then(|fault| self.lacks(fault)) {
             return Err(EngineError::InvalidFault { message });
         }
         if self.num_threads == Some(0) {
             return invalid("threads", "at least 1".to_owned(), 0);
         }
         Ok(())
+    }
+
+    /// Says what a fault names that is not there.
+    fn lacks(&self, Fault { replica, rank, .. }: Fault) -> Option<String> {
+        let (replicas, ranks) = (self.data_parallel_size, self.tensor_parallel_size);
+        if replica >= replicas {
+            return Some(format!("names replica {replica} of {replicas} replicas"));
+        }
+        (rank >= ranks).then(|| format!("names rank {rank} of {ranks} ranks"))
     }
 }
 
@@ -265,12 +279,17 @@ pub(super) struct KvPlan {
 
 /// Most bytes taken for the KV cache on a CPU when nobody says how many: what vLLM takes there.
 const DEFAULT_KV_CACHE_BYTES: u64 = 4 << 30;
+/// Most ranks of all replicas together.
+const MAX_RANKS: usize = 1024;
 
-/// Returns the bytes that the KV cache takes on the CPU beside weights of `weight_bytes`.
-pub(super) fn cpu_kv_budget(weight_bytes: u64) -> u64 {
-    // Mapped weights count as available memory until they are read, so take them off.
-    let available = available_memory().saturating_sub(weight_bytes);
-    DEFAULT_KV_CACHE_BYTES.min(available / 2)
+/// Returns the bytes that the KV cache of each of `num_replicas` takes on the CPU beside weights
+/// of `weight_bytes`.
+pub(super) fn cpu_kv_budget(weight_bytes: u64, num_replicas: usize) -> u64 {
+    let num_replicas = num_replicas as u64;
+    // Mapped weights count as available memory until they are read, so take them off. Replicas
+    // share those, but each packs quantised ones for itself.
+    let available = available_memory().saturating_sub(weight_bytes * num_replicas);
+    DEFAULT_KV_CACHE_BYTES.min(available / 2 / num_replicas)
 }
 
 /// Plans the KV cache: `bytes_per_value` is 4 or 2, `default_budget` the bytes that it takes when

@@ -173,16 +173,18 @@ impl EngineCore {
     fn admit(&mut self, submission: Submission) {
         let Submission {
             request,
+            number,
             events,
             submitted_at,
         } = submission;
         let id = self.next_id;
         self.next_id += 1;
         let params = &request.sampling_params;
-        // Unseeded requests still differ from each other, and repeat when the server restarts.
+        // Unseeded requests still differ from each other, at other replicas too, and repeat when
+        // the server restarts.
         let seed = params
             .seed
-            .unwrap_or_else(|| splitmix64(self.seed.wrapping_add(id)));
+            .unwrap_or_else(|| splitmix64(self.seed.wrapping_add(number)));
         let vocab_size = self.shared.info.vocab_size;
         let sampler = SequenceSampler::new(params, seed, &request.prompt_token_ids, vocab_size);
         let active = ActiveSequence {
@@ -361,6 +363,9 @@ impl EngineCore {
 
     fn note_starts(&mut self, batch: &ScheduledBatch) {
         let now = Instant::now();
+        // Before they cease to wait: a replica that computes a long prompt must not look idle.
+        let running = &self.shared.stats.num_requests_running;
+        running.store(self.scheduler.num_running(), Ordering::Relaxed);
         for scheduled in &batch.sequences {
             let Some(active) = self.active.get_mut(&scheduled.id) else {
                 continue;
@@ -396,15 +401,14 @@ impl EngineCore {
             });
         }
         if let Some(token_id) = update.token_id {
+            // Who reads the last token finds it counted.
+            let generated = &self.shared.stats.generation_tokens;
+            generated.fetch_add(1, Ordering::Relaxed);
             let _ = active.events.send(TokenEvent::Token {
                 token_id,
                 logprobs,
                 finish: update.finish,
             });
-            self.shared
-                .stats
-                .generation_tokens
-                .fetch_add(1, Ordering::Relaxed);
         }
         if update.finish.is_some() {
             self.end(update.id);

@@ -4,12 +4,15 @@
 
 use std::str::FromStr;
 
-/// Which rank fails, when and how: `rank=1,step=20,kind=panic`.
+/// Which rank fails, when and how: `rank=1,step=20,kind=panic`, with several data-parallel
+/// replicas also `replica=1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
-    /// The rank.
+    /// The replica, 0 where none is named.
+    pub replica: usize,
+    /// The rank of that replica: each has ranks from 0 on.
     pub rank: usize,
-    /// The engine's step, counted from 1, that it does not run.
+    /// The replica's step, counted from 1, that the rank does not run.
     pub step: u64,
     /// What happens.
     pub kind: FaultKind,
@@ -32,14 +35,18 @@ pub const FAULT_VARIABLE: &str = "INFOLD_FAULT";
 impl FromStr for Fault {
     type Err = String;
 
-    /// Reads the three settings in any order; all must be there.
+    /// Reads the settings in any order; all but the replica must be there.
     fn from_str(text: &str) -> Result<Self, String> {
         let refused = || {
-            format!("must be like rank=1,step=20,kind=panic (or error, or stall), found \"{text}\"")
+            format!(
+                "must be like rank=1,step=20,kind=panic (or error, or stall; with replica=1 for \
+                 another replica than 0), found \"{text}\""
+            )
         };
-        let (mut rank, mut step, mut kind) = (None, None, None);
+        let (mut replica, mut rank, mut step, mut kind) = (Some(0), None, None, None);
         for setting in text.split(',') {
             match setting.trim().split_once('=').ok_or_else(refused)? {
+                ("replica", value) => replica = value.parse().ok(),
                 ("rank", value) => rank = value.parse().ok(),
                 ("step", value) => step = value.parse().ok(),
                 ("kind", "panic") => kind = Some(FaultKind::Panic),
@@ -48,15 +55,20 @@ impl FromStr for Fault {
                 _ => return Err(refused()),
             }
         }
-        match (rank, step, kind) {
-            (Some(rank), Some(step), Some(kind)) => Ok(Self { rank, step, kind }),
+        match (replica, rank, step, kind) {
+            (Some(replica), Some(rank), Some(step), Some(kind)) => Ok(Self {
+                replica,
+                rank,
+                step,
+                kind,
+            }),
             _ => Err(refused()),
         }
     }
 }
 
 impl Fault {
-    /// Fails as asked if `step` of `rank` is the one.
+    /// Fails as asked if `step` of `rank`, in the replica that was named, is the one.
     ///
     /// # Errors
     /// The one that was asked for.
@@ -84,17 +96,24 @@ mod tests {
     #[test]
     fn a_fault_is_read_whole_or_refused() {
         let fault = Fault {
+            replica: 0,
             rank: 1,
             step: 20,
             kind: FaultKind::Stall,
         };
         assert_eq!("rank=1,step=20,kind=stall".parse(), Ok(fault));
         assert_eq!("kind=stall, step=20, rank=1".parse(), Ok(fault));
+        let elsewhere = Fault {
+            replica: 2,
+            ..fault
+        };
+        assert_eq!("replica=2,rank=1,step=20,kind=stall".parse(), Ok(elsewhere));
         for wrong in [
             "",
             "rank=1,step=20",
             "rank=1,step=20,kind=x",
             "rank=-1,step=2,kind=panic",
+            "rank=1,step=2,kind=panic,replica=x",
             "1",
         ] {
             let error = wrong.parse::<Fault>().unwrap_err();

@@ -1,7 +1,9 @@
 //! Token ids in, token events out: the continuous-batching engine.
 //!
 //! One thread owns all state (scheduler, KV blocks, model ranks); the rest of the program holds
-//! an [`EngineHandle`], which is a sender plus shared counters. Knows no HTTP and no text.
+//! an [`EngineHandle`], which is a sender plus shared counters. With data-parallel replicas there
+//! are several such threads behind the one handle, which know nothing of each other. Knows no HTTP
+//! and no text.
 
 mod args;
 mod batch;
@@ -17,11 +19,10 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod stats;
+mod thread;
 mod watchdog;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::sync::Arc;
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
@@ -43,16 +44,11 @@ pub use stats::{Stats, StepTokens};
 #[cfg(test)]
 pub(crate) use handle::mock_engine;
 
-use self::core::EngineCore;
 use args::ALLOW_LONG_VARIABLE;
-use block_manager::PrefixCaching;
-use config::{Bytes, KvPlan, cpu_kv_budget, plan_kv_cache};
-use handle::{Command, Death, Shared};
-use model_runner::{Placement, RunnerConfig};
-use ranks::{RankOptions, Ranks};
-use scheduler::{Scheduler, SchedulerConfig};
-use stats::SharedStats;
-use watchdog::{Watch, Watchdog, panic_message};
+use config::{Bytes, cpu_kv_budget};
+use handle::{Death, Replica, Running};
+use model_runner::Placement;
+use thread::EngineThread;
 
 /// Why an engine does not start.
 #[derive(Debug, thiserror::Error)]
@@ -109,12 +105,14 @@ pub enum EngineError {
     },
     /// There are fewer GPUs than ranks.
     #[error(
-        "--tensor-parallel-size {wanted} from GPU {first} on needs GPUs up to {}, CUDA sees {found} \
-         (CUDA_VISIBLE_DEVICES chooses which)", first + wanted - 1
+        "--tensor-parallel-size {ranks} with --data-parallel-size {replicas} from GPU {first} on needs GPUs up \
+         to {}, CUDA sees {found} (CUDA_VISIBLE_DEVICES chooses which)", first + ranks * replicas - 1
     )]
     TooFewGpus {
-        /// Ranks.
-        wanted: usize,
+        /// Ranks of a replica.
+        ranks: usize,
+        /// Replicas.
+        replicas: usize,
         /// The first rank's GPU.
         first: usize,
         /// How many there are.
@@ -216,9 +214,11 @@ impl EngineError {
 pub struct Engine;
 
 impl Engine {
-    /// Checks, plans memory, loads the model on all ranks and starts the engine thread.
+    /// Checks, plans memory, loads the model on all ranks and starts the engine thread, or one for
+    /// each of [`EngineOptions::data_parallel_size`] replicas.
     ///
-    /// Returns when the engine is ready to take requests.
+    /// Returns when all are ready to take requests. On a CPU replicas read the same mapped pages of
+    /// dense weights; of quantised ones each packs a copy, as each GPU has its own.
     ///
     /// # Errors
     /// [`EngineError`]; head counts that the ranks do not divide are found before loading.
@@ -229,257 +229,62 @@ impl Engine {
         options.check()?;
         let model = ModelConfig::from_json(checkpoint.config())?;
         model.check_tensor_parallel(options.tensor_parallel_size)?;
-        let placement = placement(&*checkpoint, options)?;
-        let kv_dtype = match placement {
-            Placement::Cpu { .. } => kv_dtype(&*checkpoint, options.kv_cache_dtype),
-            Placement::Gpu { dtype, .. } => dtype,
-        };
-
-        let (ready, started) = mpsc::channel();
-        let (commands, receiver) = mpsc::channel();
-        let thread = EngineThread {
-            model,
-            placement,
-            kv_dtype,
-            options: options.clone(),
-        };
-        std::thread::Builder::new()
-            .name("engine".to_owned())
-            .spawn(move || thread.run(checkpoint, receiver, &ready))
-            .map_err(|source| EngineError::Thread { source })?;
-        let shared = started
-            .recv()
-            .unwrap_or_else(|_| Err(EngineError::died("its thread panicked")))?;
-        Ok(EngineHandle::new(commands, shared))
-    }
-}
-
-/// What the engine thread is made of before it runs.
-struct EngineThread {
-    model: ModelConfig,
-    placement: Placement,
-    kv_dtype: DType,
-    options: EngineOptions,
-}
-
-/// An engine thread's loaded parts.
-struct LoadedEngine {
-    ranks: Ranks,
-    plan: KvPlan,
-    watch: Arc<Watch>,
-    death: Arc<Death>,
-    /// Ends with this.
-    _watchdog: Watchdog,
-}
-
-type Ready = mpsc::Sender<Result<Arc<Shared>, EngineError>>;
-
-impl EngineThread {
-    fn run(
-        self,
-        checkpoint: Arc<dyn ModelSource>,
-        commands: mpsc::Receiver<Command>,
-        ready: &Ready,
-    ) {
-        let start = Instant::now();
-        let loading = self.load(&checkpoint, ready);
-        // What the model reads it holds itself; on a GPU that is nothing.
-        drop(checkpoint);
-        let LoadedEngine {
-            ranks,
-            plan,
-            watch,
-            death,
-            _watchdog,
-        } = match loading {
-            Ok(loaded) => loaded,
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return;
-            }
-        };
-        let seconds = start.elapsed().as_millis() as f64 / 1e3;
-        tracing::info!(seconds, "weights loaded");
-        let shared = Arc::new(Shared {
-            info: self.info(&plan),
-            stats: SharedStats::default(),
-            death: Arc::clone(&death),
-        });
-        let scheduler = Scheduler::new(self.scheduler_config(&plan));
-        let mut core = EngineCore::new(
-            scheduler,
-            ranks,
-            commands,
-            Arc::clone(&shared),
-            &self.options,
-        );
-        if ready.send(Ok(shared)).is_err() {
-            return;
-        }
-        // The core is not used after a panic: it is dropped and the process is told to end.
-        let failure = match catch_unwind(AssertUnwindSafe(|| core.run())) {
-            Ok(Ok(())) => {
-                // Who waits for the end waits for the memory of the GPUs too.
-                drop(core);
-                return death.set("it was stopped".to_owned());
-            }
-            Ok(Err(error)) => error.to_string(),
-            Err(panic) => format!("the engine thread panicked: {}", panic_message(&*panic)),
-        };
-        let failure = watch.failure().unwrap_or(failure);
-        death.set(failure.clone());
-        core.fail_requests(&failure);
-        // Kernels of other ranks may still write to this one's memory, which goes with the process.
-        std::mem::forget(core);
-    }
-
-    /// Loads the ranks and gives each its KV cache. On the CPU its size is known before, so that
-    /// one too small is found before anything is read.
-    fn load(
-        &self,
-        checkpoint: &Arc<dyn ModelSource>,
-        ready: &Ready,
-    ) -> Result<LoadedEngine, EngineError> {
-        let plan = |budget| {
-            plan_kv_cache(
-                &self.options,
-                &self.model,
-                self.kv_dtype.size_in_bytes(),
-                budget,
-            )
-        };
-        let cpu_plan = match self.placement {
-            Placement::Cpu { .. } => Some(plan(cpu_kv_budget(checkpoint.size_bytes()))?),
-            Placement::Gpu { .. } => None,
-        };
-        let config = self.runner_config(cpu_plan.as_ref());
-        let watch = Arc::new(Watch::new(self.options.tensor_parallel_size));
+        let num_replicas = options.data_parallel_size;
+        let placements = (0..num_replicas).map(|replica| placement(&*checkpoint, options, replica));
+        let placements: Vec<Placement> = placements.collect::<Result<_, _>>()?;
+        let cpu_kv_budget = cpu_kv_budget(checkpoint.size_bytes(), num_replicas);
         let death = Arc::new(Death::default());
-        let watchdog = self.start_watchdog(&watch, &death, ready)?;
-        let rank_options = RankOptions {
-            num_ranks: self.options.tensor_parallel_size,
-            timeout: self.options.distributed_timeout,
-            fault: self.options.fault,
-            watch: Arc::clone(&watch),
-        };
-        let mut ranks = Ranks::load(&config, checkpoint, rank_options)?;
-        let plan = match cpu_plan {
-            Some(plan) => plan,
-            None => {
-                let budget = ranks.kv_cache_budget(self.options.gpu_memory_utilization);
-                plan(budget.unwrap_or_default())?
-            }
-        };
-        log_plan(
-            &**checkpoint,
-            &self.model,
-            &plan,
-            self.kv_dtype,
-            &self.options,
-        );
-        ranks.finish(plan.num_blocks)?;
-        Ok(LoadedEngine {
-            ranks,
-            plan,
-            watch,
-            death,
-            _watchdog: watchdog,
-        })
-    }
-
-    /// Starts the thread that tells of a failure where the engine thread cannot, because it waits
-    /// for the rank that failed.
-    fn start_watchdog(
-        &self,
-        watch: &Arc<Watch>,
-        death: &Arc<Death>,
-        ready: &Ready,
-    ) -> Result<Watchdog, EngineError> {
-        // A step of a CPU may take any time; its ranks time each other in their collectives.
-        let timeout = match self.placement {
-            Placement::Cpu { .. } => None,
-            Placement::Gpu { .. } => Some(self.options.distributed_timeout),
-        };
-        let (death, ready) = (Arc::clone(death), ready.clone());
-        let on_failure = move |failure: String| {
-            death.set(failure.clone());
-            // Nobody listens any more if the engine has started.
-            let _ = ready.send(Err(EngineError::died(failure)));
-        };
-        Watchdog::start(watch, timeout, on_failure).map_err(|source| EngineError::Thread { source })
-    }
-
-    /// Returns what every rank is loaded with.
-    fn runner_config(&self, cpu_plan: Option<&KvPlan>) -> RunnerConfig {
-        let wanted_len = match self.options.max_model_len {
-            MaxModelLen::Tokens(tokens) => tokens,
-            MaxModelLen::FromModel | MaxModelLen::Auto => self.model.max_position_embeddings,
-        };
-        RunnerConfig {
-            model: self.model.clone(),
-            max_model_len: cpu_plan.map_or(wanted_len, |plan| plan.max_model_len),
-            placement: self.placement,
-            block_size: self.options.block_size,
-            kv_dtype: self.kv_dtype,
-            max_num_tokens: self.options.max_num_batched_tokens,
-            max_num_seqs: self.options.max_num_seqs,
-            graphs: self.options.graphs,
-            launches_ahead: self.options.launches_ahead(),
+        let (running, turn) = (Arc::new(Running(Arc::clone(&death))), Arc::default());
+        let mut starting = Vec::new();
+        for (replica, placement) in placements.into_iter().enumerate() {
+            let kv_dtype = match placement {
+                Placement::Cpu { .. } => kv_dtype(&*checkpoint, options.kv_cache_dtype),
+                Placement::Gpu { dtype, .. } => dtype,
+            };
+            let thread = EngineThread {
+                replica,
+                model: model.clone(),
+                placement,
+                kv_dtype,
+                cpu_kv_budget,
+                options: options.clone(),
+                death: Arc::clone(&death),
+                turn: Arc::clone(&turn),
+                running: Arc::clone(&running),
+            };
+            starting.push(thread.start(Arc::clone(&checkpoint))?);
         }
-    }
-
-    fn info(&self, plan: &KvPlan) -> EngineInfo {
-        EngineInfo {
-            max_model_len: plan.max_model_len,
-            vocab_size: self.model.vocab_size,
-            max_num_seqs: self.options.max_num_seqs,
-            max_num_batched_tokens: self.options.max_num_batched_tokens,
-            block_size: self.options.block_size,
-            max_num_waiting: self.options.max_num_waiting,
+        // What replicas read they hold themselves.
+        drop((checkpoint, running));
+        let mut replicas = Vec::new();
+        for (commands, started) in starting {
+            let shared = started
+                .recv()
+                .unwrap_or_else(|_| Err(EngineError::died("its thread panicked")))?;
+            replicas.push(Replica { commands, shared });
         }
-    }
-
-    fn scheduler_config(&self, plan: &KvPlan) -> SchedulerConfig {
-        SchedulerConfig {
-            max_num_seqs: self.options.max_num_seqs,
-            max_num_batched_tokens: self.options.max_num_batched_tokens,
-            max_model_len: plan.max_model_len,
-            num_blocks: plan.num_blocks,
-            block_size: self.options.block_size,
-            policy: self.options.scheduling_policy,
-            prefix_caching: if self.options.prefix_caching {
-                PrefixCaching::Enabled
-            } else {
-                PrefixCaching::Disabled
-            },
-            long_prefill_token_threshold: self.options.long_prefill_token_threshold,
-        }
+        Ok(EngineHandle::new(replicas, death))
     }
 }
 
-/// Returns where the ranks run.
+/// Returns where a replica's ranks run.
 fn placement(
     checkpoint: &dyn ModelSource,
     options: &EngineOptions,
+    replica: usize,
 ) -> Result<Placement, EngineError> {
-    let size = options.tensor_parallel_size;
+    let (size, num_replicas) = (options.tensor_parallel_size, options.data_parallel_size);
     let DeviceChoice::Cuda(first) = options.device.resolve() else {
         if options.quantization == Quantization::Fp8 {
             return Err(EngineError::QuantizationOnCpu);
         }
         let num_threads = options.num_threads.unwrap_or_else(default_num_threads);
         return Ok(Placement::Cpu {
-            num_threads: (num_threads / size).max(1),
+            num_threads: (num_threads / size / num_replicas).max(1),
         });
     };
-    let found = Kernels::num_gpus();
-    if found > 0 && first + size > found {
-        return Err(EngineError::TooFewGpus {
-            wanted: size,
-            first,
-            found,
-        });
-    }
+    check_num_gpus([size, num_replicas], first, Kernels::num_gpus())?;
+    let first = first + size * replica;
     let dtype = match options.dtype {
         Dtype::Float16 => DType::F16,
         Dtype::Bfloat16 => DType::BF16,
@@ -513,6 +318,23 @@ fn placement(
     }
 }
 
+/// Refuses more ranks than there are GPUs from `first` on; without any the driver says why.
+fn check_num_gpus(
+    [ranks, replicas]: [usize; 2],
+    first: usize,
+    found: usize,
+) -> Result<(), EngineError> {
+    if found == 0 || first + ranks * replicas <= found {
+        return Ok(());
+    }
+    Err(EngineError::TooFewGpus {
+        ranks,
+        replicas,
+        first,
+        found,
+    })
+}
+
 /// Refuses blocks of GGUF files, whose weights have lost what FP8 would keep.
 fn check_unquantized(checkpoint: &dyn ModelSource) -> Result<(), EngineError> {
     match model_runner::weight_dtype(checkpoint) {
@@ -539,31 +361,19 @@ fn kv_dtype(checkpoint: &dyn ModelSource, wanted: KvCacheDtype) -> DType {
     }
 }
 
-fn log_plan(
-    checkpoint: &dyn ModelSource,
-    model: &ModelConfig,
-    plan: &KvPlan,
-    kv_dtype: DType,
-    options: &EngineOptions,
-) {
-    let dtype = model_runner::weight_dtype(checkpoint)
-        .map_or_else(|| "?".to_owned(), |dtype| format!("{dtype:?}"));
-    tracing::info!(
-        "model {}: {} with {} layers, {:.1} M parameters, {dtype} weights of {}",
-        model_runner::display_name(checkpoint.path()),
-        model.architecture.name(),
-        model.num_layers,
-        checkpoint.num_parameters() as f64 / 1e6,
-        Bytes(checkpoint.size_bytes()),
-    );
-    tracing::info!(
-        "KV cache: {} blocks of {} tokens, {kv_dtype:?}, {} at most; max model length {} tokens; {} threads, \
-         tensor parallel size {}",
-        plan.num_blocks,
-        options.block_size,
-        Bytes(plan.size_bytes),
-        plan.max_model_len,
-        options.num_threads.unwrap_or_else(default_num_threads),
-        options.tensor_parallel_size,
-    );
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_ranks_than_gpus_are_refused_by_their_flags() {
+        assert!(check_num_gpus([2, 2], 0, 4).is_ok());
+        assert!(check_num_gpus([2, 2], 0, 0).is_ok());
+        let error = check_num_gpus([2, 2], 1, 4).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "--tensor-parallel-size 2 with --data-parallel-size 2 from GPU 1 on needs GPUs up to 4, CUDA sees 4 \
+             (CUDA_VISIBLE_DEVICES chooses which)"
+        );
+    }
 }

@@ -1,5 +1,6 @@
 //! Counters and gauges of the engine, read by `serve` for its metrics.
 
+use std::iter::Sum;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// A snapshot of the engine's counters.
@@ -27,6 +28,29 @@ pub struct Stats {
     pub num_steps: u64,
     /// Steps by the tokens they brought.
     pub step_tokens: StepTokens,
+}
+
+impl Sum for Stats {
+    fn sum<I: Iterator<Item = Self>>(replicas: I) -> Self {
+        replicas.fold(Self::default(), |sum, stats| Self {
+            num_requests_running: sum.num_requests_running + stats.num_requests_running,
+            num_requests_waiting: sum.num_requests_waiting + stats.num_requests_waiting,
+            num_blocks_total: sum.num_blocks_total + stats.num_blocks_total,
+            num_blocks_used: sum.num_blocks_used + stats.num_blocks_used,
+            prefix_cache_queries: sum.prefix_cache_queries + stats.prefix_cache_queries,
+            prefix_cache_hits: sum.prefix_cache_hits + stats.prefix_cache_hits,
+            prompt_tokens: sum.prompt_tokens + stats.prompt_tokens,
+            generation_tokens: sum.generation_tokens + stats.generation_tokens,
+            num_preemptions: sum.num_preemptions + stats.num_preemptions,
+            num_steps: sum.num_steps + stats.num_steps,
+            step_tokens: StepTokens {
+                num_steps: std::array::from_fn(|bucket| {
+                    sum.step_tokens.num_steps[bucket] + stats.step_tokens.num_steps[bucket]
+                }),
+                num_tokens: sum.step_tokens.num_tokens + stats.step_tokens.num_tokens,
+            },
+        })
+    }
 }
 
 /// A histogram of the tokens that a step brings, counted as vLLM does: the prompts whose last

@@ -33,8 +33,8 @@ pub fn prepare_arguments(
 ) -> anyhow::Result<PreparedArguments> {
     let typed: Vec<OsString> = arguments.into_iter().map(spell_as_clap).collect();
     let mut all = typed.clone();
-    if let Some(path) = config_path(&typed) {
-        all.extend(arguments_of_file(&path, &typed)?);
+    if let Some(path) = value_of(&typed, "--config") {
+        all.extend(arguments_of_file(&path.into(), &typed)?);
     }
     sort_out_foreign_flags(all)
 }
@@ -44,6 +44,14 @@ const SHORT_FORMS: &[(&str, &str)] = &[
     ("-tp", "--tensor-parallel-size"),
     ("-pp", "--pipeline-parallel-size"),
     ("-dp", "--data-parallel-size"),
+    ("-dpn", "--data-parallel-rank"),
+    ("-dpr", "--data-parallel-start-rank"),
+    ("-dpl", "--data-parallel-size-local"),
+    ("-dpa", "--data-parallel-address"),
+    ("-dpp", "--data-parallel-rpc-port"),
+    ("-dpb", "--data-parallel-backend"),
+    ("-dph", "--data-parallel-hybrid-lb"),
+    ("-dpe", "--data-parallel-external-lb"),
     ("-dcp", "--decode-context-parallel-size"),
     ("-ep", "--enable-expert-parallel"),
     ("-q", "--quantization"),
@@ -78,13 +86,14 @@ fn split_value(text: &str) -> (&str, Option<&str>) {
     }
 }
 
-fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
+/// Returns the value of `flag`, given as `--flag=value` or as `--flag value`.
+fn value_of(arguments: &[OsString], flag: &str) -> Option<OsString> {
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
         let text = argument.to_str().unwrap_or_default();
         match split_value(text) {
-            ("--config", Some(path)) => return Some(path.into()),
-            ("--config", None) => return arguments.next().map(PathBuf::from),
+            (name, Some(value)) if name == flag => return Some(value.into()),
+            (name, None) if name == flag => return arguments.next().cloned(),
             _ => {}
         }
     }
@@ -179,7 +188,7 @@ fn scalar(value: Yaml) -> anyhow::Result<String> {
 /// Takes out the flags of [`FOREIGN_FLAGS`] with their values.
 fn sort_out_foreign_flags(all: Vec<OsString>) -> anyhow::Result<PreparedArguments> {
     let mut prepared = PreparedArguments::default();
-    let mut rest = all.into_iter().peekable();
+    let mut rest = all.iter().cloned().peekable();
     while let Some(argument) = rest.next() {
         let text = argument.to_str().unwrap_or_default();
         let (name, joined) = split_value(text);
@@ -209,6 +218,13 @@ fn sort_out_foreign_flags(all: Vec<OsString>) -> anyhow::Result<PreparedArgument
                 "{flag} {} is not supported (only {}): {hint}",
                 value.unwrap_or_default(),
                 accepted.join(", ")
+            ),
+            Fate::SameAs(other, _)
+                if value.is_some()
+                    && value.as_deref().map(OsString::from) == value_of(&all, other) => {}
+            Fate::SameAs(other, hint) => bail!(
+                "{flag} {} is not supported (only as {other}): {hint}",
+                value.unwrap_or_default()
             ),
             Fate::Refused(hint) => bail!("{flag} is not supported: {hint}"),
         }
@@ -241,6 +257,33 @@ mod tests {
                 "a_b"
             ]
         );
+    }
+
+    #[test]
+    fn replicas_are_all_here_behind_one_front_end() {
+        let line = "m -dp 2 --data-parallel-size-local=2 -dpr 0 -dpb ray -dpa 10.0.0.1";
+        let prepared = prepare(line).unwrap();
+        assert_eq!(prepared.arguments, ["m", "--data-parallel-size", "2"]);
+        insta::assert_snapshot!(prepared.warnings.join("\n"), @r"
+        --data-parallel-backend has no effect: all replicas are threads of this process
+        --data-parallel-address has no effect: all replicas are threads of this process
+        ");
+        let message = |line: &str| prepare(line).unwrap_err().to_string();
+        insta::assert_snapshot!(message("m -dp 4 -dpl 2"), @"--data-parallel-size-local 2 is not supported (only as --data-parallel-size): all --data-parallel-size replicas run in this process behind one front end; leave it out, or run one server for each replica");
+        for line in [
+            "m -dpl 1",
+            "m -dpl",
+            "m -dp 2 -dph",
+            "m -dp 2 -dpe",
+            "m -dpn 0",
+            "m -dpr 1",
+        ] {
+            let message = message(line);
+            assert!(
+                message.contains("behind one front end"),
+                "{line}: {message}"
+            );
+        }
     }
 
     #[test]

@@ -9,6 +9,8 @@ pub(super) enum Fate {
     Ignored(&'static str),
     /// These values mean what this server does anyway; any other is refused with the hint.
     OnlyAs(&'static [&'static str], &'static str),
+    /// Accepted where it repeats the value of that flag; any other is refused with the hint.
+    SameAs(&'static str, &'static str),
     /// Refused with the hint.
     Refused(&'static str),
 }
@@ -24,14 +26,17 @@ pub(super) enum Takes {
     Many,
 }
 
-use Fate::{Ignored, OnlyAs, Refused};
+use Fate::{Ignored, OnlyAs, Refused, SameAs};
 use Takes::{Many, Nothing, One};
 
 const CPU: &str = "the CPU engine has no such setting";
 const ALWAYS: &str = "this server always works so";
 const REMOVED: &str = "vLLM removed it too";
 const NO_PYTHON: &str = "no Python code runs here";
-const ONE_ENGINE: &str = "run one server for each replica, or use --tensor-parallel-size";
+const ONE_ENGINE: &str = "use --tensor-parallel-size, --data-parallel-size or several servers";
+const REPLICAS_HERE: &str = "all replicas are threads of this process";
+const ONE_FRONT_END: &str = "all --data-parallel-size replicas run in this process behind one front end; leave \
+     it out, or run one server for each replica";
 const NO_SPECULATION: &str = "speculative decoding is not built";
 const NO_LORA: &str = "merge the adapter into the model first";
 const NO_TOOLS: &str = "tool calls are not built; serve without the flag";
@@ -236,7 +241,31 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
         OnlyAs(&["raw_logprobs"], "logprobs are those of the raw logits"),
     ),
     ("--pipeline-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
-    ("--data-parallel-size", One, OnlyAs(&["1"], ONE_ENGINE)),
+    ("--data-parallel-rank", One, Refused(ONE_FRONT_END)),
+    (
+        "--data-parallel-start-rank",
+        One,
+        OnlyAs(&["0"], ONE_FRONT_END),
+    ),
+    (
+        "--data-parallel-size-local",
+        One,
+        SameAs("--data-parallel-size", ONE_FRONT_END),
+    ),
+    ("--data-parallel-address", One, Ignored(REPLICAS_HERE)),
+    ("--data-parallel-rpc-port", One, Ignored(REPLICAS_HERE)),
+    ("--data-parallel-backend", One, Ignored(REPLICAS_HERE)),
+    ("--data-parallel-hybrid-lb", Nothing, Refused(ONE_FRONT_END)),
+    (
+        "--data-parallel-external-lb",
+        Nothing,
+        Refused(ONE_FRONT_END),
+    ),
+    (
+        "--data-parallel-multi-port-external-lb",
+        Nothing,
+        Refused(ONE_FRONT_END),
+    ),
     (
         "--decode-context-parallel-size",
         One,

@@ -152,7 +152,7 @@ pub(super) async fn load(State(state): State<Arc<AppState>>) -> Response {
 
 /// Returns the metrics in Prometheus' text format.
 pub(super) async fn metrics(State(state): State<Arc<AppState>>) -> Result<Response, ApiError> {
-    let text = state.metrics.encode(state.engine.stats());
+    let text = state.metrics.encode(&state.engine.replica_stats());
     let text = text.map_err(|error| ApiError::internal(error.to_string()))?;
     let content_type = [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)];
     Ok((content_type, text).into_response())

@@ -148,6 +148,7 @@ fn a_failing_rank_of_gpus_is_named_and_ends_the_engine() {
     for (collectives, kind, cause) in cases {
         let options = EngineOptions {
             fault: Some(Fault {
+                replica: 0,
                 rank: 1,
                 step: 20,
                 kind,

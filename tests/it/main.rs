@@ -13,6 +13,7 @@ mod cuda;
 mod cuda_fp8;
 #[cfg(feature = "cuda")]
 mod cuda_ranks;
+mod data_parallel;
 mod engine_invariance;
 mod fake_hub;
 mod faults;

@@ -1,4 +1,4 @@
-//! Metrics of the engine: copied from its [`Stats`] when somebody asks.
+//! Metrics of the engine: copied from the [`Stats`] of each replica when somebody asks.
 
 use std::fmt::{Display, Write};
 
@@ -7,7 +7,7 @@ use prometheus::{Gauge, IntCounter, IntGauge};
 use super::Maker;
 use crate::engine::{EngineInfo, Stats, StepTokens};
 
-/// Counters and gauges that are copied, and what the text of the others needs.
+/// One replica's counters and gauges that are copied, and what the text of the others needs.
 pub(super) struct EngineMetrics {
     num_requests_running: IntGauge,
     num_requests_waiting: IntGauge,
@@ -18,7 +18,8 @@ pub(super) struct EngineMetrics {
     generation_tokens: IntCounter,
     num_preemptions: IntCounter,
     num_steps: IntCounter,
-    model_name: String,
+    /// The labels of every series, in the text format.
+    labels: String,
     block_size: usize,
     max_model_len: usize,
 }
@@ -51,7 +52,11 @@ impl EngineMetrics {
                 "Sequences put back because KV blocks ran out.",
             )?,
             num_steps: make.counter("num_engine_steps_total", "Engine steps run.")?,
-            model_name: make.model_name.to_owned(),
+            labels: format!(
+                "engine=\"{}\",model_name=\"{}\"",
+                make.engine.unwrap_or_default(),
+                escaped(make.model_name)
+            ),
             block_size: info.block_size,
             max_model_len: info.max_model_len,
         })
@@ -78,42 +83,23 @@ impl EngineMetrics {
         set(&self.num_steps, stats.num_steps);
     }
 
-    /// Appends, in Prometheus' text format, what the library can not copy from a snapshot: the
-    /// histogram of step sizes, waiting sequences by reason, and the KV cache's sizes.
-    pub(super) fn write_snapshot(&self, text: &mut String, stats: &Stats) {
-        let labels = format!("engine=\"0\",model_name=\"{}\"", escaped(&self.model_name));
-        let waiting = stats.num_requests_waiting;
-        text.push_str(
-            "# HELP infold:num_requests_waiting_by_reason Sequences waiting to run, by reason.\n\
-             # TYPE infold:num_requests_waiting_by_reason gauge\n",
-        );
+    fn write_waiting(&self, text: &mut String, stats: &Stats) {
         // Nothing here ever defers a sequence; vLLM's second reason is kept for its dashboards.
+        let waiting = stats.num_requests_waiting;
         for (reason, count) in [("capacity", waiting), ("deferred", 0)] {
-            let name = "infold:num_requests_waiting_by_reason";
-            push_line(text, name, &format!("{labels},reason=\"{reason}\""), count);
+            let labels = format!("{},reason=\"{reason}\"", self.labels);
+            push_line(
+                text,
+                "infold:num_requests_waiting_by_reason",
+                &labels,
+                count,
+            );
         }
-        Self::write_step_tokens(text, &labels, &stats.step_tokens);
-        let num_tokens = stats.num_blocks_total * self.block_size;
-        let cache_labels = format!(
-            "{labels},block_size=\"{}\",num_gpu_blocks=\"{}\",kv_cache_size_tokens=\"{num_tokens}\",\
-             kv_cache_max_concurrency=\"{:.2}\"",
-            self.block_size,
-            stats.num_blocks_total,
-            num_tokens as f64 / self.max_model_len.max(1) as f64,
-        );
-        text.push_str(
-            "# HELP infold:cache_config_info Sizes of the KV cache.\n\
-             # TYPE infold:cache_config_info gauge\n",
-        );
-        push_line(text, "infold:cache_config_info", &cache_labels, 1);
     }
 
-    fn write_step_tokens(text: &mut String, labels: &str, steps: &StepTokens) {
+    fn write_step_tokens(&self, text: &mut String, stats: &Stats) {
+        let (labels, steps) = (&self.labels, &stats.step_tokens);
         let name = "infold:iteration_tokens_total";
-        let _ = writeln!(
-            text,
-            "# HELP {name} Tokens that a step brought.\n# TYPE {name} histogram"
-        );
         let bucket = format!("{name}_bucket");
         let mut num_steps = 0;
         for (count, bound) in steps.num_steps.iter().zip(StepTokens::BOUNDS) {
@@ -129,6 +115,63 @@ impl EngineMetrics {
         push_line(text, &bucket, &format!("{labels},le=\"+Inf\""), num_steps);
         push_line(text, &format!("{name}_sum"), labels, steps.num_tokens);
         push_line(text, &format!("{name}_count"), labels, num_steps);
+    }
+
+    fn write_cache_config(&self, text: &mut String, stats: &Stats) {
+        let num_tokens = stats.num_blocks_total * self.block_size;
+        let labels = format!(
+            "{},block_size=\"{}\",num_gpu_blocks=\"{}\",kv_cache_size_tokens=\"{num_tokens}\",\
+             kv_cache_max_concurrency=\"{:.2}\"",
+            self.labels,
+            self.block_size,
+            stats.num_blocks_total,
+            num_tokens as f64 / self.max_model_len.max(1) as f64,
+        );
+        push_line(text, "infold:cache_config_info", &labels, 1);
+    }
+}
+
+/// Name, explanation and type of a family, and what writes one replica's series.
+type Family = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn(&EngineMetrics, &mut String, &Stats),
+);
+
+const SNAPSHOT_FAMILIES: [Family; 3] = [
+    (
+        "num_requests_waiting_by_reason",
+        "Sequences waiting to run, by reason.",
+        "gauge",
+        EngineMetrics::write_waiting,
+    ),
+    (
+        "iteration_tokens_total",
+        "Tokens that a step brought.",
+        "histogram",
+        EngineMetrics::write_step_tokens,
+    ),
+    (
+        "cache_config_info",
+        "Sizes of the KV cache.",
+        "gauge",
+        EngineMetrics::write_cache_config,
+    ),
+];
+
+/// Appends, in Prometheus' text format, what the library can not copy from a snapshot: the
+/// histogram of step sizes, waiting sequences by reason, and the KV cache's sizes.
+pub(super) fn write_snapshots(text: &mut String, engines: &[EngineMetrics], stats: &[Stats]) {
+    for (name, help, kind, write) in SNAPSHOT_FAMILIES {
+        // Writing into a string can not fail.
+        let _ = writeln!(
+            text,
+            "# HELP infold:{name} {help}\n# TYPE infold:{name} {kind}"
+        );
+        for (engine, stats) in engines.iter().zip(stats) {
+            write(engine, text, stats);
+        }
     }
 }
 

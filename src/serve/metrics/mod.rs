@@ -1,7 +1,8 @@
 //! Prometheus metrics under vLLM's names, with the prefix `infold:`.
 //!
 //! Counters and gauges of the engine are copied from [`Stats`] when somebody asks; times are
-//! observed as the events of a request arrive ([`RequestTimer`]).
+//! observed as the events of a request arrive ([`RequestTimer`]). As in vLLM each data-parallel
+//! replica has its own series, which the label `engine` numbers.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -20,8 +21,10 @@ use engine::EngineMetrics;
 /// All metrics of one server.
 pub(super) struct Metrics {
     registry: Registry,
-    engine: EngineMetrics,
-    requests: RequestMetrics,
+    /// By replica.
+    engines: Vec<EngineMetrics>,
+    /// By replica.
+    requests: Vec<RequestMetrics>,
     http_requests: IntCounterVec,
     /// Copying [`Stats`] is reset-then-add, which two scrapes at once must not interleave.
     scrape: Mutex<()>,
@@ -65,13 +68,18 @@ const CHOICE_BUCKETS: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 struct Maker<'a> {
     registry: &'a Registry,
     model_name: &'a str,
+    /// The replica, for metrics that are one's.
+    engine: Option<usize>,
 }
 
 impl Maker<'_> {
     fn opts(&self, name: &str, help: &str) -> Opts {
-        Opts::new(format!("infold:{name}"), help)
-            .const_label("model_name", self.model_name)
-            .const_label("engine", "0")
+        let opts = Opts::new(format!("infold:{name}"), help);
+        let opts = opts.const_label("model_name", self.model_name);
+        match self.engine {
+            Some(engine) => opts.const_label("engine", engine.to_string()),
+            None => opts,
+        }
     }
 
     fn gauge(&self, name: &str, help: &str) -> prometheus::Result<IntGauge> {
@@ -167,39 +175,45 @@ impl Metrics {
     /// Never for the names in this file; the library checks them at run time.
     pub(super) fn new(model_name: &str, info: &EngineInfo) -> prometheus::Result<Self> {
         let registry = Registry::new();
-        let make = Maker {
+        let make = |engine| Maker {
             registry: &registry,
             model_name,
+            engine,
         };
-        let engine = EngineMetrics::new(&make, info)?;
-        let requests = RequestMetrics::new(&make)?;
-        let http_requests = make.counters(
+        let (mut engines, mut requests) = (Vec::new(), Vec::new());
+        for engine in 0..info.num_replicas {
+            engines.push(EngineMetrics::new(&make(Some(engine)), info)?);
+            requests.push(RequestMetrics::new(&make(Some(engine)))?);
+        }
+        let http_requests = make(None).counters(
             "http_requests_total",
             "HTTP requests answered.",
             &["method", "handler", "status"],
         )?;
         Ok(Self {
             registry,
-            engine,
+            engines,
             requests,
             http_requests,
             scrape: Mutex::new(()),
         })
     }
 
-    /// Returns the metrics in Prometheus' text format, with the engine's present counters.
+    /// Returns the metrics in Prometheus' text format, with each replica's present counters.
     ///
     /// # Errors
     /// Never for valid metrics; the library's signature allows for it.
-    pub(super) fn encode(&self, stats: Stats) -> prometheus::Result<String> {
+    pub(super) fn encode(&self, stats: &[Stats]) -> prometheus::Result<String> {
         let guard = self.scrape.lock();
-        self.engine.copy(stats);
+        for (engine, stats) in self.engines.iter().zip(stats) {
+            engine.copy(*stats);
+        }
         let families = self.registry.gather();
         drop(guard);
         let mut text = Vec::new();
         TextEncoder::new().encode(&families, &mut text)?;
         let mut text = String::from_utf8_lossy(&text).into_owned();
-        self.engine.write_snapshot(&mut text, &stats);
+        engine::write_snapshots(&mut text, &self.engines, stats);
         Ok(text)
     }
 
@@ -210,19 +224,26 @@ impl Metrics {
             .inc();
     }
 
-    /// Observes what a request asks for.
-    pub(super) fn observe_request(&self, num_prompt_tokens: usize, n: usize, max_tokens: usize) {
-        self.requests
-            .prompt_tokens
-            .observe(num_prompt_tokens as f64);
-        self.requests.params_n.observe(n as f64);
-        self.requests.params_max_tokens.observe(max_tokens as f64);
+    /// Observes what a request asks of replica `engine`.
+    pub(super) fn observe_request(
+        &self,
+        engine: usize,
+        num_prompt_tokens: usize,
+        n: usize,
+        max_tokens: usize,
+    ) {
+        let requests = &self.requests[engine];
+        requests.prompt_tokens.observe(num_prompt_tokens as f64);
+        requests.params_n.observe(n as f64);
+        requests.params_max_tokens.observe(max_tokens as f64);
     }
 }
 
 /// The times of one sequence.
 #[derive(Debug)]
 pub(super) struct RequestTimer {
+    /// The replica that generates it.
+    engine: usize,
     arrival: Instant,
     first_token: Option<Instant>,
     last_token: Instant,
@@ -231,10 +252,11 @@ pub(super) struct RequestTimer {
 }
 
 impl RequestTimer {
-    /// Starts at the arrival of the request.
-    pub(super) fn start() -> Self {
+    /// Starts at the arrival of the request, which went to replica `engine`.
+    pub(super) fn start(engine: usize) -> Self {
         let arrival = Instant::now();
         Self {
+            engine,
             arrival,
             first_token: None,
             last_token: arrival,
@@ -251,7 +273,7 @@ impl RequestTimer {
         queue_time: Duration,
     ) {
         self.queue_time = queue_time;
-        let requests = &metrics.requests;
+        let requests = &metrics.requests[self.engine];
         requests.queue_time.observe(queue_time.as_secs_f64());
         let prefill_time = self.arrival.elapsed().saturating_sub(queue_time);
         requests.prefill_time.observe(prefill_time.as_secs_f64());
@@ -262,28 +284,22 @@ impl RequestTimer {
 
     /// Notes a token.
     pub(super) fn token(&mut self, metrics: &Metrics) {
-        let now = Instant::now();
+        let (now, requests) = (Instant::now(), &metrics.requests[self.engine]);
         self.num_tokens += 1;
         if self.first_token.is_none() {
             self.first_token = Some(now);
-            let elapsed = now - self.arrival;
-            metrics
-                .requests
-                .time_to_first_token
-                .observe(elapsed.as_secs_f64());
+            let elapsed = (now - self.arrival).as_secs_f64();
+            requests.time_to_first_token.observe(elapsed);
         } else {
-            let elapsed = now - self.last_token;
-            metrics
-                .requests
-                .inter_token_latency
-                .observe(elapsed.as_secs_f64());
+            let elapsed = (now - self.last_token).as_secs_f64();
+            requests.inter_token_latency.observe(elapsed);
         }
         self.last_token = now;
     }
 
     /// Notes the end of the sequence, by its finish reason.
     pub(super) fn finish(&self, metrics: &Metrics, reason: &str) {
-        let requests = &metrics.requests;
+        let requests = &metrics.requests[self.engine];
         requests.success.with_label_values(&[reason]).inc();
         requests.generation_tokens.observe(self.num_tokens as f64);
         let e2e = self.arrival.elapsed();
@@ -308,8 +324,9 @@ mod tests {
     use super::*;
     use crate::engine::StepTokens;
 
-    fn info() -> EngineInfo {
+    fn info(num_replicas: usize) -> EngineInfo {
         EngineInfo {
+            num_replicas,
             max_model_len: 8,
             vocab_size: 64,
             max_num_seqs: 4,
@@ -321,8 +338,8 @@ mod tests {
 
     #[test]
     fn names_and_labels_are_those_of_vllm_under_our_prefix() {
-        let metrics = Metrics::new("tiny", &info()).unwrap();
-        let mut timer = RequestTimer::start();
+        let metrics = Metrics::new("tiny", &info(1)).unwrap();
+        let mut timer = RequestTimer::start(0);
         timer.prompt_done(&metrics, 16, Duration::from_secs(3));
         timer.token(&metrics);
         timer.token(&metrics);
@@ -338,7 +355,7 @@ mod tests {
             },
             ..Stats::default()
         };
-        let text = metrics.encode(stats).unwrap();
+        let text = metrics.encode(&[stats]).unwrap();
         for line in [
             "# TYPE infold:generation_tokens_total counter",
             "infold:generation_tokens_total{engine=\"0\",model_name=\"tiny\"} 2",
@@ -362,13 +379,47 @@ mod tests {
 
     #[test]
     fn scraping_twice_does_not_add_up() {
-        let metrics = Metrics::new("tiny", &info()).unwrap();
+        let metrics = Metrics::new("tiny", &info(1)).unwrap();
         let stats = Stats {
             prompt_tokens: 7,
             ..Stats::default()
         };
-        metrics.encode(stats).unwrap();
-        let text = metrics.encode(stats).unwrap();
+        metrics.encode(&[stats]).unwrap();
+        let text = metrics.encode(&[stats]).unwrap();
         assert!(text.contains("infold:prompt_tokens_total{engine=\"0\",model_name=\"tiny\"} 7"));
+    }
+
+    #[test]
+    fn each_replica_has_its_own_series() {
+        let metrics = Metrics::new("tiny", &info(2)).unwrap();
+        RequestTimer::start(1).finish(&metrics, "stop");
+        metrics.observe_request(1, 5, 1, 7);
+        metrics.count_http("GET", "/health", "200");
+        let stats = [3, 4].map(|num_blocks_total| Stats {
+            num_blocks_total,
+            num_blocks_used: 3,
+            num_requests_waiting: num_blocks_total,
+            ..Stats::default()
+        });
+        let text = metrics.encode(&stats).unwrap();
+        for line in [
+            "infold:kv_cache_usage_perc{engine=\"0\",model_name=\"tiny\"} 1",
+            "infold:kv_cache_usage_perc{engine=\"1\",model_name=\"tiny\"} 0.75",
+            "infold:num_requests_waiting_by_reason{engine=\"1\",model_name=\"tiny\",reason=\"capacity\"} 4",
+            "infold:iteration_tokens_total_count{engine=\"1\",model_name=\"tiny\"} 0",
+            "infold:cache_config_info{engine=\"1\",model_name=\"tiny\",block_size=\"16\",num_gpu_blocks=\"4\"",
+            "infold:request_success_total{engine=\"1\",finished_reason=\"stop\",model_name=\"tiny\"} 1",
+            "infold:request_params_max_tokens_sum{engine=\"0\",model_name=\"tiny\"} 0",
+            "infold:request_params_max_tokens_sum{engine=\"1\",model_name=\"tiny\"} 7",
+            "infold:http_requests_total{handler=\"/health\",method=\"GET\",model_name=\"tiny\",status=\"200\"} 1",
+        ] {
+            assert!(text.contains(line), "{line}\nis not in\n{text}");
+        }
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let mut names: Vec<&str> = types.filter_map(|line| line.split(' ').next()).collect();
+        let num_families = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), num_families, "a family appears twice:\n{text}");
     }
 }

@@ -120,7 +120,8 @@ impl Generation {
         })
     }
 
-    /// Queues all choices; choice `j` of prompt `i` has index `i * best_of + j`.
+    /// Queues all choices; choice `j` of prompt `i` has index `i * best_of + j`. Those of one prompt
+    /// go to one replica of the engine.
     ///
     /// # Errors
     /// A full queue or a dead engine; choices queued before are dropped.
@@ -132,19 +133,23 @@ impl Generation {
         let mut choices = Vec::new();
         let stop: Arc<[String]> = self.checked.stop.clone().into();
         for prompt in &self.prompts {
-            let num_prompt_tokens = prompt.token_ids.len();
-            state
-                .metrics
-                .observe_request(num_prompt_tokens, self.checked.n, prompt.max_tokens);
-            for nth in 0..self.checked.best_of {
-                let index = choices.len();
-                let tokens = state.engine.submit(self.request(prompt, nth, index))?;
+            let first = choices.len();
+            let requests = (0..self.checked.best_of)
+                .map(|nth| self.request(prompt, nth, first + nth))
+                .collect();
+            for tokens in state.engine.submit_choices(requests)? {
+                let (index, engine) = (choices.len(), tokens.replica());
+                if index == first {
+                    let (num_tokens, n) = (prompt.token_ids.len(), self.checked.n);
+                    let metrics = &state.metrics;
+                    metrics.observe_request(engine, num_tokens, n, prompt.max_tokens);
+                }
                 choices.push(Choice {
                     index,
                     state: Arc::clone(state),
                     tokens: Some(tokens),
                     text: self.choice_text(state, prompt, &stop)?,
-                    timer: RequestTimer::start(),
+                    timer: RequestTimer::start(engine),
                     record: Arc::clone(record),
                     finish_after_prompt: None,
                     has_started: false,

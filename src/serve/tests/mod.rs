@@ -168,6 +168,7 @@ impl TestServer {
             max_num_batched_tokens: 64,
             block_size: 16,
             max_num_waiting: args.engine.max_queued_requests,
+            num_replicas: args.engine.data_parallel_size,
         };
         let engine = mock_engine(info, move |request| {
             seen.lock().unwrap().push(request.clone());

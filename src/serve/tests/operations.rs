@@ -252,8 +252,8 @@ async fn requests_are_measured() {
     let metrics = server.get("/metrics").await;
     assert_eq!(metrics.headers["content-type"], "text/plain; version=0.0.4");
     for line in [
-        "infold:http_requests_total{engine=\"0\",handler=\"/v1/chat/completions\",method=\"POST\",model_name=\"tiny\",status=\"200\"} 1",
-        "infold:http_requests_total{engine=\"0\",handler=\"none\",method=\"GET\",model_name=\"tiny\",status=\"404\"} 1",
+        "infold:http_requests_total{handler=\"/v1/chat/completions\",method=\"POST\",model_name=\"tiny\",status=\"200\"} 1",
+        "infold:http_requests_total{handler=\"none\",method=\"GET\",model_name=\"tiny\",status=\"404\"} 1",
         "infold:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"tiny\"} 1",
         "infold:request_generation_tokens_sum{engine=\"0\",model_name=\"tiny\"} 2",
         "infold:request_params_max_tokens_sum{engine=\"0\",model_name=\"tiny\"} 2",
@@ -265,4 +265,28 @@ async fn requests_are_measured() {
             metrics.text
         );
     }
+}
+
+#[tokio::test]
+async fn requests_are_shared_among_replicas_and_measured_at_each() {
+    let flags = "--data-parallel-size 2 --max-queued-requests 3";
+    let server = TestServer::with_flags(flags, |request| answer(request, "Yo"));
+    server.chat(json!({"max_tokens": 2})).await;
+    server
+        .chat(json!({"max_tokens": 2, "n": 3, "temperature": 1}))
+        .await;
+    let two_prompts = json!({"prompt": ["a", "b"], "max_tokens": 1});
+    server.post("/v1/completions", two_prompts).await;
+    let metrics = server.get("/metrics").await.text;
+    for line in [
+        "infold:request_generation_tokens_count{engine=\"0\",model_name=\"tiny\"} 2",
+        "infold:request_generation_tokens_count{engine=\"1\",model_name=\"tiny\"} 4",
+        "infold:request_params_n_sum{engine=\"1\",model_name=\"tiny\"} 4",
+        "infold:request_params_n_count{engine=\"1\",model_name=\"tiny\"} 2",
+    ] {
+        assert!(metrics.contains(line), "{line}\nis not in\n{metrics}");
+    }
+    // The queue's limit is that of the whole server.
+    let reply = server.chat(json!({"n": 4, "temperature": 1})).await;
+    assert_eq!(reply.status, 400);
 }
