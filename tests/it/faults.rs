@@ -92,7 +92,7 @@ fn check_failure(replicas: usize, kind: &str, cause: &str) {
         assert!(is_expected, "{kind}: request {i}: {status} {body}");
         assert!(body.contains(cause), "{kind}: request {i}: {body}");
     }
-    assert!(num_told >= 4 / replicas, "{kind}: {num_told} were told");
+    assert!(num_told > 0, "{kind}: the failing replica had no request");
     let (status, log) = server.wait(MOST_TIME_TO_END.saturating_sub(since.elapsed()));
     assert_eq!(status.code(), Some(1), "{kind}: {log}");
     let last = log.lines().last().unwrap_or_default();
