@@ -80,16 +80,16 @@ pub enum EngineError {
         /// The wanted type.
         found: &'static str,
     },
-    /// A GPU keeps keys and values in the type that it computes in.
+    /// There are no kernels for keys and values of that type.
     #[error(
-        "--kv-cache-dtype {found} on a GPU that computes in {computing}: keys and values have the same type \
-         there; use --kv-cache-dtype auto"
+        "--kv-cache-dtype {found} on {place}: keys and values are stored there as --kv-cache-dtype auto \
+         says or as fp8"
     )]
     UnsupportedKvCacheDtype {
         /// The wanted type.
         found: &'static str,
-        /// What the GPU computes in.
-        computing: &'static str,
+        /// The device and what it computes in.
+        place: &'static str,
     },
     /// There are no FP8 kernels for the device.
     #[error(
@@ -208,8 +208,8 @@ impl Engine {
         model.check_tensor_parallel(options.tensor_parallel_size)?;
         let placement = placement(&*checkpoint, options)?;
         let kv_dtype = match placement {
-            Placement::Cpu { .. } => kv_dtype(&*checkpoint, options.kv_cache_dtype),
-            Placement::Gpu { dtype, .. } => dtype,
+            Placement::Cpu { .. } => options.kv_cache_dtype.on_cpu(cpu_kv_dtype(&*checkpoint))?,
+            Placement::Gpu { dtype, .. } => options.kv_cache_dtype.on_gpu(dtype)?,
         };
 
         let (ready, started) = mpsc::channel();
@@ -469,24 +469,17 @@ fn placement(
     if quantization == Quantization::Fp8 {
         check_unquantized(checkpoint)?;
     }
-    let computing = match dtype {
-        DType::F16 => "float16",
-        _ => "bfloat16",
-    };
-    let refused = |found| Err(EngineError::UnsupportedKvCacheDtype { found, computing });
-    match options.kv_cache_dtype {
-        KvCacheDtype::F32 => refused("float32"),
-        KvCacheDtype::F16 if dtype != DType::F16 => refused("float16"),
-        KvCacheDtype::F16 | KvCacheDtype::Auto => Ok(Placement::Gpu {
-            first,
-            dtype,
-            quantization,
-            collectives: match size {
-                1 => Collectives::Peers,
-                _ => Kernels::choose_collectives(first, size, options.collectives)?,
-            },
-        }),
-    }
+    // Before the GPUs are touched.
+    options.kv_cache_dtype.on_gpu(dtype)?;
+    Ok(Placement::Gpu {
+        first,
+        dtype,
+        quantization,
+        collectives: match size {
+            1 => Collectives::Peers,
+            _ => Kernels::choose_collectives(first, size, options.collectives)?,
+        },
+    })
 }
 
 /// Refuses blocks of GGUF files, whose weights have lost what FP8 would keep.
@@ -504,14 +497,11 @@ fn default_num_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-fn kv_dtype(checkpoint: &dyn ModelSource, wanted: KvCacheDtype) -> DType {
-    match wanted {
-        KvCacheDtype::F32 => DType::F32,
-        KvCacheDtype::F16 => DType::F16,
-        KvCacheDtype::Auto => match model_runner::weight_dtype(checkpoint) {
-            Some(GgmlDType::F32) | None => DType::F32,
-            Some(_) => DType::F16,
-        },
+/// Returns what keys and values are stored as on a CPU when nobody chooses.
+fn cpu_kv_dtype(checkpoint: &dyn ModelSource) -> DType {
+    match model_runner::weight_dtype(checkpoint) {
+        Some(GgmlDType::F32) | None => DType::F32,
+        Some(_) => DType::F16,
     }
 }
 
