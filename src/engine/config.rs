@@ -53,6 +53,7 @@ impl KvCacheDtype {
                     DType::F16 => "a GPU that computes in float16",
                     _ => "a GPU that computes in bfloat16",
                 },
+                choices: "auto or fp8",
             }),
         }
     }
@@ -70,6 +71,7 @@ impl KvCacheDtype {
             Self::Bf16 => Err(EngineError::UnsupportedKvCacheDtype {
                 found: self.name(),
                 place: "a CPU",
+                choices: "auto, float32, float16 or fp8",
             }),
         }
     }
@@ -441,7 +443,8 @@ mod tests {
         assert_eq!(on_gpu(Bf16, DType::F16), None);
         let refused = F16.on_gpu(DType::BF16).unwrap_err().to_string();
         assert!(
-            refused.contains("--kv-cache-dtype float16 on a GPU that computes in bfloat16"),
+            refused.contains("--kv-cache-dtype float16 on a GPU that computes in bfloat16")
+                && refused.contains("use auto or fp8"),
             "{refused}"
         );
         let on_cpu = |dtype: KvCacheDtype| dtype.on_cpu(DType::F16).ok();

@@ -81,15 +81,14 @@ pub enum EngineError {
         found: &'static str,
     },
     /// There are no kernels for keys and values of that type.
-    #[error(
-        "--kv-cache-dtype {found} on {place}: keys and values are stored there as --kv-cache-dtype auto \
-         says or as fp8"
-    )]
+    #[error("--kv-cache-dtype {found} on {place}: no kernel there reads that type; use {choices}")]
     UnsupportedKvCacheDtype {
         /// The wanted type.
         found: &'static str,
         /// The device and what it computes in.
         place: &'static str,
+        /// What may be asked for.
+        choices: &'static str,
     },
     /// There are no FP8 kernels for the device.
     #[error(

@@ -12,12 +12,15 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_fp8;
 #[cfg(feature = "cuda")]
+mod cuda_kv_cache_fp8;
+#[cfg(feature = "cuda")]
 mod cuda_ranks;
 mod engine_invariance;
 mod fake_hub;
 mod faults;
 mod gguf_export;
 mod hub;
+mod kv_cache_fp8;
 mod merge;
 mod models_golden;
 mod openai_sdk;
