@@ -92,8 +92,8 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub kv_cache_memory_bytes: Option<usize>,
 
-    /// Store keys and values as this type; auto is float32 beside float32 weights, else float16
-    #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
+    /// Store keys and values as this type: fp8 (or fp8_e4m3: E4M3 without scales, a byte a value), float16, float32, bfloat16, or auto, which is float32 beside float32 weights, else float16, and on a GPU the type of --dtype
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = parse_kv_cache_dtype)]
     pub kv_cache_dtype: KvCacheDtype,
 
     /// Keep this many tokens in a KV block
@@ -326,6 +326,21 @@ fn parse_quantization(text: &str) -> Result<Quantization, String> {
         _ => Err(format!(
             "`{text}` is not supported (only fp8, auto, none, None, gguf); serve a GGUF file for \
              weights that are stored quantised"
+        )),
+    }
+}
+
+/// Reads vLLM's names of types that are built, and float32.
+fn parse_kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
+    match text {
+        "auto" => Ok(KvCacheDtype::Auto),
+        "fp8" | "fp8_e4m3" => Ok(KvCacheDtype::Fp8),
+        "float16" => Ok(KvCacheDtype::F16),
+        "bfloat16" => Ok(KvCacheDtype::Bf16),
+        "float32" => Ok(KvCacheDtype::F32),
+        _ => Err(format!(
+            "`{text}` is not built (only auto, fp8, fp8_e4m3, float16, bfloat16, float32); use fp8 for a \
+             cache of half the size"
         )),
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use candle_core::DType;
+
 use crate::kernels::{CollectiveChoice, Kernels, Quantization};
 use crate::models::ModelConfig;
 
@@ -22,16 +24,68 @@ pub enum MaxModelLen {
 }
 
 /// Type of the stored keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvCacheDtype {
-    /// f32 beside f32 weights, f16 beside all others.
+    /// On a CPU f32 beside f32 weights, f16 beside all others; on a GPU the type it computes in.
     Auto,
-    /// 4 bytes a value.
-    #[value(name = "float32")]
+    /// 4 bytes a value, on a CPU.
     F32,
-    /// 2 bytes a value.
-    #[value(name = "float16")]
+    /// 2 bytes a value; on a GPU that computes in it.
     F16,
+    /// 2 bytes a value, on a GPU that computes in it.
+    Bf16,
+    /// E4M3 without scales: 1 byte a value, rounded when it is written, ±448 for all that is larger.
+    Fp8,
+}
+
+impl KvCacheDtype {
+    /// Returns what an engine stores that computes in `computing` on a GPU.
+    ///
+    /// # Errors
+    /// [`EngineError::UnsupportedKvCacheDtype`] for another type of 16 bits or more.
+    pub(super) fn on_gpu(self, computing: DType) -> Result<DType, EngineError> {
+        match (self, computing) {
+            (Self::Fp8, _) => Ok(DType::F8E4M3),
+            (Self::Auto, _) | (Self::F16, DType::F16) | (Self::Bf16, DType::BF16) => Ok(computing),
+            (Self::F32 | Self::F16 | Self::Bf16, _) => Err(EngineError::UnsupportedKvCacheDtype {
+                found: self.name(),
+                place: match computing {
+                    DType::F16 => "a GPU that computes in float16",
+                    _ => "a GPU that computes in bfloat16",
+                },
+                choices: "auto or fp8",
+            }),
+        }
+    }
+
+    /// Returns what an engine on a CPU stores, which stores `auto` when nobody chooses.
+    ///
+    /// # Errors
+    /// [`EngineError::UnsupportedKvCacheDtype`] for bfloat16.
+    pub(super) fn on_cpu(self, auto: DType) -> Result<DType, EngineError> {
+        match self {
+            Self::Auto => Ok(auto),
+            Self::F32 => Ok(DType::F32),
+            Self::F16 => Ok(DType::F16),
+            Self::Fp8 => Ok(DType::F8E4M3),
+            Self::Bf16 => Err(EngineError::UnsupportedKvCacheDtype {
+                found: self.name(),
+                place: "a CPU",
+                choices: "auto, float32, float16 or fp8",
+            }),
+        }
+    }
+
+    /// Returns its name on the command line.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 /// Where the model runs.
@@ -292,7 +346,7 @@ pub(super) fn cpu_kv_budget(weight_bytes: u64, num_replicas: usize) -> u64 {
     DEFAULT_KV_CACHE_BYTES.min(available / 2 / num_replicas)
 }
 
-/// Plans the KV cache: `bytes_per_value` is 4 or 2, `default_budget` the bytes that it takes when
+/// Plans the KV cache: `bytes_per_value` is 4, 2 or 1, `default_budget` the bytes that it takes when
 /// nobody says how many.
 pub(super) fn plan_kv_cache(
     options: &EngineOptions,
@@ -426,6 +480,44 @@ mod tests {
                 size_bytes: 10 * 8192
             }
         );
+    }
+
+    #[test]
+    fn a_byte_a_value_makes_twice_the_blocks_of_two() {
+        let options = EngineOptions {
+            kv_cache_memory_bytes: Some(1 << 20),
+            ..EngineOptions::default()
+        };
+        let blocks = |bytes| {
+            let plan = plan_kv_cache(&options, &model(), bytes, 0).unwrap();
+            assert!(plan.size_bytes <= 1 << 20);
+            plan.num_blocks
+        };
+        assert_eq!([blocks(2), blocks(1)], [256, 512]);
+    }
+
+    #[test]
+    fn a_cache_is_of_a_type_that_its_device_reads() {
+        use KvCacheDtype::{Auto, Bf16, F16, F32, Fp8};
+        let on_gpu = |dtype: KvCacheDtype, computing| dtype.on_gpu(computing).ok();
+        for computing in [DType::F16, DType::BF16] {
+            assert_eq!(on_gpu(Auto, computing), Some(computing));
+            assert_eq!(on_gpu(Fp8, computing), Some(DType::F8E4M3));
+            assert_eq!(on_gpu(F32, computing), None);
+        }
+        assert_eq!(on_gpu(F16, DType::F16), Some(DType::F16));
+        assert_eq!(on_gpu(Bf16, DType::BF16), Some(DType::BF16));
+        assert_eq!(on_gpu(Bf16, DType::F16), None);
+        let refused = F16.on_gpu(DType::BF16).unwrap_err().to_string();
+        assert!(
+            refused.contains("--kv-cache-dtype float16 on a GPU that computes in bfloat16")
+                && refused.contains("use auto or fp8"),
+            "{refused}"
+        );
+        let on_cpu = |dtype: KvCacheDtype| dtype.on_cpu(DType::F16).ok();
+        let got = [Auto, F32, F16, Fp8, Bf16].map(on_cpu);
+        let want = [DType::F16, DType::F32, DType::F16, DType::F8E4M3].map(Some);
+        assert_eq!((&got[..4], got[4]), (&want[..], None));
     }
 
     #[test]

@@ -77,16 +77,15 @@ pub enum EngineError {
         /// The wanted type.
         found: &'static str,
     },
-    /// A GPU keeps keys and values in the type that it computes in.
-    #[error(
-        "--kv-cache-dtype {found} on a GPU that computes in {computing}: keys and values have the same type \
-         there; use --kv-cache-dtype auto"
-    )]
+    /// There are no kernels for keys and values of that type.
+    #[error("--kv-cache-dtype {found} on {place}: no kernel there reads that type; use {choices}")]
     UnsupportedKvCacheDtype {
         /// The wanted type.
         found: &'static str,
-        /// What the GPU computes in.
-        computing: &'static str,
+        /// The device and what it computes in.
+        place: &'static str,
+        /// What may be asked for.
+        choices: &'static str,
     },
     /// There are no FP8 kernels for the device.
     #[error(
@@ -238,8 +237,10 @@ impl Engine {
         let mut starting = Vec::new();
         for (replica, placement) in placements.into_iter().enumerate() {
             let kv_dtype = match placement {
-                Placement::Cpu { .. } => kv_dtype(&*checkpoint, options.kv_cache_dtype),
-                Placement::Gpu { dtype, .. } => dtype,
+                Placement::Cpu { .. } => {
+                    options.kv_cache_dtype.on_cpu(cpu_kv_dtype(&*checkpoint))?
+                }
+                Placement::Gpu { dtype, .. } => options.kv_cache_dtype.on_gpu(dtype)?,
             };
             let thread = EngineThread {
                 replica,
@@ -298,24 +299,17 @@ fn placement(
     if quantization == Quantization::Fp8 {
         check_unquantized(checkpoint)?;
     }
-    let computing = match dtype {
-        DType::F16 => "float16",
-        _ => "bfloat16",
-    };
-    let refused = |found| Err(EngineError::UnsupportedKvCacheDtype { found, computing });
-    match options.kv_cache_dtype {
-        KvCacheDtype::F32 => refused("float32"),
-        KvCacheDtype::F16 if dtype != DType::F16 => refused("float16"),
-        KvCacheDtype::F16 | KvCacheDtype::Auto => Ok(Placement::Gpu {
-            first,
-            dtype,
-            quantization,
-            collectives: match size {
-                1 => Collectives::Peers,
-                _ => Kernels::choose_collectives(first, size, options.collectives)?,
-            },
-        }),
-    }
+    // Before the GPUs are touched.
+    options.kv_cache_dtype.on_gpu(dtype)?;
+    Ok(Placement::Gpu {
+        first,
+        dtype,
+        quantization,
+        collectives: match size {
+            1 => Collectives::Peers,
+            _ => Kernels::choose_collectives(first, size, options.collectives)?,
+        },
+    })
 }
 
 /// Refuses more ranks than there are GPUs from `first` on; without any the driver says why.
@@ -350,14 +344,11 @@ fn default_num_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-fn kv_dtype(checkpoint: &dyn ModelSource, wanted: KvCacheDtype) -> DType {
-    match wanted {
-        KvCacheDtype::F32 => DType::F32,
-        KvCacheDtype::F16 => DType::F16,
-        KvCacheDtype::Auto => match model_runner::weight_dtype(checkpoint) {
-            Some(GgmlDType::F32) | None => DType::F32,
-            Some(_) => DType::F16,
-        },
+/// Returns what keys and values are stored as on a CPU when nobody chooses.
+fn cpu_kv_dtype(checkpoint: &dyn ModelSource) -> DType {
+    match model_runner::weight_dtype(checkpoint) {
+        Some(GgmlDType::F32) | None => DType::F32,
+        Some(_) => DType::F16,
     }
 }
 

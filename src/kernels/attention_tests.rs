@@ -25,6 +25,14 @@ const CASES: [Case; 6] = [
     Case::new(6, 2, 84, 16, DType::F32, false),
 ];
 
+/// The same with caches of E4M3.
+fn fp8_cases() -> [Case; 6] {
+    CASES.map(|case| Case {
+        dtype: DType::F8E4M3,
+        ..case
+    })
+}
+
 impl Case {
     const fn new(
         num_heads: usize,
@@ -132,15 +140,9 @@ impl World {
             .remove(0)
     }
 
-    /// Runs one step of some pieces and returns each piece's output rows.
-    fn step(&self, kernels: &Kernels, kv: &mut KvBlocks, pieces: &[Piece]) -> Vec<Vec<f32>> {
-        let Case {
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            ..
-        } = self.case;
+    /// Returns the batch of some pieces, and their rows of `qkv`.
+    fn batch(&self, pieces: &[Piece]) -> (AttentionBatch, Tensor) {
+        let (block_size, width) = (self.case.block_size, self.case.width());
         let mut batch = AttentionBatch {
             cu_seqlens_q: vec![0],
             cu_blocks: vec![0],
@@ -148,7 +150,7 @@ impl World {
         };
         let mut qkv = Vec::new();
         for &(sequence, start, end) in pieces {
-            let (table, width) = (&self.tables[sequence], self.case.width());
+            let table = &self.tables[sequence];
             qkv.extend_from_slice(&self.qkv[sequence][start * width..end * width]);
             for position in start..end {
                 batch.positions.push(position as u32);
@@ -162,6 +164,19 @@ impl World {
             batch.block_tables.extend_from_slice(table);
             batch.cu_blocks.push(batch.block_tables.len() as u32);
         }
+        let qkv = tensor(&qkv, &[batch.positions.len(), width]);
+        (batch, qkv)
+    }
+
+    /// Fills the cache with some pieces and returns their queries.
+    fn rope(&self, kernels: &Kernels, kv: &mut KvBlocks, pieces: &[Piece]) -> Tensor {
+        let Case {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            ..
+        } = self.case;
+        let (batch, qkv) = self.batch(pieces);
         let half = head_dim / 2;
         let (cos, sin) = (
             tensor(&self.cos, &[self.max_positions, half]),
@@ -179,14 +194,30 @@ impl World {
             sin: &sin,
             batch: &batch,
         };
-        let qkv = tensor(&qkv, &[batch.positions.len(), self.case.width()]);
-        let q = kernels.rope_and_cache(&qkv, &args, kv).unwrap();
+        kernels.rope_and_cache(&qkv, &args, kv).unwrap()
+    }
+
+    /// Returns what the pieces' queries see in the cache.
+    fn attend(&self, kernels: &Kernels, q: &Tensor, kv: &KvBlocks, pieces: &[Piece]) -> Vec<f32> {
+        let Case {
+            num_heads,
+            head_dim,
+            ..
+        } = self.case;
+        let (batch, _) = self.batch(pieces);
         let scale = 1.0 / (head_dim as f32).sqrt() * 3.0;
-        let out = kernels
-            .paged_attention(&q, kv, &batch, num_heads, scale)
-            .unwrap();
-        let out = values(&out);
-        let mut rows = out.chunks_exact(num_heads * head_dim);
+        values(
+            &kernels
+                .paged_attention(q, kv, &batch, num_heads, scale)
+                .unwrap(),
+        )
+    }
+
+    /// Runs one step of some pieces and returns each piece's output rows.
+    fn step(&self, kernels: &Kernels, kv: &mut KvBlocks, pieces: &[Piece]) -> Vec<Vec<f32>> {
+        let q = self.rope(kernels, kv, pieces);
+        let out = self.attend(kernels, &q, kv, pieces);
+        let mut rows = out.chunks_exact(self.case.num_heads * self.case.head_dim);
         pieces
             .iter()
             .map(|(_, start, end)| rows.by_ref().take(end - start).flatten().copied().collect())
@@ -291,7 +322,7 @@ fn attention_equals_plain_loops_in_a_mixed_batch() {
 #[test]
 fn a_query_has_the_same_bits_however_its_prompt_is_cut() {
     for kernels in levels() {
-        for (seed, case) in CASES.into_iter().enumerate() {
+        for (seed, case) in CASES.into_iter().chain(fp8_cases()).enumerate() {
             let world = World::new(case, &[600, 300], 10 + seed as u64);
             let mut kv = world.new_cache(&kernels);
             let whole = world.step(&kernels, &mut kv, &[(0, 0, 600), (1, 0, 300)]);
@@ -301,6 +332,36 @@ fn a_query_has_the_same_bits_however_its_prompt_is_cut() {
                 pieces.extend(world.step(&kernels, &mut kv, &[(0, start, end)]).remove(0));
             }
             assert_eq!(pieces, whole[0]);
+        }
+    }
+}
+
+/// So that whatever is right of an `f32` cache is right of this one.
+#[test]
+fn an_fp8_cache_attends_as_an_f32_one_that_holds_the_rounded_values() {
+    for kernels in levels() {
+        for (seed, case) in fp8_cases().into_iter().enumerate() {
+            let world = World::new(case, &[300, 17], 30 + seed as u64);
+            let of_f32 = World {
+                case: Case {
+                    dtype: DType::F32,
+                    ..case
+                },
+                ..World::new(case, &[300, 17], 30 + seed as u64)
+            };
+            let (mut kv, mut plain) = (world.new_cache(&kernels), of_f32.new_cache(&kernels));
+            let pieces = [(0, 0, 300), (1, 0, 17)];
+            let q = world.rope(&kernels, &mut kv, &pieces);
+            assert_eq!(
+                values(&of_f32.rope(&kernels, &mut plain, &pieces)),
+                values(&q)
+            );
+            let got = world.attend(&kernels, &q, &kv, &pieces);
+            assert_ne!(of_f32.attend(&kernels, &q, &plain, &pieces), got);
+            if let KvData::Cpu(plain) = &mut plain.0 {
+                plain.round_to_e4m3();
+            }
+            assert_eq!(of_f32.attend(&kernels, &q, &plain, &pieces), got);
         }
     }
 }

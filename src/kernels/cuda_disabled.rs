@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::cpu::Cpu;
 use super::{AttentionBatch, CollectiveChoice, DeviceOptions, Draw, Drawn, RopeAndCache};
@@ -109,7 +109,7 @@ unreachable_methods! {
     fn add_rms_norm(&self, x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
     fn silu_and_mul(&self, gate_up: &Tensor) -> Result<Tensor>;
     fn gather_logits_rows(&self, x: &Tensor, staged: &Staged, rows: Range<usize>) -> Result<Tensor>;
-    fn new_kv_cache(&self, num_layers: usize, sizes: [usize; 4]) -> Result<Vec<GpuKv>>;
+    fn new_kv_cache(&self, num_layers: usize, sizes: [usize; 4], dtype: DType) -> Result<Vec<GpuKv>>;
     fn copy_blocks(&self, layers: &[&GpuKv], copies: &[(u32, u32)]) -> Result<()>;
     fn rope_and_cache(&self, qkv: &Tensor, args: &RopeAndCache<'_>, staged: &Staged, kv: &GpuKv) -> Result<Tensor>;
     fn paged_attention(&self, q: &Tensor, kv: &GpuKv, staged: &Staged, num_heads: usize, scale: f32) -> Result<Tensor>;

@@ -27,7 +27,7 @@ pub enum Quantization {
 pub struct DeviceOptions {
     /// Which of the GPUs that `CUDA_VISIBLE_DEVICES` leaves, from 0.
     pub ordinal: usize,
-    /// Type of weights, activations and KV cache: `F16` or `BF16`.
+    /// Type of weights and activations, and of the KV cache unless that is E4M3: `F16` or `BF16`.
     pub dtype: DType,
     /// What [`Kernels::load_linear`] makes of weights.
     pub quantization: Quantization,
@@ -162,7 +162,7 @@ pub const NO_SLOT: u32 = u32::MAX;
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
 impl Kernels {
-    /// Opens a GPU. Weights, activations and the KV cache are of `options.dtype`; one thread
+    /// Opens a GPU. Weights and activations are of `options.dtype`; one thread
     /// expands block formats while weights are loaded.
     ///
     /// # Errors

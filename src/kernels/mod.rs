@@ -344,9 +344,10 @@ impl Kernels {
         self.tensor(out, [rows.len(), width])
     }
 
-    /// Reserves the keys and values of `num_layers` layers, zeroed: on the CPU in `f32` or `f16`,
-    /// and the operating system provides the memory when it is first written; on a GPU in the
-    /// computing type.
+    /// Reserves the keys and values of `num_layers` layers, zeroed: on the CPU in `f32`, `f16` or
+    /// E4M3, and the operating system provides the memory when it is first written; on a GPU in the
+    /// computing type or E4M3. E4M3 is rounded to when it is written, to nearest, ties to even, with
+    /// ±448 for all that is larger; it is read exactly.
     ///
     /// `sizes` are `[num_blocks, block_size, num_kv_heads, head_dim]`.
     ///
@@ -368,7 +369,7 @@ impl Kernels {
             bail!("a KV cache of [blocks, block_size, kv_heads, head_dim] = {sizes:?}");
         }
         if let Some(gpu) = &self.gpu {
-            let layers = gpu.new_kv_cache(num_layers, sizes)?;
+            let layers = gpu.new_kv_cache(num_layers, sizes, dtype)?;
             return Ok(layers
                 .into_iter()
                 .map(|kv| KvBlocks(KvData::Gpu(kv)))
@@ -377,7 +378,8 @@ impl Kernels {
         let dtype = match dtype {
             DType::F32 => KvType::F32,
             DType::F16 => KvType::F16,
-            other => bail!("the KV cache on the CPU is f32 or f16, got {other:?}"),
+            DType::F8E4M3 => KvType::E4m3,
+            other => bail!("the KV cache on the CPU is f32, f16 or f8e4m3, got {other:?}"),
         };
         Ok((0..num_layers)
             .map(|_| KvBlocks(KvData::Cpu(CpuKv::new(sizes, dtype))))

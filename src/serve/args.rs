@@ -255,7 +255,7 @@ fn parse_positive(text: &str) -> Result<usize, String> {
 mod tests {
     use clap::{CommandFactory, Parser};
 
-    use crate::engine::{Dtype, MaxModelLen, Quantization, SchedulingPolicy};
+    use crate::engine::{Dtype, KvCacheDtype, MaxModelLen, Quantization, SchedulingPolicy};
 
     use super::*;
 
@@ -351,6 +351,34 @@ mod tests {
             refused.contains("only fp8, auto, none, None, gguf"),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn types_of_the_kv_cache_have_vllms_names() {
+        let dtype = |text: &str| {
+            parse(&["m", "--kv-cache-dtype", text]).map(|args| args.engine.kv_cache_dtype)
+        };
+        assert_eq!(
+            parse(&["m"]).unwrap().engine.kv_cache_dtype,
+            KvCacheDtype::Auto
+        );
+        for (text, want) in [
+            ("auto", KvCacheDtype::Auto),
+            ("fp8", KvCacheDtype::Fp8),
+            ("fp8_e4m3", KvCacheDtype::Fp8),
+            ("float16", KvCacheDtype::F16),
+            ("bfloat16", KvCacheDtype::Bf16),
+            ("float32", KvCacheDtype::F32),
+        ] {
+            assert_eq!(dtype(text).unwrap(), want, "{text}");
+        }
+        for other in ["fp8_e5m2", "fp8_inc", "fp8_ds_mla", "nvfp4", "FP8", ""] {
+            let refused = dtype(other).unwrap_err().to_string();
+            assert!(
+                refused.contains(&format!("`{other}` is not built")) && refused.contains("use fp8"),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

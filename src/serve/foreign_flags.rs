@@ -116,7 +116,13 @@ pub(super) const FOREIGN_FLAGS: &[(&str, Takes, Fate)] = &[
         One,
         Ignored("one hash is built in"),
     ),
-    ("--calculate-kv-scales", Nothing, Ignored(CPU)),
+    (
+        "--calculate-kv-scales",
+        Nothing,
+        Refused(
+            "--kv-cache-dtype fp8 stores keys and values without scales; serve without the flag",
+        ),
+    ),
     ("--attention-backend", One, Ignored(CPU)),
     (
         "--enable-server-load-tracking",

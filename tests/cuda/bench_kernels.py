@@ -8,6 +8,7 @@ medians of 7 replays. The percentage is of the read bandwidth that `read_all` re
 run.
 """
 
+import itertools
 import statistics
 import sys
 import time
@@ -23,8 +24,8 @@ except ImportError:
 
 from driver import Kernels, int64, median_us
 from test_fp8 import launch_quantize, pairs, quantized
-from test_kernels import (DEFAULTS, GEMM_FORMS, LOG2E, Batch, Prefill, SamplerRun, gemm_stream,
-                          gemm_tile, ints, prefill_forms, random)
+from test_kernels import (CACHES, DEFAULTS, GEMM_FORMS, LOG2E, Batch, Prefill, SamplerRun,
+                          gemm_stream, gemm_tile, ints, prefill_forms, random)
 
 HIDDEN, HEADS, KV_HEADS, DIM, FFN, VOCAB, LAYERS = 3584, 28, 4, 128, 18944, 152064, 28
 QKV = (HEADS + 2 * KV_HEADS) * DIM
@@ -253,13 +254,15 @@ def fp8(kernels, ceilings):
 
 
 def decode(kernels, ceilings):
-    print("decode attention: batch × context, splits × tokens: µs, TB/s; torch SDPA µs")
-    for batch_size, context in [(1, 512), (1, 2048), (1, 16384), (8, 384), (32, 384), (32, 2048),
-                                (256, 640), (512, 1088)]:
-        copies = max(1, min(8, (200 << 20) // (batch_size * context * KV_HEADS * DIM * 4)))
-        batches = [Batch([(1, context)] * batch_size, HEADS, KV_HEADS, DIM, DTYPE, 4)
+    print("decode attention: batch × context, splits × tokens: µs, TB/s; torch SDPA µs; then with a "
+          "cache of E4M3")
+    for (batch_size, context), form in itertools.product(
+            [(1, 512), (1, 2048), (1, 16384), (8, 384), (32, 384), (32, 2048), (256, 640),
+             (512, 1088)], CACHES):
+        data = batch_size * context * KV_HEADS * DIM * (2 if form else 4)
+        copies = max(1, min(8, (200 << 20) // data))
+        batches = [Batch([(1, context)] * batch_size, HEADS, KV_HEADS, DIM, DTYPE, 4, form=form)
                    for _ in range(copies)]
-        data = batch_size * context * KV_HEADS * DIM * 4
         cells = []
         for wanted in [132, 264, 396, 792]:
             splits = max(1, min(64, round(wanted / (batch_size * KV_HEADS))))
@@ -270,13 +273,16 @@ def decode(kernels, ceilings):
             counters = torch.zeros(batch_size * KV_HEADS, dtype=torch.int32, device="cuda")
             split = ints([split_tokens])
             calls = [lambda b=b: kernels.launch(
-                f"attention_decode_{NAME}_128_g8", [splits, KV_HEADS, batch_size], 128, out, b.q,
-                *b.caches, *b.tables(), split, partial, counters, DIM**-0.5 * LOG2E, HEADS,
+                f"attention_decode_{form}{NAME}_128_g8", [splits, KV_HEADS, batch_size], 128, out,
+                b.q, *b.caches, *b.tables(), split, partial, counters, DIM**-0.5 * LOG2E, HEADS,
                 KV_HEADS, 4, shared_bytes=512 * DIM) for b in batches]
             time = median_us(calls * 8)
             cell = f"{splits}×{split_tokens}: {time:.1f} {data / time / 1e6:.2f}"
             if cell.split(":")[0] not in [other.split(":")[0] for other in cells]:
                 cells.append(cell)
+        if form:
+            print(f"{batch_size:3} × {context:5} E4M3: " + " | ".join(cells), flush=True)
+            continue
         q = random(batch_size, HEADS, 1, DIM, dtype=DTYPE)
         dense = [[random(batch_size, KV_HEADS, context, DIM, dtype=DTYPE) for _ in range(2)]
                  for _ in range(copies)]
@@ -291,14 +297,16 @@ def prefill(kernels, ceilings):
           "torch SDPA (contiguous)")
     for count, tokens, cached in [(1, 2048, 0), (4, 1024, 0), (8, 512, 0), (1, 8192, 0),
                                   (1, 512, 4096)]:
-        batch = Batch([(tokens, cached + tokens)] * count, HEADS, KV_HEADS, DIM, DTYPE, 4)
+        batch, narrow = (Batch([(tokens, cached + tokens)] * count, HEADS, KV_HEADS, DIM, DTYPE, 4,
+                               form=form) for form in CACHES)
         out = torch.empty_like(batch.q)
         flops = 4 * count * (tokens * cached + tokens * tokens // 2) * HEADS * DIM
         cells = []
-        for form in prefill_forms(kernels, NAME):
-            job = Prefill(kernels, form, NAME, batch, 2)
+        jobs = [(form.strip("_") or "mma.sync", Prefill(kernels, form, NAME, batch, 2))
+                for form in prefill_forms(kernels, NAME)]
+        for what, job in jobs + [("E4M3", Prefill(kernels, "", NAME, narrow, 2))]:
             time = median_us([lambda: job.run(out, batch.q)] * 5)
-            cells.append(f"{form.strip('_') or 'mma.sync'} {time:.0f} {flops / time / 1e6:.0f}")
+            cells.append(f"{what} {time:.0f} {flops / time / 1e6:.0f}")
         q = random(count, HEADS, tokens, DIM, dtype=DTYPE)
         k, v = (random(count, KV_HEADS, cached + tokens, DIM, dtype=DTYPE) for _ in range(2))
         if cached:

@@ -3,7 +3,8 @@
     python3 tests/cuda/test_kernels.py FOLDER_OF_CUBINS [part of a test's name]
     QUICK=1 REPEATS=1 compute-sanitizer --tool racecheck python3 tests/cuda/test_kernels.py ...
 
-Each check runs for f16 and bf16 and, where it applies, head dimensions 64 and 128. Every kernel is
+Each check runs for f16 and bf16 and, where it applies, head dimensions 64 and 128 and KV caches of
+the same type and of E4M3 (kernels with fp8 in the name). Every kernel is
 run again (REPEATS times, 100 if the variable is not set) and must give the same bits: a moving
 result is a race. QUICK=1 takes one shape of each test. CLUSTER=1 is for a sampler compiled with
 -DCLUSTER=1, as for GPUs before sm_90. Prints one line a test.
@@ -31,6 +32,8 @@ REPEATS = int(os.environ.get("REPEATS", "100"))
 # Forms of gemm_small: rows of a block, threads, dynamic shared memory.
 GEMM_FORMS = {"wide": (16, 256, 65536), "deep": (16, 256, 98304), "r32": (32, 128, 65536)}
 LOG2E = 1.4426950408889634
+# What names of kernels have before the type when the KV cache is E4M3.
+CACHES = ["", "fp8_"]
 
 
 def shapes_of(*lists):
@@ -46,6 +49,34 @@ def random(*shape, dtype, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
 
+def is_nan(x):
+    """Which elements are no number, bytes being E4M3."""
+    return x.isnan() if x.is_floating_point() else x & 0x7F == 0x7F
+
+
+class Stored:
+    """What a KV cache of a kernel with `form` in its name holds of elements of `dtype`: those, or
+    bytes of E4M3."""
+
+    def __init__(self, form, dtype):
+        self.is_fp8 = form == "fp8_"
+        self.dtype = torch.uint8 if self.is_fp8 else dtype
+
+    def poisoned(self, *shape):
+        if self.is_fp8:
+            return torch.full(shape, poison_of(torch.uint8), device="cuda", dtype=torch.uint8)
+        return poisoned(*shape, dtype=self.dtype)
+
+    def encode(self, x):
+        if self.is_fp8:
+            return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return x.to(self.dtype)
+
+    def decode(self, x):
+        """Returns f64."""
+        return (x.view(torch.float8_e4m3fn).float() if self.is_fp8 else x).double()
+
+
 def ints(values):
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
@@ -56,12 +87,17 @@ def assert_close(got, want, type_name, what, factor=1.0):
     assert error < bound, f"{what} {type_name}: relative error {error:.2e}, allowed {bound:.0e}"
 
 
+def poison_of(dtype):
+    """What outputs are filled with: no number, also as E4M3."""
+    return float("nan") if dtype.is_floating_point else 0x7F if dtype == torch.uint8 else -1
+
+
 def assert_steady(run, outputs, what, repeats=100):
     """Runs again and again; all outputs must keep their bits."""
     first = [output.clone() for output in outputs]
     for i in range(min(repeats, REPEATS)):
         for output in outputs:
-            output.fill_(float("nan") if output.is_floating_point() else -1)
+            output.fill_(poison_of(output.dtype))
         run()
         for output, want in zip(outputs, first):
             same = torch.equal(output.nan_to_num(-7), want.nan_to_num(-7))
@@ -217,11 +253,14 @@ def test_copy_blocks(kernels, name, dtype):
 
 def test_rope_and_cache(kernels, name, dtype):
     shapes = shapes_of([128, 64], [(28, 4), (16, 16), (6, 1)], [False, True], [37, 1])
-    for dim, (heads, kv_heads), has_norm, tokens in shapes:
+    for (dim, (heads, kv_heads), has_norm, tokens), form in itertools.product(shapes, CACHES):
+        stored = Stored(form, dtype)
         width = (heads + 2 * kv_heads) * dim
         shift = 4 if heads == 28 else 6
         blocks = 4
         qkv = random(tokens, width, dtype=dtype)
+        # Beyond E4M3's greatest and below its smallest.
+        qkv[0, -1], qkv[0, -2], qkv[0, -3] = 3000.0, -500.0, 1e-4
         bias = None if has_norm else random(width, dtype=dtype)
         norms = [random(dim, dtype=dtype) if has_norm else None for _ in range(2)]
         angles = torch.rand(500, dim // 2, device="cuda") * 6.28
@@ -231,12 +270,12 @@ def test_rope_and_cache(kernels, name, dtype):
         if tokens > 3:
             slots[3] = -1
         q_out = poisoned(tokens, heads, dim, dtype=dtype)
-        caches = [poisoned(blocks, kv_heads, 1 << shift, dim, dtype=dtype) for _ in range(2)]
+        caches = [stored.poisoned(blocks, kv_heads, 1 << shift, dim) for _ in range(2)]
         grid = [tokens, -(-(heads + 2 * kv_heads) // 8)]
 
         def run():
-            kernels.launch(f"rope_and_cache_{name}_{dim}", grid, 256, q_out, *caches, qkv, bias,
-                           *norms, cos, sin, positions, slots, 1e-6, heads, kv_heads, shift)
+            kernels.launch(f"rope_and_cache_{form}{name}_{dim}", grid, 256, q_out, *caches, qkv,
+                           bias, *norms, cos, sin, positions, slots, 1e-6, heads, kv_heads, shift)
 
         run()
         x = qkv.double() + (bias.double() if bias is not None else 0)
@@ -251,12 +290,26 @@ def test_rope_and_cache(kernels, name, dtype):
         where = slots[kept].long()
         for cache, want in zip(caches, (k, v)):
             got = cache[where >> shift, :, where & ((1 << shift) - 1)]
-            assert_close(got, want[kept], name, f"rope cache {dim}")
+            assert_cached(stored, got, want[kept], name, f"rope cache {form}{dim}")
             untouched = torch.ones(blocks << shift, dtype=torch.bool, device="cuda")
             untouched[where] = False
             rest = cache.transpose(1, 2).reshape(blocks << shift, -1)[untouched]
-            assert rest.isnan().all(), "rope_and_cache wrote other slots"
+            assert is_nan(rest).all(), "rope_and_cache wrote other slots"
         assert_steady(run, [q_out, *caches], "rope_and_cache", 20)
+
+
+def assert_cached(stored, got, want, name, what):
+    """Asserts that a cache holds `want`; of E4M3 the very codes, but where f32 and f64 may fall on
+    two sides of a middle between two of them."""
+    if not stored.is_fp8:
+        assert_close(got, want, name, what)
+        return
+    codes = stored.encode(want)
+    differ = codes != got
+    middle = (stored.decode(codes) + stored.decode(got))[differ] / 2
+    distance = (middle - want[differ]).abs()
+    is_near = distance <= 1e-5 * (1 + middle.abs())
+    assert is_near.all(), f"{what}: {(~is_near).sum()} of {codes.numel()} codes are wrong"
 
 
 def test_gemm_small(kernels, name, dtype):
@@ -299,14 +352,16 @@ def test_gemm_small(kernels, name, dtype):
 class Batch:
     """Random sequences in a paged cache of which every unused slot is NaN."""
 
-    def __init__(self, lens, heads, kv_heads, dim, dtype, shift, scale=1.0):
+    def __init__(self, lens, heads, kv_heads, dim, dtype, shift, scale=1.0, form=""):
         self.lens = lens  # (query_len, context_len)
+        self.form = form
+        stored = Stored(form, dtype)
         self.heads, self.kv_heads, self.dim, self.shift = heads, kv_heads, dim, shift
         size = 1 << shift
         num_blocks = [-(-context // size) for _, context in lens]
         total = sum(num_blocks) + 3
         order = torch.randperm(total).tolist()
-        self.caches = [poisoned(total, kv_heads, size, dim, dtype=dtype) for _ in range(2)]
+        self.caches = [stored.poisoned(total, kv_heads, size, dim) for _ in range(2)]
         tokens = sum(query for query, _ in lens)
         self.q = random(tokens, heads, dim, dtype=dtype, scale=scale)
         tables, cu_blocks, cu_seqlens, self.contents = [], [0], [0], []
@@ -315,12 +370,13 @@ class Batch:
             tables += table
             cu_blocks.append(len(tables))
             cu_seqlens.append(cu_seqlens[-1] + query)
-            content = [random(context, kv_heads, dim, dtype=dtype) for _ in range(2)]
+            content = [stored.encode(random(context, kv_heads, dim, dtype=dtype))
+                       for _ in range(2)]
             where = torch.arange(context, device="cuda")
             blocks = torch.tensor(table, device="cuda")[where >> shift] if count else where
             for cache, part in zip(self.caches, content):
                 cache[blocks, :, where & (size - 1)] = part
-            self.contents.append(content)
+            self.contents.append([stored.decode(part) for part in content])
         self.cu_seqlens, self.cu_blocks = ints(cu_seqlens), ints(cu_blocks)
         self.block_tables = ints(tables)
         self.context_lens = ints([context for _, context in lens])
@@ -339,13 +395,14 @@ class Batch:
 
 def test_attention_decode(kernels, name, dtype):
     groups = [(28, 4, 8), (8, 8, 8), (12, 1, 16), (16, 1, 16), (16, 2, 16)]
-    for dim, (heads, kv_heads, group), shift in shapes_of([128, 64], groups, [4, 6]):
+    shapes = itertools.product(shapes_of([128, 64], groups, [4, 6]), CACHES)
+    for (dim, (heads, kv_heads, group), shift), form in shapes:
         for (lens, splits, split_tokens), in shapes_of([
             ([(1, 1), (1, 17), (1, 640), (3, 70), (0, 0), (1, 1000)], 4, 256),
             ([(1, 5000), (0, 0), (1, 33), (3, 70)], 24, 208),
             ([(1, 9000)], 3, 48),
         ]):
-            batch = Batch(lens, heads, kv_heads, dim, dtype, shift, scale=2.0)
+            batch = Batch(lens, heads, kv_heads, dim, dtype, shift, 2.0, form)
             out = poisoned(*batch.q.shape, dtype=dtype)
             size = len(lens) * kv_heads * splits * (heads // kv_heads) * (dim + 4)
             partial = poisoned(size, dtype=torch.float32)
@@ -354,7 +411,7 @@ def test_attention_decode(kernels, name, dtype):
             split = ints([split_tokens])
 
             def run():
-                kernels.launch(f"attention_decode_{name}_{dim}_g{group}",
+                kernels.launch(f"attention_decode_{form}{name}_{dim}_g{group}",
                                [splits, kv_heads, len(lens)], 128, out, batch.q, *batch.caches,
                                *batch.tables(), split, partial, counters, scale * LOG2E, heads,
                                kv_heads, shift, shared_bytes=512 * dim)
@@ -364,20 +421,21 @@ def test_attention_decode(kernels, name, dtype):
             for query, context in lens:
                 rows = slice(start, start + query)
                 if query == 1:
-                    assert_close(out[rows], want[rows], name, f"decode {dim} {context}")
+                    assert_close(out[rows], want[rows], name, f"decode {form}{dim} {context}")
                 else:
                     assert out[rows].isnan().all(), "decode wrote another's rows"
                 start += query
             assert counters.sum().item() == 0, "counters are not left zero"
-            assert_steady(run, [out], f"decode {dim}")
+            assert_steady(run, [out], f"decode {form}{dim}")
 
 
 class Prefill:
-    """Launches of a prefill attention: `form` is "" or "_wgmma" (compute capability 9.0)."""
+    """Launches of a prefill attention: `form` is "" or "_wgmma" (compute capability 9.0, no cache of
+    E4M3)."""
 
     def __init__(self, kernels, form, name, batch, min_query, num_blocks=None):
         self.kernels, self.form, self.batch, self.min_query = kernels, form, batch, min_query
-        self.name = f"attention_prefill{form}_{name}_{batch.dim}"
+        self.name = f"attention_prefill{form}_{batch.form}{name}_{batch.dim}"
         tokens, group = batch.q.shape[0], batch.heads // batch.kv_heads
         tiles = -(-tokens * group // 128) + len(batch.lens)
         if form:
@@ -395,7 +453,7 @@ class Prefill:
             self.name, self.grid, 384 if self.form else 128, out, q, *self.cache, *batch.tables(),
             *([self.counters] if self.form else []), dim**-0.5 * LOG2E, len(batch.lens),
             self.min_query, batch.heads, batch.kv_heads, batch.shift,
-            shared_bytes=1536 * dim + 1024 if self.form else 768 * dim)
+            shared_bytes=1536 * dim + 1024 if self.form else (640 if batch.form else 768) * dim)
 
 
 def prefill_forms(kernels, name):
@@ -429,14 +487,14 @@ PREFILL_LENS = [
 def test_attention_prefill(kernels, name, dtype):
     caches = [(28, 4, 4), (28, 4, 5), (28, 4, 6), (4, 4, 4), (12, 1, 5), (16, 4, 4), (16, 1, 6)]
     for dim, (heads, kv_heads, shift) in shapes_of([128, 64], caches):
-        for lens, min_query in shapes_of(PREFILL_LENS, [1, 2]):
-            batch = Batch(lens, heads, kv_heads, dim, dtype, shift, scale=2.0)
+        for (lens, min_query), cache in itertools.product(shapes_of(PREFILL_LENS, [1, 2]), CACHES):
+            batch = Batch(lens, heads, kv_heads, dim, dtype, shift, 2.0, cache)
             want = batch.want(dim**-0.5)
-            for form in prefill_forms(kernels, name):
+            for form in [""] if cache else prefill_forms(kernels, name):
                 job = Prefill(kernels, form, name, batch, min_query)
                 out = poisoned(*batch.q.shape, dtype=dtype)
                 job.run(out, batch.q)
-                what = f"prefill{form} {heads}/{kv_heads} x {dim}, block {1 << shift},"
+                what = f"prefill{form} {cache}{heads}/{kv_heads} x {dim}, block {1 << shift},"
                 check_prefill(batch, out, want, name, min_query, what)
                 assert_steady(lambda: job.run(out, batch.q), [out], what,
                               100 if shift == 4 else 10)
@@ -459,8 +517,9 @@ def test_prefill_wgmma_gives_the_same_on_any_grid(kernels, name, dtype):
 
 def test_overlapped_prefills_change_nothing(kernels, name, dtype):
     """Each launch's queries are the one's before results."""
-    batch = Batch([(300, 700), (2, 9), (128, 128)], 28, 4, 128, dtype, 4)
-    for form in prefill_forms(kernels, name):
+    forms = [(form, "") for form in prefill_forms(kernels, name)] + [("", "fp8_")]
+    for form, cache in forms:
+        batch = Batch([(300, 700), (2, 9), (128, 128)], 28, 4, 128, dtype, 4, form=cache)
         job = Prefill(kernels, form, name, batch, 1)
         outs = [poisoned(*batch.q.shape, dtype=dtype) for _ in range(6)]
 
@@ -478,14 +537,20 @@ def test_overlapped_prefills_change_nothing(kernels, name, dtype):
                 chain()
         finally:
             kernels.overlap = False
-        assert_steady(graph.replay, outs, f"overlapped prefill{form}")
-        assert torch.equal(outs[-1], want), f"overlapped launches change prefill{form}"
+        assert_steady(graph.replay, outs, f"overlapped prefill{form} {cache}")
+        assert torch.equal(outs[-1], want), f"overlapped launches change prefill{form} {cache}"
 
 
 def test_overlapped_launches_change_nothing(kernels, name, dtype):
+    for form in CACHES:
+        check_overlapped_chain(kernels, name, dtype, form)
+
+
+def check_overlapped_chain(kernels, name, dtype, form):
     """A chain of layers in a graph, with kernels that start before their predecessor ends."""
     hidden, heads, kv_heads, dim, ffn, tokens, layers = 512, 8, 2, 64, 1024, 3, 6
-    batch = Batch([(1, 300), (1, 17), (1, 900)], heads, kv_heads, dim, dtype, 4)
+    batch = Batch([(1, 300), (1, 17), (1, 900)], heads, kv_heads, dim, dtype, 4,
+                  form=form)
     qkv_width = (heads + 2 * kv_heads) * dim
     weights = [[random(n, k, dtype=dtype, scale=k**-0.5) for n, k in
                 [(qkv_width, hidden), (hidden, heads * dim), (2 * ffn, hidden), (hidden, ffn)]]
@@ -514,11 +579,11 @@ def test_overlapped_launches_change_nothing(kernels, name, dtype):
         for qkv_w, o_w, gate_up_w, down_w in weights:
             kernels.launch(f"rms_norm_{name}", [tokens], 64, h, x, norm, 1e-6, hidden)
             gemm("", "wide", qkv, h, qkv_w, None, None)
-            kernels.launch(f"rope_and_cache_{name}_{dim}", [tokens, 2], 256, q_out, *batch.caches,
-                           qkv, None, None, None, cos, sin, positions, slots, 1e-6, heads,
-                           kv_heads, 4)
-            kernels.launch(f"attention_decode_{name}_{dim}_g8", [splits, kv_heads, tokens], 128,
-                           attended, q_out, *batch.caches, *batch.tables(), split, partial,
+            kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens, 2], 256, q_out,
+                           *batch.caches, qkv, None, None, None, cos, sin, positions, slots, 1e-6,
+                           heads, kv_heads, 4)
+            kernels.launch(f"attention_decode_{form}{name}_{dim}_g8", [splits, kv_heads, tokens],
+                           128, attended, q_out, *batch.caches, *batch.tables(), split, partial,
                            counters, dim**-0.5 * LOG2E, heads, kv_heads, 4,
                            shared_bytes=512 * dim)
             gemm("", "deep", y, attended, o_w, None, x)

@@ -15,9 +15,9 @@ use crate::tiny_engine::{
 };
 
 /// How far logprobs may be apart when only the order of summation differs.
-const SUMMATION_TOLERANCE: f32 = 1e-4;
+pub(crate) const SUMMATION_TOLERANCE: f32 = 1e-4;
 
-const MODELS: [&str; 4] = [
+pub(crate) const MODELS: [&str; 4] = [
     "tiny-qwen2",
     "tiny-qwen2-untied",
     "tiny-qwen3",
@@ -64,13 +64,13 @@ in_both_orders! {
 }
 
 /// Returns token ids that look random but are always the same: `salt` makes another prompt.
-fn prompt(len: usize, salt: usize) -> Vec<u32> {
+pub(crate) fn prompt(len: usize, salt: usize) -> Vec<u32> {
     (0..len)
         .map(|i| ((i * i * 31 + i * 17 + salt * 101 + 7) % 509) as u32)
         .collect()
 }
 
-fn prompts() -> Vec<Vec<u32>> {
+pub(crate) fn prompts() -> Vec<Vec<u32>> {
     [1, 3, 16, 17, 33, 40, 100, 5]
         .iter()
         .enumerate()
@@ -78,14 +78,18 @@ fn prompts() -> Vec<Vec<u32>> {
         .collect()
 }
 
-fn with_prompt_logprobs(max_tokens: usize) -> SamplingParams {
+pub(crate) fn with_prompt_logprobs(max_tokens: usize) -> SamplingParams {
     SamplingParams {
         prompt_logprobs: Some(0),
         ..greedy(max_tokens)
     }
 }
 
-fn run_alone(engine: &EngineHandle, prompts: &[Vec<u32>], params: &SamplingParams) -> Vec<Answer> {
+pub(crate) fn run_alone(
+    engine: &EngineHandle,
+    prompts: &[Vec<u32>],
+    params: &SamplingParams,
+) -> Vec<Answer> {
     prompts
         .iter()
         .map(|prompt| run(engine, prompt, params.clone()))

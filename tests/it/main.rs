@@ -12,6 +12,8 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_fp8;
 #[cfg(feature = "cuda")]
+mod cuda_kv_cache_fp8;
+#[cfg(feature = "cuda")]
 mod cuda_ranks;
 mod data_parallel;
 mod engine_invariance;
@@ -19,6 +21,7 @@ mod fake_hub;
 mod faults;
 mod gguf_export;
 mod hub;
+mod kv_cache_fp8;
 mod merge;
 mod models_golden;
 mod openai_sdk;

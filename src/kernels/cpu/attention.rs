@@ -11,7 +11,7 @@
 
 use super::attention_scan::Scan;
 use super::buffer::Output;
-use super::dense::{F16, F32};
+use super::dense::{E4m3, F16, F32};
 use super::kv::{CpuKv, KvData};
 use super::matmul::Cpu;
 use super::simd::{Simd, Task, exp};
@@ -202,29 +202,23 @@ fn run_item(
 ) {
     let blocks = inputs.cu_blocks[item.sequence] as usize..;
     let table = &inputs.block_tables[blocks];
+    let (keys, values) = kv.data.starts();
+    let scan = Scan {
+        inputs,
+        shape,
+        item,
+        table,
+        states,
+        keys,
+        values,
+        element: (),
+    };
     // SAFETY: the level is supported, and the table names blocks of `kv` for all positions.
     unsafe {
         match &kv.data {
-            KvData::F32 { keys, values } => cpu.level.run(Scan {
-                inputs,
-                shape,
-                item,
-                table,
-                states,
-                keys: keys.as_ptr().cast(),
-                values: values.as_ptr().cast(),
-                element: F32,
-            }),
-            KvData::F16 { keys, values } => cpu.level.run(Scan {
-                inputs,
-                shape,
-                item,
-                table,
-                states,
-                keys: keys.as_ptr().cast(),
-                values: values.as_ptr().cast(),
-                element: F16,
-            }),
+            KvData::F32 { .. } => cpu.level.run(scan.of(F32)),
+            KvData::F16 { .. } => cpu.level.run(scan.of(F16)),
+            KvData::E4m3 { .. } => cpu.level.run(scan.of(E4m3)),
         }
     }
 }

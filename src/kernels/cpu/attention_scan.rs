@@ -27,6 +27,32 @@ pub(super) struct Scan<'a, E> {
     pub(super) element: E,
 }
 
+impl<'a> Scan<'a, ()> {
+    /// Says what the cache's elements are.
+    pub(super) fn of<E: Element>(self, element: E) -> Scan<'a, E> {
+        let Self {
+            inputs,
+            shape,
+            item,
+            table,
+            states,
+            keys,
+            values,
+            element: (),
+        } = self;
+        Scan {
+            inputs,
+            shape,
+            item,
+            table,
+            states,
+            keys,
+            values,
+            element,
+        }
+    }
+}
+
 impl<E: Element> Task for Scan<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {

@@ -122,6 +122,7 @@ macro_rules! element {
 element!(F32, 4, load, load_part);
 element!(F16, 2, load_f16, load_f16_part);
 element!(BF16, 2, load_bf16, load_bf16_part);
+element!(E4m3, 1, load_e4m3, load_e4m3_part);
 
 struct Typed<'a, E>(DenseDot<'a>, E);
 

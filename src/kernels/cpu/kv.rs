@@ -5,6 +5,7 @@
 //! they are summed. Rotary embedding is the half-split form of Llama and Qwen.
 
 use super::buffer::Output;
+use super::e4m3;
 use super::elementwise::rms_norm_row;
 use super::matmul::Cpu;
 use super::simd::{Simd, Task};
@@ -22,10 +23,22 @@ pub(in crate::kernels) struct CpuKv {
     pub(super) data: KvData,
 }
 
-/// The two element types; `f16` as its bits.
+/// The element types; `f16` and E4M3 as their bits.
 pub(super) enum KvData {
     F32 { keys: Vec<f32>, values: Vec<f32> },
     F16 { keys: Vec<u16>, values: Vec<u16> },
+    E4m3 { keys: Vec<u8>, values: Vec<u8> },
+}
+
+impl KvData {
+    /// Returns where the keys and where the values begin.
+    pub(super) fn starts(&self) -> (*const u8, *const u8) {
+        match self {
+            Self::F32 { keys, values } => (keys.as_ptr().cast(), values.as_ptr().cast()),
+            Self::F16 { keys, values } => (keys.as_ptr().cast(), values.as_ptr().cast()),
+            Self::E4m3 { keys, values } => (keys.as_ptr(), values.as_ptr()),
+        }
+    }
 }
 
 /// The element type of a cache.
@@ -33,6 +46,7 @@ pub(super) enum KvData {
 pub(in crate::kernels) enum KvType {
     F32,
     F16,
+    E4m3,
 }
 
 impl CpuKv {
@@ -51,6 +65,10 @@ impl CpuKv {
                 keys: vec![0; len],
                 values: vec![0; len],
             },
+            KvType::E4m3 => KvData::E4m3 {
+                keys: vec![0; len],
+                values: vec![0; len],
+            },
         };
         Self {
             num_blocks,
@@ -66,20 +84,32 @@ impl CpuKv {
         let len = self.block_size * self.num_kv_heads * self.head_dim;
         let (source, target) = (source * len..(source + 1) * len, target * len);
         match &mut self.data {
-            KvData::F32 { keys, values } => {
-                keys.copy_within(source.clone(), target);
-                values.copy_within(source, target);
-            }
-            KvData::F16 { keys, values } => {
-                keys.copy_within(source.clone(), target);
-                values.copy_within(source, target);
-            }
+            KvData::F32 { keys, values } => copy_within([keys, values], source, target),
+            KvData::F16 { keys, values } => copy_within([keys, values], source, target),
+            KvData::E4m3 { keys, values } => copy_within([keys, values], source, target),
         }
     }
 
     /// Returns the number of token slots.
     pub(in crate::kernels) fn num_slots(&self) -> usize {
         self.num_blocks * self.block_size
+    }
+
+    /// Rounds what an `f32` cache holds to E4M3.
+    #[cfg(test)]
+    pub(in crate::kernels) fn round_to_e4m3(&mut self) {
+        let KvData::F32 { keys, values } = &mut self.data else {
+            panic!("only an f32 cache can hold what it is rounded to");
+        };
+        for value in keys.iter_mut().chain(values) {
+            *value = e4m3::to_f32(e4m3::from_f32(*value));
+        }
+    }
+}
+
+fn copy_within<T: Copy>(caches: [&mut Vec<T>; 2], source: Range<usize>, target: usize) {
+    for cache in caches {
+        cache.copy_within(source.clone(), target);
     }
 }
 
@@ -101,6 +131,15 @@ impl StoreType for u16 {
     fn convert(from: &[f32], to: &mut [Self]) {
         to.reinterpret_cast_mut::<f16>()
             .convert_from_f32_slice(from);
+    }
+}
+
+impl StoreType for u8 {
+    #[inline(always)]
+    fn convert(from: &[f32], to: &mut [Self]) {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = e4m3::from_f32(from);
+        }
     }
 }
 
@@ -132,6 +171,7 @@ pub(in crate::kernels) fn rope_and_cache(
     match &mut kv.data {
         KvData::F32 { keys, values } => fill(cpu, inputs, dims, keys, values),
         KvData::F16 { keys, values } => fill(cpu, inputs, dims, keys, values),
+        KvData::E4m3 { keys, values } => fill(cpu, inputs, dims, keys, values),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Slices in, vectors out: `kernels/mod.rs` checks tensors before it calls here. `pool` owns the
 //! threads, `simd` the instruction sets; `quant_pack`, `quant_dot` and `activation` are the block
 //! formats, `dense` the others, `matmul` cuts both into tasks; `kv`, `attention` and `attention_scan`
-//! are the paged cache; `elementwise` is the rest. Training multiplies with `gemm`, on which
+//! are the paged cache, `e4m3` its smallest elements; `elementwise` is the rest. Training multiplies with `gemm`, on which
 //! `product_sum`, `varlen_attention` and `cross_entropy` stand; `gradients` is its elementwise,
 //! `columns` its sums over rows. `unsafe` code stays in this folder.
 
@@ -14,6 +14,7 @@ mod buffer;
 mod columns;
 mod cross_entropy;
 mod dense;
+mod e4m3;
 mod elementwise;
 mod gemm;
 mod gemm_pack;

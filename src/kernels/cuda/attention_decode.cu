@@ -1,7 +1,8 @@
 // attention_decode: one query token a sequence against its paged keys and values.
 //
 // Shapes:  q, out [tokens, num_heads, D]; k_cache, v_cache
-//          [num_blocks][num_kv_heads][2^block_shift][D], block_shift ≥ 4; all of type T.
+//          [num_blocks][num_kv_heads][2^block_shift][D], block_shift ≥ 4; all of type T, or with
+//          fp8 in the name the caches of E4M3, whose products are those of T.
 //          cu_seqlens_q i32 [sequences + 1], context_lens i32 [sequences] (this step's token
 //          included), block_tables i32 ragged, cu_blocks i32 [sequences + 1]: as AttentionBatch.
 //          split_tokens i32 [1]: tokens that one block takes, a multiple of 16; the host writes it
@@ -11,7 +12,8 @@
 // Scratch: partial f32 [sequences][num_kv_heads][splits][group (D + 4)], group = num_heads /
 //          num_kv_heads; counters u32 [sequences][num_kv_heads], zero before the first launch,
 //          left zero by each.
-// Names:   attention_decode_{f16,bf16}_{64,128}_g{8,16}: groups of at most 8 or 16 heads.
+// Names:   attention_decode_{f16,bf16}_{64,128}_g{8,16}, attention_decode_fp8_{…}: groups of at
+//          most 8 or 16 heads.
 // Launch:  grid (splits, num_kv_heads, sequences), block 128. A context longer than splits ·
 //          split_tokens is still computed right: the last split takes the rest. splits ≤ 128.
 // Scale:   scale_log2 = scale · log2(e).
@@ -25,32 +27,90 @@
 //          rope_and_cache lets this kernel start. So no sequence may share a block that another
 //          one fills in the same step; and whoever launches with overlap must therefore
 //          have rope_and_cache (or a kernel after it) as the direct predecessor.
-// Shared:  dynamic shared memory, STAGES · 4 · 64 · D bytes: 65,536 for D 128, 32,768 for 64
-//          (the opt-in for 128).
-#include "common.cuh"
+// FP8:     E4M3 stays E4M3 up to the registers. A matrix of 16-byte rows as ldmatrix loads it has
+//          16 dimensions; a thread gets four neighbours of one token (keys) or two neighbours of
+//          two tokens (values), not the places that the product's fragments have. So the products
+//          see the dimensions of each 16 in another order: of the scores, in which they are summed,
+//          queries are loaded alike; of the outputs, sums are shared accordingly.
+// Shared:  dynamic shared memory, 512 · D bytes (the opt-in for D 128): two stages of four warps'
+//          tiles of keys and values, of E4M3 four stages.
+#include "e4m3_pairs.cuh"
 
 constexpr int WARPS = 4;
 constexpr int TILE = 16;
-constexpr int STAGES = 2;
 constexpr int MAX_SPLITS = 128;
+// As many bytes are under way whatever the elements E of the cache are.
+template <typename E> constexpr int STAGES = 4 / sizeof(E);
 
-// Returns the byte offset of 16-byte column `column` of token `row` in a tile, swizzled.
-template <int D> __device__ __forceinline__ uint32_t place_of(int row, int column) {
-    return row * (2 * D) + ((column ^ (row & 7)) << 4);
+// Returns the byte offset of 16-byte column `column` of token `row` in a tile, swizzled: a column of
+// eight tokens lies in all banks.
+template <typename E, int D> __device__ __forceinline__ uint32_t place_of(int row, int column) {
+    constexpr int ROW_BYTES = D * sizeof(E);
+    const int turn = ROW_BYTES >= 128 ? row & 7 : row >> 1 & 3;
+    return row * ROW_BYTES + ((column ^ turn) << 4);
+}
+
+// Loads 16 dimensions of a tile's keys as the left operand of a product: of tokens group and
+// group + 8, the pairs 2 pair and 2 pair + 8; of E4M3 the pairs 4 pair and 4 pair + 2. `raw` keeps
+// what one load of E4M3 brings for an even step and the next.
+template <typename T, typename E, int D>
+__device__ __forceinline__ void load_keys(uint32_t (&k)[4], uint32_t (&raw)[4], uint32_t keys,
+                                          int step) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    if constexpr (!IS_E4M3<E>) {
+        load_matrices(k, keys + place_of<E, D>(lane % 16, 2 * step + lane / 16));
+    } else {
+        if (step % 2 == 0) {
+            load_matrices(raw, keys + place_of<E, D>(lane % 16, step + lane / 16));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            k[i] = from_e4m3<T>(raw[step % 2 * 2 + i]);
+            k[i + 2] = from_e4m3<T>(raw[step % 2 * 2 + i] >> 16);
+        }
+    }
+}
+
+// Loads 16 dimensions of a tile's values, transposed, as a left operand: of dimensions group and
+// group + 8 (of E4M3 2 group and 2 group + 1), tokens 2 pair and 2 pair + 8 with their neighbours.
+template <typename T, typename E, int D>
+__device__ __forceinline__ void load_values(uint32_t (&v)[4], uint32_t (&raw)[4], uint32_t values,
+                                            int step) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    if constexpr (!IS_E4M3<E>) {
+        // Lanes 8 to 15 give dimensions 8 to 15 and lanes 16 to 31 tokens 8 to 15.
+        const int token = lane / 16 * 8 + lane % 8;
+        load_matrices_transposed(v, values + place_of<E, D>(token, 2 * step + lane / 8 % 2));
+    } else {
+        if (step % 2 == 0) {
+            load_matrices_transposed(raw, values + place_of<E, D>(lane % 16, step + lane / 16));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            // Two dimensions of a token, then of the next: first the even one of both.
+            const uint32_t sorted = __byte_perm(raw[step % 2 * 2 + i], 0, 0x3120);
+            v[2 * i] = from_e4m3<T>(sorted);
+            v[2 * i + 1] = from_e4m3<T>(sorted >> 16);
+        }
+    }
+}
+
+// Returns which of 16 dimensions a thread of `group` has: the first for `half` 0, then the second.
+template <typename E> __device__ __forceinline__ int dim_of(int group, int half) {
+    return IS_E4M3<E> ? 2 * group + half : group + 8 * half;
 }
 
 // Running softmax of one warp. A thread has heads 2 pair and 2 pair + 1 of each 8, and of each 16
-// dimensions the ones group and group + 8.
+// dimensions those that dim_of says.
 template <int D, int HEAD_TILES> struct State {
     float max[HEAD_TILES][2];
     float sum[HEAD_TILES][2];
     float out[HEAD_TILES][D / 16][4];
 };
 
-template <typename T, int D, int HEAD_TILES>
+template <typename T, typename E, int D, int HEAD_TILES>
 __device__ __forceinline__ void score(float (&scores)[HEAD_TILES][4], uint32_t keys,
                                       const uint2 (&query)[HEAD_TILES][D / 16]) {
-    const int lane = threadIdx.x % WARP_SIZE;
     // Two sums a tile: a chain of products waits for each one's result.
     float odd[HEAD_TILES][4] = {};
 #pragma unroll
@@ -60,10 +120,11 @@ __device__ __forceinline__ void score(float (&scores)[HEAD_TILES][4], uint32_t k
             scores[tile][i] = 0.0f;
         }
     }
+    uint32_t raw[4];
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
         uint32_t k[4];
-        load_matrices(k, keys + place_of<D>(lane % 16, 2 * step + lane / 16));
+        load_keys<T, E, D>(k, raw, keys, step);
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; tile++) {
             mma<T>(step % 2 == 0 ? scores[tile] : odd[tile], k[0], k[1], k[2], k[3],
@@ -114,16 +175,14 @@ __device__ __forceinline__ void soften(State<D, HEAD_TILES> &state,
     }
 }
 
-template <typename T, int D, int HEAD_TILES>
+template <typename T, typename E, int D, int HEAD_TILES>
 __device__ __forceinline__ void add_values(State<D, HEAD_TILES> &state, uint32_t values,
                                            const uint32_t (&weights)[HEAD_TILES][2]) {
-    const int lane = threadIdx.x % WARP_SIZE;
+    uint32_t raw[4];
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
-        // Transposed, lanes 8 to 15 give dimensions 8 to 15 and lanes 16 to 31 tokens 8 to 15.
         uint32_t v[4];
-        const int token = lane / 16 * 8 + lane % 8;
-        load_matrices_transposed(v, values + place_of<D>(token, 2 * step + lane / 8 % 2));
+        load_values<T, E, D>(v, raw, values, step);
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; tile++) {
             mma<T>(state.out[tile][step], v[0], v[1], v[2], v[3], weights[tile][0],
@@ -133,9 +192,9 @@ __device__ __forceinline__ void add_values(State<D, HEAD_TILES> &state, uint32_t
 }
 
 // Where a warp's tiles come from and go to.
-template <typename T, int D> struct Tiles {
-    const T *k_cache;
-    const T *v_cache;
+template <typename E, int D> struct Tiles {
+    const E *k_cache;
+    const E *v_cache;
     const int *block_table;
     int end;
     int kv_head;
@@ -143,13 +202,14 @@ template <typename T, int D> struct Tiles {
     int block_shift;
     uint32_t queue;
 
-    static constexpr int TILE_BYTES = TILE * D * 2;
+    static constexpr int TILE_BYTES = TILE * D * sizeof(E);
     static constexpr int STAGE_BYTES = 2 * TILE_BYTES;
 
     // Starts the copies of the tile from token `first` on, if there is one.
     __device__ __forceinline__ void copy(int stage, int first, int block) const {
         if (first < end) {
-            constexpr int COLUMNS = D / 8;
+            constexpr int VECTOR = 16 / sizeof(E);
+            constexpr int COLUMNS = D / VECTOR;
             constexpr int ROWS = WARP_SIZE / COLUMNS;
             const int lane = threadIdx.x % WARP_SIZE;
             const int column = lane % COLUMNS;
@@ -159,9 +219,9 @@ template <typename T, int D> struct Tiles {
 #pragma unroll
             for (int i = 0; i < TILE / ROWS; i++) {
                 const int row = i * ROWS + lane / COLUMNS;
-                const int64_t offset = (slot + row) * D + 8 * column;
+                const int64_t offset = (slot + row) * D + VECTOR * column;
                 const bool is_there = first + row < end;
-                const uint32_t place = target + place_of<D>(row, column);
+                const uint32_t place = target + place_of<E, D>(row, column);
                 copy16_async(place, k_cache + offset, is_there);
                 copy16_async(place + TILE_BYTES, v_cache + offset, is_there);
             }
@@ -197,7 +257,7 @@ template <int D, int HEADS> struct Shared {
     bool is_last;
 };
 
-template <int D, int HEAD_TILES>
+template <typename E, int D, int HEAD_TILES>
 __device__ __forceinline__ void share(Shared<D, 8 * HEAD_TILES> &shared,
                                       State<D, HEAD_TILES> &state) {
     const int warp = threadIdx.x / WARP_SIZE;
@@ -218,8 +278,9 @@ __device__ __forceinline__ void share(Shared<D, 8 * HEAD_TILES> &shared,
             }
 #pragma unroll
             for (int j = 0; j < D / 16; j++) {
-                shared.out[warp][head][16 * j + group] = state.out[tile][j][i];
-                shared.out[warp][head][16 * j + group + 8] = state.out[tile][j][i + 2];
+                const int dim = 16 * j;
+                shared.out[warp][head][dim + dim_of<E>(group, 0)] = state.out[tile][j][i];
+                shared.out[warp][head][dim + dim_of<E>(group, 1)] = state.out[tile][j][i + 2];
             }
         }
     }
@@ -317,16 +378,17 @@ __device__ __forceinline__ void finish(Shared<D, HEADS> &shared, T *out, float *
     }
 }
 
-template <typename T, int D, int HEAD_TILES>
+template <typename T, typename E, int D, int HEAD_TILES>
 __device__ __forceinline__ void
-attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const int *cu_seqlens_q,
+attention_decode(T *out, const T *q, const E *k_cache, const E *v_cache, const int *cu_seqlens_q,
                  const int *context_lens, const int *block_tables, const int *cu_blocks,
                  const int *split_tokens, float *partial, uint32_t *counters, float scale_log2,
                  int num_heads, int num_kv_heads, int block_shift) {
     constexpr int HEADS = 8 * HEAD_TILES;
     extern __shared__ __align__(128) char queues[];
     Shared<D, HEADS> &shared = *reinterpret_cast<Shared<D, HEADS> *>(queues);
-    static_assert(sizeof(Shared<D, HEADS>) <= WARPS * STAGES * Tiles<T, D>::STAGE_BYTES, "fits");
+    constexpr int QUEUE_BYTES = STAGES<E> * Tiles<E, D>::STAGE_BYTES;
+    static_assert(sizeof(Shared<D, HEADS>) <= WARPS * QUEUE_BYTES, "fits");
     const int split = blockIdx.x;
     const int kv_head = blockIdx.y;
     const int sequence = blockIdx.z;
@@ -349,9 +411,9 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
 
-    const Tiles<T, D> tiles = {k_cache,      v_cache,     block_tables + first_block, end, kv_head,
+    const Tiles<E, D> tiles = {k_cache,      v_cache,     block_tables + first_block, end, kv_head,
                                num_kv_heads, block_shift,
-                               shared_address(queues) + warp * STAGES * Tiles<T, D>::STAGE_BYTES};
+                               shared_address(queues) + warp * QUEUE_BYTES};
     int tile = start + warp * TILE;
     BlockIds blocks;
     blocks.load(tiles.block_table, tile, end, block_shift);
@@ -360,7 +422,7 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
     const int num_old = context_len - 1;
     int num_copied = 0;
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) {
+    for (int stage = 0; stage < STAGES<E> - 1; stage++) {
         if (next + TILE <= num_old) {
             tiles.copy(stage, next, blocks.get(tiles.block_table, next, end, block_shift));
             next += WARPS * TILE;
@@ -370,7 +432,7 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
     wait_for_producer();
     release_consumer();
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) {
+    for (int stage = 0; stage < STAGES<E> - 1; stage++) {
         if (stage >= num_copied) {
             tiles.copy(stage, next, blocks.get(tiles.block_table, next, end, block_shift));
             next += WARPS * TILE;
@@ -381,14 +443,17 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
 #pragma unroll
     for (int i = 0; i < HEAD_TILES; i++) {
         const int head = 8 * i + lane / 4;
-        const T *source = q + first_element + head * D + 2 * (lane % 4);
+        // In the order of the keys.
+        constexpr int LANE_DIMS = IS_E4M3<E> ? 4 : 2;
+        constexpr int SECOND = IS_E4M3<E> ? 2 : 8;
+        const T *source = q + first_element + head * D + LANE_DIMS * (lane % 4);
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             const bool is_there = head < group_size;
             query[i][step].x =
                 is_there ? *reinterpret_cast<const uint32_t *>(source + 16 * step) : 0;
             query[i][step].y =
-                is_there ? *reinterpret_cast<const uint32_t *>(source + 16 * step + 8) : 0;
+                is_there ? *reinterpret_cast<const uint32_t *>(source + 16 * step + SECOND) : 0;
         }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -404,27 +469,27 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
         }
     }
     int read = 0;
-    int write = STAGES - 1;
+    int write = STAGES<E> - 1;
     for (; tile < end; tile += WARPS * TILE) {
-        wait_for_copies<STAGES - 2>();
+        wait_for_copies<STAGES<E> - 2>();
         // All lanes' copies have arrived, and all are done with the stage before.
         __syncwarp();
         tiles.copy(write, next, blocks.get(tiles.block_table, next, end, block_shift));
         next += WARPS * TILE;
-        const uint32_t keys = tiles.queue + read * Tiles<T, D>::STAGE_BYTES;
+        const uint32_t keys = tiles.queue + read * Tiles<E, D>::STAGE_BYTES;
         float scores[HEAD_TILES][4];
         uint32_t weights[HEAD_TILES][2];
-        score<T, D, HEAD_TILES>(scores, keys, query);
+        score<T, E, D, HEAD_TILES>(scores, keys, query);
         soften<T, D, HEAD_TILES>(state, weights, scores, scale_log2, tile + lane / 4 < end,
                                  tile + lane / 4 + 8 < end);
-        add_values<T, D, HEAD_TILES>(state, keys + Tiles<T, D>::TILE_BYTES, weights);
+        add_values<T, E, D, HEAD_TILES>(state, keys + Tiles<E, D>::TILE_BYTES, weights);
         write = read;
-        read = read == STAGES - 1 ? 0 : read + 1;
+        read = read == STAGES<E> - 1 ? 0 : read + 1;
     }
     wait_for_copies<0>();
     // The sums take the place of the queues.
     __syncthreads();
-    share<D, HEAD_TILES>(shared, state);
+    share<E, D, HEAD_TILES>(shared, state);
     const int64_t pair = (int64_t)sequence * num_kv_heads + kv_head;
     const int stride = group_size * (D + 4);
     float *splits = partial + pair * gridDim.x * stride;
@@ -450,24 +515,25 @@ attention_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const i
     }
 }
 
-#define ENTRY(T, SUFFIX, D, GROUP, BLOCKS)                                                         \
+#define ENTRY(T, E, SUFFIX, D, GROUP, BLOCKS)                                                      \
     extern "C" __global__ void __launch_bounds__(WARPS *WARP_SIZE, BLOCKS)                         \
         attention_decode_##SUFFIX##_##D##_g##GROUP(                                                \
-            T *out, const T *q, const T *k_cache, const T *v_cache, const int *cu_seqlens_q,       \
+            T *out, const T *q, const E *k_cache, const E *v_cache, const int *cu_seqlens_q,       \
             const int *context_lens, const int *block_tables, const int *cu_blocks,                \
             const int *split_tokens, float *partial, uint32_t *counters, float scale_log2,         \
             int num_heads, int num_kv_heads, int block_shift) {                                    \
-        attention_decode<T, D, GROUP / 8>(out, q, k_cache, v_cache, cu_seqlens_q, context_lens,    \
-                                          block_tables, cu_blocks, split_tokens, partial,          \
-                                          counters, scale_log2, num_heads, num_kv_heads,           \
-                                          block_shift);                                            \
+        attention_decode<T, E, D, GROUP / 8>(out, q, k_cache, v_cache, cu_seqlens_q, context_lens, \
+                                             block_tables, cu_blocks, split_tokens, partial,       \
+                                             counters, scale_log2, num_heads, num_kv_heads,        \
+                                             block_shift);                                         \
     }
+#define ENTRIES(T, E, SUFFIX)                                                                      \
+    ENTRY(T, E, SUFFIX, 64, 8, 4)                                                                  \
+    ENTRY(T, E, SUFFIX, 64, 16, 3)                                                                 \
+    ENTRY(T, E, SUFFIX, 128, 8, 3)                                                                 \
+    ENTRY(T, E, SUFFIX, 128, 16, 2)
 
-ENTRY(__half, f16, 64, 8, 4)
-ENTRY(__half, f16, 64, 16, 3)
-ENTRY(__half, f16, 128, 8, 3)
-ENTRY(__half, f16, 128, 16, 2)
-ENTRY(__nv_bfloat16, bf16, 64, 8, 4)
-ENTRY(__nv_bfloat16, bf16, 64, 16, 3)
-ENTRY(__nv_bfloat16, bf16, 128, 8, 3)
-ENTRY(__nv_bfloat16, bf16, 128, 16, 2)
+ENTRIES(__half, __half, f16)
+ENTRIES(__half, E4m3, fp8_f16)
+ENTRIES(__nv_bfloat16, __nv_bfloat16, bf16)
+ENTRIES(__nv_bfloat16, E4m3, fp8_bf16)

@@ -2,24 +2,28 @@
 // of different lengths in one launch (prompts, chunks after a cached prefix, decodes as well).
 //
 // Shapes:  q, out [tokens, num_heads, D]; k_cache, v_cache
-//          [num_blocks][num_kv_heads][2^block_shift][D], block_shift ≥ 4; all of type T.
+//          [num_blocks][num_kv_heads][2^block_shift][D], block_shift ≥ 4; all of type T, or with
+//          fp8 in the name the caches of E4M3, whose products are those of T.
 //          cu_seqlens_q i32 [sequences + 1], context_lens i32 [sequences] (this step's tokens
 //          included, which are the last ones), block_tables i32 ragged, cu_blocks i32
 //          [sequences + 1]: as AttentionBatch. Query token i of a sequence stands at position
 //          context_len − query_len + i and sees keys 0 to there.
 //          Sequences of fewer than min_query_len query tokens are left alone: 2 leaves decodes to
 //          attention_decode, 1 takes all; padding (0) is always left.
-// Names:   attention_prefill_{f16,bf16}_{64,128}.
+// Names:   attention_prefill_{f16,bf16}_{64,128}, attention_prefill_fp8_{f16,bf16}_{64,128}.
 // Launch:  grid (num_kv_heads, tiles), tiles ≥ Σ ⌈query_len · group / 128⌉, group = num_heads /
-//          num_kv_heads, block 128; dynamic shared memory 768 · D bytes (needs the opt-in).
+//          num_kv_heads, block 128; dynamic shared memory 768 · D bytes, with fp8 640 · D (both need
+//          the opt-in).
 //          Blocks without a tile return at once, so a bucket may launch its upper bound
 //          ⌈tokens · group / 128⌉ + sequences.
 // Scale:   scale_log2 = scale · log2(e).
 // Method:  "FlashAttention-2" (Dao, 2023) with mma.sync; own code. The rows of a tile are (token,
 //          head) pairs of one kv head's group, so that the heads share the keys in shared memory
 //          and short chunks fill their tile. 4 warps of 32 rows; keys and values come in tiles of
-//          64 tokens through two stages of cp.async; 16-byte columns are swizzled by the row.
-#include "common.cuh"
+//          64 tokens through two stages of cp.async; 16-byte columns are swizzled by the row. Keys
+//          and values of E4M3 come in through one stage of their own, from which the threads widen
+//          them to T in the one pair of tiles before each product.
+#include "e4m3_pairs.cuh"
 
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP_SIZE;
@@ -79,14 +83,24 @@ template <int D> __device__ __forceinline__ uint32_t swizzled(int row, int colum
 }
 
 // Where a sequence's keys and values are.
-template <typename T> struct Cache {
-    const T *keys;
-    const T *values;
+template <typename E> struct Cache {
+    const E *keys;
+    const E *values;
     const int *block_table;
     int num_keys;
     int kv_head;
     int num_kv_heads;
     int block_shift;
+
+    // Returns where `token`'s elements of D begin; 0 where there is no such token.
+    template <int D> __device__ __forceinline__ int64_t offset_of(int token) const {
+        if (token >= num_keys) {
+            return 0;
+        }
+        const int64_t block = block_table[token >> block_shift];
+        const int slot = token & ((1 << block_shift) - 1);
+        return (((block * num_kv_heads + kv_head) << block_shift) + slot) * D;
+    }
 };
 
 // Starts the copies of keys and values from token `first` on.
@@ -102,15 +116,63 @@ __device__ __forceinline__ void copy_keys(uint32_t key_tile, uint32_t value_tile
         const int row = first_row + i * STRIDE;
         const int token = first + row;
         const bool is_there = token < cache.num_keys;
-        int64_t offset = 0;
-        if (is_there) {
-            const int64_t block = cache.block_table[token >> cache.block_shift];
-            const int slot = token & ((1 << cache.block_shift) - 1);
-            offset = (((block * cache.num_kv_heads + cache.kv_head) << cache.block_shift) + slot) *
-                         D + 8 * column;
-        }
+        const int64_t offset = cache.template offset_of<D>(token) + 8 * column;
         copy16_async(key_tile + swizzled<D>(row, column), cache.keys + offset, is_there);
         copy16_async(value_tile + swizzled<D>(row, column), cache.values + offset, is_there);
+    }
+}
+
+// Which vectors of 16 codes of a tile a thread brings and widens: in round i column `column` of row
+// `row` + i · STRIDE. Eight lanes have four columns of an even row and of the next, so that their
+// columns of T, swizzled, lie in all banks.
+template <int D> struct Codes {
+    static constexpr int HALVES = D / 64;
+    static constexpr int STRIDE = THREADS / (4 * HALVES);
+    static constexpr int ROUNDS = KEYS / STRIDE;
+    static constexpr int TILE_BYTES = KEYS * D;
+    int row;
+    int column;
+
+    __device__ __forceinline__ Codes() {
+        const int lane = threadIdx.x % WARP_SIZE;
+        row = threadIdx.x / WARP_SIZE * (8 / HALVES) + lane / 4 % 2 + lane / (8 * HALVES) * 2;
+        column = lane % 4 + lane / 8 % HALVES * 4;
+    }
+
+    // Returns where the thread's vector of round `i` lies; no other thread's.
+    __device__ __forceinline__ int place(int i) const { return (i * THREADS + threadIdx.x) * 16; }
+};
+
+// Starts the copies of codes from token `first` on, keys to `codes`, values behind them.
+template <int D>
+__device__ __forceinline__ void copy_codes(uint32_t codes, const Cache<E4m3> &cache, int first) {
+    const Codes<D> own;
+#pragma unroll
+    for (int i = 0; i < Codes<D>::ROUNDS; i++) {
+        const int token = first + own.row + i * Codes<D>::STRIDE;
+        const bool is_there = token < cache.num_keys;
+        const int64_t offset = cache.template offset_of<D>(token) + 16 * own.column;
+        const uint32_t target = codes + own.place(i);
+        copy16_async(target, cache.keys + offset, is_there);
+        copy16_async(target + Codes<D>::TILE_BYTES, cache.values + offset, is_there);
+    }
+}
+
+// Widens the codes that the thread itself has copied to tiles of T, of keys and behind them values.
+template <typename T, int D>
+__device__ __forceinline__ void widen_codes(char *tiles, const char *codes) {
+    const Codes<D> own;
+#pragma unroll
+    for (int kind = 0; kind < 2; kind++) {
+#pragma unroll
+        for (int i = 0; i < Codes<D>::ROUNDS; i++) {
+            uint4 first, second;
+            widen16<T>(load16(codes + kind * Codes<D>::TILE_BYTES + own.place(i)), first, second);
+            const int row = own.row + i * Codes<D>::STRIDE;
+            char *tile = tiles + kind * (KEYS * D * 2);
+            store16(tile + swizzled<D>(row, 2 * own.column), first);
+            store16(tile + swizzled<D>(row, 2 * own.column + 1), second);
+        }
     }
 }
 
@@ -287,17 +349,20 @@ __device__ __forceinline__ void write_rows(T *out, char *query_tile, State<D> &s
     }
 }
 
-template <typename T, int D>
+template <typename T, typename E, int D>
 __device__ __forceinline__ void
-attention_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const int *cu_seqlens_q,
+attention_prefill(T *out, const T *q, const E *k_cache, const E *v_cache, const int *cu_seqlens_q,
                   const int *context_lens, const int *block_tables, const int *cu_blocks,
                   float scale_log2, int num_sequences, int min_query_len, int num_heads,
                   int num_kv_heads, int block_shift) {
     extern __shared__ __align__(128) char tiles[];
     constexpr int TILE_BYTES = KEYS * D * 2;
+    constexpr int STAGES = IS_E4M3<E> ? 1 : 2;
     const uint32_t query_tile = shared_address(tiles);
     const uint32_t key_tiles = query_tile + ROWS * D * 2;
-    const uint32_t value_tiles = key_tiles + 2 * TILE_BYTES;
+    const uint32_t value_tiles = key_tiles + STAGES * TILE_BYTES;
+    // Of E4M3, codes come behind the tiles.
+    constexpr int CODES_AT = ROWS * D * 2 + 2 * TILE_BYTES;
     const int group_size = num_heads / num_kv_heads;
     const int kv_head = blockIdx.x;
     wait_for_producer();
@@ -312,7 +377,7 @@ attention_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const 
     const int first_position = context_len - work.query_len;
     const int first_token = work.tile * ROWS / group_size;
     const int last_token = min((work.tile * ROWS + ROWS - 1) / group_size, work.query_len - 1);
-    const Cache<T> cache = {k_cache,
+    const Cache<E> cache = {k_cache,
                             v_cache,
                             block_tables + cu_blocks[work.sequence],
                             first_position + last_token + 1,
@@ -332,7 +397,11 @@ attention_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const 
             is_there ? (int64_t)token * row_stride + packed % group_size * D + 8 * column : 0;
         copy16_async(query_tile + swizzled<D>(row, column), q + origin + offset, is_there);
     }
-    copy_keys<T, D>(key_tiles, value_tiles, cache, 0);
+    if constexpr (IS_E4M3<E>) {
+        copy_codes<D>(query_tile + CODES_AT, cache, 0);
+    } else {
+        copy_keys<T, D>(key_tiles, value_tiles, cache, 0);
+    }
     commit_copies();
 
     State<D> state;
@@ -360,11 +429,19 @@ attention_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const 
     int stage = 0;
     for (int first = 0; first < cache.num_keys; first += KEYS) {
         wait_for_copies<0>();
-        // Also: all warps are done with the other stage.
+        // Also: all warps are done with the other stage, of E4M3 with the tiles.
         __syncthreads();
+        if constexpr (IS_E4M3<E>) {
+            widen_codes<T, D>(tiles + ROWS * D * 2, tiles + CODES_AT);
+            __syncthreads();
+        }
         if (first + KEYS < cache.num_keys) {
-            copy_keys<T, D>(key_tiles + (1 - stage) * TILE_BYTES,
-                            value_tiles + (1 - stage) * TILE_BYTES, cache, first + KEYS);
+            if constexpr (IS_E4M3<E>) {
+                copy_codes<D>(query_tile + CODES_AT, cache, first + KEYS);
+            } else {
+                copy_keys<T, D>(key_tiles + (1 - stage) * TILE_BYTES,
+                                value_tiles + (1 - stage) * TILE_BYTES, cache, first + KEYS);
+            }
             commit_copies();
         }
         float scores[ROW_TILES][KEY_TILES][4];
@@ -380,22 +457,25 @@ attention_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const 
         }
         soften<D>(scores, state, scale_log2);
         add_values<T, D>(state, scores, value_tiles + stage * TILE_BYTES);
-        stage = 1 - stage;
+        stage = STAGES - 1 - stage;
     }
     write_rows<T, D>(out + origin, tiles, state, work, group_size, row_stride);
 }
 
-#define ENTRY(T, SUFFIX, D)                                                                        \
+#define ENTRY(T, E, SUFFIX, D)                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_prefill_##SUFFIX##_##D(     \
-        T *out, const T *q, const T *k_cache, const T *v_cache, const int *cu_seqlens_q,           \
+        T *out, const T *q, const E *k_cache, const E *v_cache, const int *cu_seqlens_q,           \
         const int *context_lens, const int *block_tables, const int *cu_blocks, float scale_log2,  \
         int num_sequences, int min_query_len, int num_heads, int num_kv_heads, int block_shift) {  \
-        attention_prefill<T, D>(out, q, k_cache, v_cache, cu_seqlens_q, context_lens,              \
-                                block_tables, cu_blocks, scale_log2, num_sequences,                \
-                                min_query_len, num_heads, num_kv_heads, block_shift);              \
+        attention_prefill<T, E, D>(out, q, k_cache, v_cache, cu_seqlens_q, context_lens,           \
+                                   block_tables, cu_blocks, scale_log2, num_sequences,             \
+                                   min_query_len, num_heads, num_kv_heads, block_shift);           \
     }
+#define ENTRIES(T, SUFFIX, D)                                                                      \
+    ENTRY(T, T, SUFFIX, D)                                                                         \
+    ENTRY(T, E4m3, fp8_##SUFFIX, D)
 
-ENTRY(__half, f16, 64)
-ENTRY(__half, f16, 128)
-ENTRY(__nv_bfloat16, bf16, 64)
-ENTRY(__nv_bfloat16, bf16, 128)
+ENTRIES(__half, f16, 64)
+ENTRIES(__half, f16, 128)
+ENTRIES(__nv_bfloat16, bf16, 64)
+ENTRIES(__nv_bfloat16, bf16, 128)

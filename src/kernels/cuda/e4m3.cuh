@@ -2,13 +2,13 @@
 // what they wrote (norm.cu). quantize.cu says how values are rounded.
 #pragma once
 
+#include "e4m3_pairs.cuh"
 #include "hopper.cuh"
 
 #ifdef HAS_HOPPER
 
 // Vectors of a row that a thread keeps.
 constexpr int MAX_ROW_VECTORS = 4;
-constexpr float LARGEST_E4M3 = 448.0f;
 constexpr float SMALLEST_SCALE = 1e-30f;
 
 // Eight elements from the row's element 8 · vector on.
@@ -53,12 +53,6 @@ __device__ __forceinline__ float block_max(float value) {
     return value;
 }
 
-// Two elements in 16 bits, the first in the low half; what is too large becomes ±448.
-__device__ __forceinline__ uint32_t pack_e4m3(float first, float second) {
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-    return pair;
-}
 __device__ __forceinline__ void store_e4m3(uint8_t *target, const float (&values)[8],
                                            float inverse) {
     uint32_t words[2];

@@ -26,22 +26,35 @@ pub(in crate::kernels) struct GpuKv {
     pub(in crate::kernels) block_size: usize,
     pub(in crate::kernels) num_kv_heads: usize,
     pub(in crate::kernels) head_dim: usize,
+    /// The computing type or E4M3.
+    dtype: DType,
     keys: Address,
     values: Address,
-    /// Keys and values for `attention_prefill_wgmma`, where the GPU has it.
+    /// Keys and values for `attention_prefill_wgmma`, where the GPU has it and it reads the type.
     maps: Option<Box<[TensorMap; 2]>>,
     _memory: Arc<Buffer>,
 }
 
 impl GpuKv {
     fn block_bytes(&self) -> usize {
-        2 * self.num_kv_heads * self.block_size * self.head_dim
+        self.dtype.size_in_bytes() * self.num_kv_heads * self.block_size * self.head_dim
+    }
+
+    /// Returns what its element type adds to the names of kernels that read or write it.
+    fn form(&self) -> &'static str {
+        match self.dtype {
+            DType::F8E4M3 => FP8_FORM,
+            _ => "",
+        }
     }
 
     fn block_shift(&self) -> i32 {
         self.block_size.trailing_zeros() as i32
     }
 }
+
+/// What names of kernels have before the computing type when the cache is E4M3.
+const FP8_FORM: &str = "_fp8";
 
 /// What the attention kernels need between launches.
 pub(super) struct Scratch {
@@ -60,11 +73,14 @@ pub(super) struct Scratch {
 impl Scratch {
     pub(super) fn new(driver: &Driver, type_name: &str) -> Result<Self> {
         for dim in [64u32, 128] {
-            for group in [8, 16] {
-                let name = format!("attention_decode_{type_name}_{dim}_g{group}");
-                driver.allow_shared(&name, 512 * dim)?;
+            for form in ["", FP8_FORM] {
+                for group in [8, 16] {
+                    let name = format!("attention_decode{form}_{type_name}_{dim}_g{group}");
+                    driver.allow_shared(&name, 512 * dim)?;
+                }
+                let name = format!("attention_prefill{form}_{type_name}_{dim}");
+                driver.allow_shared(&name, prefill_shared_bytes(form, dim))?;
             }
-            driver.allow_shared(&format!("attention_prefill_{type_name}_{dim}"), 768 * dim)?;
             let name = format!("attention_prefill_wgmma_{type_name}_{dim}");
             driver.allow_shared(&name, wgmma_shared_bytes(dim))?;
         }
@@ -88,6 +104,15 @@ impl Scratch {
     }
 }
 
+/// Returns the dynamic shared memory of `attention_prefill`, whose `form` says what the cache is.
+fn prefill_shared_bytes(form: &str, head_dim: u32) -> u32 {
+    match form {
+        // One pair of widened tiles beside the codes.
+        FP8_FORM => 640 * head_dim,
+        _ => 768 * head_dim,
+    }
+}
+
 /// Returns the dynamic shared memory of `attention_prefill_wgmma`.
 fn wgmma_shared_bytes(head_dim: u32) -> u32 {
     1536 * head_dim + 1024
@@ -99,12 +124,19 @@ const MAX_GROUP: usize = 16;
 const MAX_COUNTERS: usize = 1 << 16;
 
 impl Gpu {
-    /// Reserves the keys and values of `num_layers` layers, of the computing type.
+    /// Reserves the keys and values of `num_layers` layers, of the computing type or E4M3.
     pub(in crate::kernels) fn new_kv_cache(
         &self,
         num_layers: usize,
         [num_blocks, block_size, num_kv_heads, head_dim]: [usize; 4],
+        dtype: DType,
     ) -> Result<Vec<GpuKv>> {
+        if ![self.dtype, DType::F8E4M3].contains(&dtype) {
+            bail!(
+                "the KV cache of a GPU that computes in {:?} is that or F8E4M3, got {dtype:?}",
+                self.dtype
+            );
+        }
         if !block_size.is_power_of_two() {
             bail!("--block-size must be a power of two on a GPU, got {block_size}");
         }
@@ -113,7 +145,7 @@ impl Gpu {
                 "the CUDA attention kernels are made for heads of 64 and 128, the model has {head_dim}"
             );
         }
-        let half = num_blocks * num_kv_heads * block_size * head_dim * 2;
+        let half = num_blocks * num_kv_heads * block_size * head_dim * dtype.size_in_bytes();
         let memory = Arc::new(self.driver.allocate_zeroed(2 * half * num_layers)?);
         let num_rows = num_blocks * num_kv_heads * block_size;
         let has_boxes = num_rows > 0 && block_size >= PREFILL_BOX_TOKENS;
@@ -124,7 +156,9 @@ impl Gpu {
         let layer = |index: usize| {
             let keys = memory.address() + (2 * index * half) as Address;
             let values = keys + half as Address;
-            let maps = if self.scratch.has_wgmma_prefill && has_boxes {
+            // It hands tiles to the tensor cores as they come in: not of E4M3.
+            let reads = self.scratch.has_wgmma_prefill && dtype == self.dtype;
+            let maps = if reads && has_boxes {
                 Some(Box::new([map(keys)?, map(values)?]))
             } else {
                 None
@@ -134,6 +168,7 @@ impl Gpu {
                 block_size,
                 num_kv_heads,
                 head_dim,
+                dtype,
                 keys,
                 values,
                 maps,
@@ -234,7 +269,7 @@ impl Gpu {
             Arg::I32(args.num_kv_heads as i32),
             Arg::I32(kv.block_shift()),
         ];
-        let name = format!("rope_and_cache_{}_{head_dim}", self.type_name);
+        let name = format!("rope_and_cache{}_{}_{head_dim}", kv.form(), self.type_name);
         let geometry = Geometry::new([num_tokens, all_heads.div_ceil(4), 1], 128);
         self.driver.launch(&name, geometry, &kernel_args)?;
         Ok(tensor)
@@ -303,8 +338,10 @@ impl Gpu {
         args.extend([num_heads as i32, kv.num_kv_heads as i32, kv.block_shift()].map(Arg::I32));
         let bound = if group <= 8 { 8 } else { 16 };
         let name = format!(
-            "attention_decode_{}_{}_g{bound}",
-            self.type_name, kv.head_dim
+            "attention_decode{}_{}_{}_g{bound}",
+            kv.form(),
+            self.type_name,
+            kv.head_dim
         );
         let geometry = Geometry {
             grid: [staged.num_splits, kv.num_kv_heads, staged.num_sequences],
@@ -340,9 +377,9 @@ impl Gpu {
                 let geometry = Geometry {
                     grid: [kv.num_kv_heads, tiles, 1],
                     block: 128,
-                    shared_bytes: 768 * kv.head_dim as u32,
+                    shared_bytes: prefill_shared_bytes(kv.form(), kv.head_dim as u32),
                 };
-                ("", [kv.keys, kv.values].map(Arg::Pointer), geometry)
+                (kv.form(), [kv.keys, kv.values].map(Arg::Pointer), geometry)
             }
         };
         let mut args = vec![Arg::Pointer(out), Arg::Pointer(q)];

@@ -4,18 +4,43 @@
 // Shapes:  qkv [tokens, (num_heads + 2 num_kv_heads) D], bias [the same width] or null;
 //          q_norm, k_norm [D], both or null; cos, sin f32 [positions, D / 2];
 //          positions, slot_mapping i32 [tokens]; q_out [tokens, num_heads, D];
-//          k_cache, v_cache [num_blocks][num_kv_heads][2^block_shift][D], all of type T.
+//          k_cache, v_cache [num_blocks][num_kv_heads][2^block_shift][D], all of type T; with fp8 in
+//          the name the caches are E4M3: rounded from f32 to nearest, ties to even, ±448 for all
+//          that is larger.
 //          Slot = block · block_size + offset. A negative slot (a bucket's padding) writes no key
 //          and no value; its position must still be one of the tables'.
+// Names:   rope_and_cache_{f16,bf16}_{64,128}, rope_and_cache_fp8_{f16,bf16}_{64,128}.
 // Form:    half-split (Llama, Qwen): element i turns with element i + D / 2.
 // Launch:  grid (tokens, ⌈(num_heads + 2 num_kv_heads) / (block / 32)⌉), block a multiple of 32:
 //          one warp for each head.
 // Source:  own; formulas as src/kernels/cpu/kv.rs.
-#include "common.cuh"
+#include "e4m3_pairs.cuh"
 
-template <typename T, int D>
+// Writes what a lane holds of a head: consecutive elements of the first half and their partners.
+template <int D, int PAIRS, typename E>
+__device__ __forceinline__ void write_head(E *target, const float (&first)[PAIRS],
+                                           const float (&second)[PAIRS]) {
+    target += threadIdx.x % WARP_SIZE * PAIRS;
+    if constexpr (!IS_E4M3<E>) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            target[i] = from_float<E>(first[i]);
+            target[i + D / 2] = from_float<E>(second[i]);
+        }
+    } else if constexpr (PAIRS == 2) {
+        *reinterpret_cast<uint16_t *>(target) = pack_e4m3(first[0], first[1]);
+        *reinterpret_cast<uint16_t *>(target + D / 2) = pack_e4m3(second[0], second[1]);
+    } else {
+        static_assert(PAIRS == 1, "heads of 64 or 128");
+        const uint32_t pair = pack_e4m3(first[0], second[0]);
+        target[0].code = pair & 0xff;
+        target[D / 2].code = pair >> 8;
+    }
+}
+
+template <typename T, typename E, int D>
 __device__ __forceinline__ void
-rope_and_cache(T *q_out, T *k_cache, T *v_cache, const T *qkv, const T *bias, const T *q_norm,
+rope_and_cache(T *q_out, E *k_cache, E *v_cache, const T *qkv, const T *bias, const T *q_norm,
                const T *k_norm, const float *cos, const float *sin, const int *positions,
                const int *slot_mapping, float eps, int num_heads, int num_kv_heads,
                int block_shift) {
@@ -69,37 +94,35 @@ rope_and_cache(T *q_out, T *k_cache, T *v_cache, const T *qkv, const T *bias, co
             first[i] = rotated;
         }
     }
-    T *target;
     if (head < num_heads) {
-        target = q_out + (token * num_heads + head) * D;
-    } else {
-        const int slot = slot_mapping[token];
-        if (slot < 0) {
-            return;
-        }
-        const int kv_head = head - num_heads - (is_value ? num_kv_heads : 0);
-        const int64_t block = slot >> block_shift;
-        const int64_t offset = slot & ((1 << block_shift) - 1);
-        const int64_t row = ((block * num_kv_heads + kv_head) << block_shift) + offset;
-        target = (is_value ? v_cache : k_cache) + row * D;
+        write_head<D>(q_out + (token * num_heads + head) * D, first, second);
+        return;
     }
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        target[lane * PAIRS + i] = from_float<T>(first[i]);
-        target[lane * PAIRS + i + D / 2] = from_float<T>(second[i]);
+    const int slot = slot_mapping[token];
+    if (slot < 0) {
+        return;
     }
+    const int kv_head = head - num_heads - (is_value ? num_kv_heads : 0);
+    const int64_t block = slot >> block_shift;
+    const int64_t offset = slot & ((1 << block_shift) - 1);
+    const int64_t row = ((block * num_kv_heads + kv_head) << block_shift) + offset;
+    write_head<D>((is_value ? v_cache : k_cache) + row * D, first, second);
 }
 
-#define ENTRY(T, SUFFIX, D)                                                                        \
+#define ENTRY(T, E, SUFFIX, D)                                                                     \
     extern "C" __global__ void rope_and_cache_##SUFFIX##_##D(                                      \
-        T *q_out, T *k_cache, T *v_cache, const T *qkv, const T *bias, const T *q_norm,            \
+        T *q_out, E *k_cache, E *v_cache, const T *qkv, const T *bias, const T *q_norm,            \
         const T *k_norm, const float *cos, const float *sin, const int *positions,                 \
         const int *slot_mapping, float eps, int num_heads, int num_kv_heads, int block_shift) {    \
-        rope_and_cache<T, D>(q_out, k_cache, v_cache, qkv, bias, q_norm, k_norm, cos, sin,         \
-                             positions, slot_mapping, eps, num_heads, num_kv_heads, block_shift);  \
+        rope_and_cache<T, E, D>(q_out, k_cache, v_cache, qkv, bias, q_norm, k_norm, cos, sin,      \
+                                positions, slot_mapping, eps, num_heads, num_kv_heads,             \
+                                block_shift);                                                      \
     }
+#define ENTRIES(T, SUFFIX, D)                                                                      \
+    ENTRY(T, T, SUFFIX, D)                                                                         \
+    ENTRY(T, E4m3, fp8_##SUFFIX, D)
 
-ENTRY(__half, f16, 64)
-ENTRY(__half, f16, 128)
-ENTRY(__nv_bfloat16, bf16, 64)
-ENTRY(__nv_bfloat16, bf16, 128)
+ENTRIES(__half, f16, 64)
+ENTRIES(__half, f16, 128)
+ENTRIES(__nv_bfloat16, bf16, 64)
+ENTRIES(__nv_bfloat16, bf16, 128)

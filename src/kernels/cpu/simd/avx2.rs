@@ -99,6 +99,39 @@ unsafe fn load_bf16(from: *const u16) -> F {
     }
 }
 
+/// Returns E4M3 as `f16` of a 256th of the value: the exponents' biases, 15 and 7, differ by 8.
+///
+/// # Safety
+///
+/// AVX2 must be available.
+#[inline(always)]
+pub(super) unsafe fn e4m3_to_f16(codes: __m128i) -> __m256i {
+    // SAFETY: the caller promises AVX2.
+    unsafe {
+        // The sign, a bit that is its copy and goes, 4 of exponent, 3 of mantissa, 7 zeros.
+        let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
+        let words = _mm256_and_si256(words, _mm256_set1_epi16(0xbf80_u16.cast_signed()));
+        let nan = _mm256_set1_epi16(0x3f80);
+        _mm256_or_si256(words, _mm256_cmpeq_epi16(_mm256_and_si256(words, nan), nan))
+    }
+}
+
+/// # Safety
+///
+/// AVX2 and F16C must be available and `from` readable for 16 elements.
+#[inline(always)]
+unsafe fn load_e4m3(from: *const u8) -> F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let words = e4m3_to_f16(_mm_loadu_si128(from.cast()));
+        let (low, scale) = (_mm256_castsi256_si128(words), _mm256_set1_ps(256.0));
+        [
+            _mm256_mul_ps(_mm256_cvtph_ps(low), scale),
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(words)), scale),
+        ]
+    }
+}
+
 /// # Safety
 ///
 /// AVX2 must be available and `to` writable for 16 elements.
@@ -280,6 +313,9 @@ impl Simd for Avx2 {
         fn load_bf16(from: *const u16) -> F = load_bf16(from);
         fn load_bf16_part(from: *const u16, len: usize) -> F =
             load_bf16(padded(from, len).as_ptr());
+        fn load_e4m3(from: *const u8) -> F = load_e4m3(from);
+        fn load_e4m3_part(from: *const u8, len: usize) -> F =
+            load_e4m3(padded(from, len).as_ptr());
         fn load_u8(from: *const u8) -> F = {
             let bytes = _mm_loadu_si128(from.cast());
             [

@@ -1,6 +1,7 @@
 //! The AVX-512 level: one 512-bit register a vector, `vpdpbusd` for byte dot products.
 
 use super::Simd;
+use super::avx2::e4m3_to_f16;
 use std::arch::x86_64::*;
 
 /// Proof that the machine has AVX-512 F, BW, VL, DQ and VNNI.
@@ -45,6 +46,15 @@ macro_rules! memory {
 fn as_pd(a: __m512) -> __m512d {
     // SAFETY: only values of an `Avx512`, which proves the instructions, come here.
     unsafe { _mm512_castps_pd(a) }
+}
+
+/// # Safety
+///
+/// AVX-512 F and AVX2 must be available.
+#[inline(always)]
+unsafe fn e4m3_to_f32(codes: __m128i) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_mul_ps(_mm512_cvtph_ps(e4m3_to_f16(codes)), _mm512_set1_ps(256.0)) }
 }
 
 /// The mask of the first `len` of 16 lanes.
@@ -104,6 +114,9 @@ impl Simd for Avx512 {
                 _mm256_maskz_loadu_epi16(first(len), from.cast())
             ))
         );
+        fn load_e4m3(from: *const u8) -> __m512 = e4m3_to_f32(_mm_loadu_si128(from.cast()));
+        fn load_e4m3_part(from: *const u8, len: usize) -> __m512 =
+            e4m3_to_f32(_mm_maskz_loadu_epi8(first(len), from.cast()));
         fn load_u8(from: *const u8) -> __m512 =
             _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())));
         fn load_i8(from: *const i8) -> __m512 =

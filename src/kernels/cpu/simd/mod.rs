@@ -149,6 +149,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_f16_part(self, from: *const u16, len: usize) -> Self::F;
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
     unsafe fn load_bf16_part(self, from: *const u16, len: usize) -> Self::F;
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::F;
+    unsafe fn load_e4m3_part(self, from: *const u8, len: usize) -> Self::F;
     /// 16 unsigned bytes as floats.
     unsafe fn load_u8(self, from: *const u8) -> Self::F;
     /// 16 signed bytes as floats.

@@ -3,6 +3,7 @@
 //! The oracle that the other levels are tested against, and what architectures other than x86-64
 //! run; the loops over lanes are shaped so that the compiler can vectorise them.
 
+use super::super::e4m3;
 use super::Simd;
 use half::{bf16, f16};
 
@@ -160,6 +161,16 @@ impl Simd for Scalar {
     unsafe fn load_bf16_part(self, from: *const u16, len: usize) -> Self::F {
         // SAFETY: the caller promises `len` elements.
         unsafe { read(from, len, bf16_to_f32) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::F {
+        // SAFETY: the caller promises 16 elements.
+        unsafe { read(from, 16, e4m3::to_f32) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_part(self, from: *const u8, len: usize) -> Self::F {
+        // SAFETY: the caller promises `len` elements.
+        unsafe { read(from, len, e4m3::to_f32) }
     }
     #[inline(always)]
     unsafe fn load_u8(self, from: *const u8) -> Self::F {
