@@ -5,7 +5,8 @@
 //! matrices, `fp8` quantises them and what they multiply, `activations` is where results go,
 //! `batch` stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels,
 //! `sampler` draws tokens, `peers` are the collectives of several GPUs, `nccl` those where GPUs
-//! cannot reach each other, `turns` is what lets the host prepare a step while another runs.
+//! cannot reach each other, `turns` is what lets the host prepare a step while another runs, `upload`
+//! brings weights from files.
 //! `unsafe` code stays in this folder.
 
 mod activations;
@@ -20,6 +21,7 @@ mod peers;
 mod sampler;
 mod tensor_map;
 mod turns;
+mod upload;
 mod weights;
 
 use std::ops::Range;
@@ -43,6 +45,7 @@ use nccl::Nccl;
 use paged::Scratch;
 use peers::Peers;
 use sampler::Sampler;
+use upload::Uploader;
 use weights::{Arena, Loading, READABLE_ROWS, type_name};
 
 pub(super) use batch::{Staged, StepArrays};
@@ -65,6 +68,7 @@ pub(super) struct Gpu {
     /// What this layer's last norm has quantised: within a layer no address is used again.
     prepared: Mutex<Option<Prepared>>,
     arena: Arena,
+    uploader: Uploader,
     activations: Activations,
     stage: Stage,
     gemm: Gemm,
@@ -93,6 +97,7 @@ impl Gpu {
         };
         let mut gpu = Self {
             arena: Arena::default(),
+            uploader: Uploader::new(options.world_size),
             activations: Activations::new(dtype),
             stage: Stage::new(&driver, limits)?,
             gemm: Gemm::new(&driver, dtype, options.max_num_tokens)?,
@@ -188,6 +193,7 @@ impl Gpu {
         Loading {
             driver: &self.driver,
             arena: &self.arena,
+            uploader: &self.uploader,
             dtype: self.dtype,
             cpu,
         }
@@ -240,9 +246,11 @@ impl Gpu {
         self.activations.next_layer();
     }
 
-    /// Fixes the memory of activations at what the steps so far took.
+    /// Fixes the memory of activations at what the steps so far took, and frees what loading
+    /// needed.
     pub(super) fn settle_activations(&self) -> Result<()> {
         self.synchronize()?;
+        self.uploader.free(&self.driver)?;
         self.activations.settle(self.device())
     }
 

@@ -11,6 +11,7 @@ use super::super::cpu::{self, Cpu, CpuMatrix};
 use super::driver::{Address, Arg, Driver, Geometry};
 use super::fp8;
 use super::memory::Buffer;
+use super::upload::Uploader;
 
 /// Bytes of an arena's chunk when nothing else is asked for.
 const CHUNK_BYTES: usize = 256 << 20;
@@ -176,6 +177,7 @@ impl Region {
 pub(super) struct Loading<'a> {
     pub(super) driver: &'a Driver,
     pub(super) arena: &'a Arena,
+    pub(super) uploader: &'a Uploader,
     /// `F16` or `BF16`.
     pub(super) dtype: DType,
     /// Expands block formats.
@@ -237,7 +239,7 @@ impl Loading<'_> {
         let scales = self.arena.scales.take(self.driver, 4 * rows, 0)?;
         let staging = self.driver.allocate(data.len())?;
         // SAFETY: the staging buffer has that length.
-        unsafe { self.driver.upload(staging.address(), data)? };
+        unsafe { self.uploader.upload(self.driver, staging.address(), data)? };
         let quantized = fp8::Rows {
             x: staging.address(),
             out: elements.address,
@@ -269,13 +271,16 @@ impl Loading<'_> {
         if from == "f32" {
             let staging = self.driver.allocate(data.len())?;
             // SAFETY: the staging buffer has that length.
-            unsafe { self.driver.upload(staging.address(), &data)? };
+            unsafe {
+                self.uploader
+                    .upload(self.driver, staging.address(), &data)?
+            };
             self.convert(from, address, staging.address(), rows * cols)?;
             // The buffer must not go before the kernel has read it.
             return self.driver.synchronize();
         }
         // SAFETY: the arena gave that much room.
-        unsafe { self.driver.upload(address, &data)? };
+        unsafe { self.uploader.upload(self.driver, address, &data)? };
         match from == type_name(self.dtype)? {
             true => Ok(()),
             false => self.convert(from, address, address, rows * cols),
