@@ -212,6 +212,8 @@ impl Gpu {
     pub(super) fn join_vectors(&self, parts: &[Tensor]) -> Result<Tensor> {
         let len = parts.iter().map(Tensor::elem_count).sum();
         let (tensor, mut target) = self.new_lasting([1, len], self.dtype)?;
+        // candle's stream uploads the parts, ours copies them.
+        self.driver.synchronize_all()?;
         for part in parts {
             let num_bytes = 2 * part.elem_count();
             let source = self.address("a vector", part, self.dtype)?;
