@@ -111,6 +111,7 @@ unreachable_methods! {
     fn gather_logits_rows(&self, x: &Tensor, staged: &Staged, rows: Range<usize>) -> Result<Tensor>;
     fn new_kv_cache(&self, num_layers: usize, sizes: [usize; 4], dtype: DType) -> Result<Vec<GpuKv>>;
     fn copy_blocks(&self, layers: &[&GpuKv], copies: &[(u32, u32)]) -> Result<()>;
+    fn rope_and_attention(&self, qkv: &Tensor, args: &RopeAndCache<'_>, staged: &Staged, kv: &GpuKv, scale: f32) -> Result<Tensor>;
     fn rope_and_cache(&self, qkv: &Tensor, args: &RopeAndCache<'_>, staged: &Staged, kv: &GpuKv) -> Result<Tensor>;
     fn paged_attention(&self, q: &Tensor, kv: &GpuKv, staged: &Staged, num_heads: usize, scale: f32) -> Result<Tensor>;
     fn launch_draws(&self, logits: &Tensor, draws: &[Option<Draw>]) -> Result<PendingDraws>;

@@ -386,6 +386,27 @@ impl Kernels {
             .collect())
     }
 
+    /// Caches the keys and values of `qkv` as [`Self::rope_and_cache`] does and returns what
+    /// [`Self::paged_attention`] makes of its queries; on a GPU in one kernel where each sequence
+    /// has one token.
+    ///
+    /// # Errors
+    ///
+    /// Those of both.
+    pub fn rope_and_attention(
+        &self,
+        qkv: &Tensor,
+        args: &RopeAndCache<'_>,
+        kv: &mut KvBlocks,
+        scale: f32,
+    ) -> Result<Tensor> {
+        if let (KvData::Gpu(kv), Some(gpu)) = (&kv.0, &self.gpu) {
+            return gpu.rope_and_attention(qkv, args, args.batch.staged()?, kv, scale);
+        }
+        let q = self.rope_and_cache(qkv, args, kv)?;
+        self.paged_attention(&q, kv, args.batch, args.num_heads, scale)
+    }
+
     /// Takes `qkv: [m, (num_heads + 2 num_kv_heads) head_dim]`, norms queries and keys where a
     /// norm is given, rotates both (half-split form), writes keys and values to their slots and
     /// returns the queries, `[m, num_heads * head_dim]`.

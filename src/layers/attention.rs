@@ -135,12 +135,10 @@ impl Attention {
             sin: self.rotary.sin(),
             batch: context.batch,
         };
-        let q = context.kernels.rope_and_cache(&qkv, &args, kv_blocks)?;
         let scale = 1.0 / (self.head_dim as f32).sqrt();
-        let attended =
-            context
-                .kernels
-                .paged_attention(&q, kv_blocks, context.batch, self.num_heads, scale)?;
+        let attended = context
+            .kernels
+            .rope_and_attention(&qkv, &args, kv_blocks, scale)?;
         self.output.forward(&attended, context)
     }
 }

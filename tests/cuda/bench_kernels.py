@@ -10,6 +10,7 @@ run.
 
 import itertools
 import statistics
+import itertools
 import sys
 import time
 
@@ -372,7 +373,8 @@ def sampler(kernels, ceilings):
 
 def step(kernels, ceilings):
     """A whole decode step, kernels only: 28 layers, final norm, head, sampler."""
-    print("decode step of the whole model, µs: plain launches, overlapped launches; tok/s")
+    print("decode step of the whole model, µs: plain launches, overlapped launches; rope and "
+          "attention as two kernels, as one; tok/s of the last")
     weights = [[random(n, k, dtype=DTYPE, scale=k**-0.5) for n, k in
                 [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN)]]
                for _ in range(LAYERS)]
@@ -397,17 +399,22 @@ def step(kernels, ceilings):
         split = ints([split_tokens])
         job = SamplerRun(kernels, logits, [dict(DEFAULTS, temperature=0.0)] * tokens)
 
-        def run():
+        def attend(kernel, *queries):
+            kernels.launch(f"{kernel}_{NAME}_128_g8", [splits, KV_HEADS, tokens], 128, attended,
+                           *queries, *batch.caches, *batch.tables(), split, partial, counters,
+                           DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4, shared_bytes=512 * DIM)
+
+        def run(is_one):
+            turns = None, None, cos, sin, positions, slots
             kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
             for qkv_w, o_w, gate_up_w, down_w in weights:
-                multiply(kernels, "", "wide", qkv, h, qkv_w, None, None)
-                kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
-                               *batch.caches, qkv, bias, None, None, cos, sin, positions, slots,
-                               1e-6, HEADS, KV_HEADS, 4)
-                kernels.launch(f"attention_decode_{NAME}_128_g8", [splits, KV_HEADS, tokens], 128,
-                               attended, q_out, *batch.caches, *batch.tables(), split, partial,
-                               counters, DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4,
-                               shared_bytes=512 * DIM)
+                multiply(kernels, "", "wide", qkv, h, qkv_w, bias, None)
+                if is_one:
+                    attend("rope_attention_decode", qkv, *turns, 1e-6)
+                else:
+                    kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
+                                   *batch.caches, qkv, None, *turns, 1e-6, HEADS, KV_HEADS, 4)
+                    attend("attention_decode", q_out)
                 multiply(kernels, "", "deep", y, attended, o_w, None, x)
                 kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, y, norm, 1e-6, HIDDEN)
                 multiply(kernels, "_silu", wide, act, h, gate_up_w)
@@ -417,15 +424,15 @@ def step(kernels, ceilings):
             job.run()
 
         times = []
-        for kernels.overlap in [False, True]:
+        for is_one, kernels.overlap in itertools.product([False, True], [False, True]):
             start = x.clone()
-            times.append(median_us([run]))
+            times.append(median_us([lambda is_one=is_one: run(is_one)]))
             x.copy_(start)
         kernels.overlap = False
         data = 2 * (sum(w.numel() for layer in weights for w in layer) + head.numel())
-        print(f"{tokens:2} × {context:4}: {times[0]:.0f} {times[1]:.0f}; "
-              f"{tokens * 1e6 / min(times):.0f} tok/s, weights at "
-              f"{100 * data / min(times) / 1e6 / ceilings['read']:.0f}%", flush=True)
+        print(f"{tokens:2} × {context:4}: {times[0]:.0f} {times[1]:.0f}; {times[2]:.0f} "
+              f"{times[3]:.0f}; {tokens * 1e6 / times[3]:.0f} tok/s, weights at "
+              f"{100 * data / times[3] / 1e6 / ceilings['read']:.0f}%", flush=True)
 
 
 def main():

@@ -10,6 +10,7 @@ result is a race. QUICK=1 takes one shape of each test. CLUSTER=1 is for a sampl
 -DCLUSTER=1, as for GPUs before sm_90. Prints one line a test.
 """
 
+import ctypes
 import itertools
 import os
 import struct
@@ -238,16 +239,25 @@ def test_elementwise(kernels, name, dtype):
         assert torch.equal(out, want), "gather_rows"
 
 
+class BlockPairs(ctypes.Structure):
+    """The parameter of that name in elementwise.cu."""
+
+    _fields_ = [("pairs", ctypes.c_int * 256)]
+
+    @classmethod
+    def of(cls, pairs):
+        return cls((ctypes.c_int * 256)(*itertools.chain(*pairs)))
+
+
 def test_copy_blocks(kernels, name, dtype):
     cache = random(3, 40, 4, 16, 128, dtype=dtype)
     want = cache.clone()
-    pairs = [(3, 7), (0, 39), (-1, 5), (12, 13)]
+    pairs = [(3, 7), (0, 39), (12, 13)]
     for source, target in pairs:
-        if source >= 0:
-            want[:, target] = want[:, source]
+        want[:, target] = want[:, source]
     layer_bytes, block_bytes = 40 * 4 * 16 * 128 * 2, 4 * 16 * 128 * 2
-    kernels.launch("copy_blocks", [2, len(pairs), 3], 256, cache, ints(pairs), int64(layer_bytes),
-                   int64(block_bytes))
+    kernels.launch("copy_blocks", [2, len(pairs), 3], 256, cache, BlockPairs.of(pairs),
+                   int64(layer_bytes), int64(block_bytes))
     assert torch.equal(cache, want), "copy_blocks"
 
 
@@ -429,6 +439,54 @@ def test_attention_decode(kernels, name, dtype):
             assert_steady(run, [out], f"decode {form}{dim}")
 
 
+def test_rope_attention_decode(kernels, name, dtype):
+    """Outputs and caches have the bits of rope_and_cache followed by attention_decode."""
+    groups = [(28, 4, 8), (8, 8, 8), (12, 1, 16), (16, 1, 16), (16, 2, 16)]
+    shapes = itertools.product(shapes_of([128, 64], groups, [4, 6], [False, True]), CACHES)
+    for (dim, (heads, kv_heads, group), shift, has_norm), form in shapes:
+        lens = [(1, 1), (1, 17), (1, 640), (0, 0), (1, 1000), (1, 16), (1, 2049)]
+        batch = Batch(lens, heads, kv_heads, dim, dtype, shift, 1.0, form)
+        tokens, splits, split = batch.q.shape[0], 4, ints([256])
+        qkv = random(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+        norms = [random(dim, dtype=dtype) if has_norm else None for _ in range(2)]
+        angles = torch.rand(3000, dim // 2, device="cuda") * 6.28
+        cos, sin = angles.cos(), angles.sin()
+        there = batch.context_lens > 0
+        positions = (batch.context_lens - 1)[there]
+        ends = batch.cu_blocks[1:][there].long() - 1
+        slots = ((batch.block_tables[ends] << shift) + positions % (1 << shift)).int()
+        slots[1] = -1  # Its key and value are not kept.
+        stats = len(lens) * kv_heads
+        partial = poisoned(stats * splits * (heads // kv_heads) * (dim + 4), dtype=torch.float32)
+        counters = torch.zeros(stats, device="cuda", dtype=torch.int32)
+        turns = [*norms, cos, sin, positions, slots]
+        grid = [splits, kv_heads, len(lens)]
+
+        def attend(kernel, out, caches, *queries):
+            kernels.launch(f"{kernel}_{form}{name}_{dim}_g{group}", grid, 128, out, *queries, *caches,
+                           *batch.tables(), split, partial, counters, dim**-0.5 * LOG2E, heads,
+                           kv_heads, shift, shared_bytes=512 * dim)
+
+        caches = [cache.clone() for cache in batch.caches]
+        q, want = (poisoned(tokens, heads * dim, dtype=dtype) for _ in range(2))
+        kernels.launch(f"rope_and_cache_{form}{name}_{dim}",
+                       [tokens, -(-(heads + 2 * kv_heads) // 8)], 256, q, *caches, qkv, None,
+                       *turns, 1e-6, heads, kv_heads, shift)
+        attend("attention_decode", want, caches, q)
+        out = poisoned(tokens, heads * dim, dtype=dtype)
+
+        def run():
+            attend("rope_attention_decode", out, batch.caches, qkv, *turns, 1e-6)
+
+        run()
+        assert out.isfinite().all()
+        assert torch.equal(out, want), f"rope_attention_decode {form}{dim} g{group} {name}"
+        for cache, other in zip(batch.caches, caches):
+            assert torch.equal(cache.nan_to_num(-7), other.nan_to_num(-7)), "other keys or values"
+        assert counters.sum().item() == 0, "counters are not left zero"
+        assert_steady(run, [out], f"rope_attention_decode {dim}", 20)
+
+
 class Prefill:
     """Launches of a prefill attention: `form` is "" or "_wgmma" (compute capability 9.0, no cache of
     E4M3)."""
@@ -574,18 +632,23 @@ def check_overlapped_chain(kernels, name, dtype, form):
         kernels.launch(f"gemm_small{kind}_{name}_t8_{form}", [-(-n // rows)], threads, out, x, w,
                        *others, tokens, n // 2 if kind else n, k, shared_bytes=shared_bytes)
 
+    def attend(kernel, *queries):
+        kernels.launch(f"{kernel}_{form}{name}_{dim}_g8", [splits, kv_heads, tokens], 128, attended,
+                       *queries, *batch.caches, *batch.tables(), split, partial, counters,
+                       dim**-0.5 * LOG2E, heads, kv_heads, 4, shared_bytes=512 * dim)
+
     def chain():
         x.copy_(start)
-        for qkv_w, o_w, gate_up_w, down_w in weights:
+        for i, (qkv_w, o_w, gate_up_w, down_w) in enumerate(weights):
             kernels.launch(f"rms_norm_{name}", [tokens], 64, h, x, norm, 1e-6, hidden)
             gemm("", "wide", qkv, h, qkv_w, None, None)
-            kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens, 2], 256, q_out,
-                           *batch.caches, qkv, None, None, None, cos, sin, positions, slots, 1e-6,
-                           heads, kv_heads, 4)
-            kernels.launch(f"attention_decode_{form}{name}_{dim}_g8", [splits, kv_heads, tokens],
-                           128, attended, q_out, *batch.caches, *batch.tables(), split, partial,
-                           counters, dim**-0.5 * LOG2E, heads, kv_heads, 4,
-                           shared_bytes=512 * dim)
+            turns = None, None, cos, sin, positions, slots
+            if i % 2 == 0:
+                attend("rope_attention_decode", qkv, *turns, 1e-6)
+            else:
+                kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens, 2], 256, q_out,
+                               *batch.caches, qkv, None, *turns, 1e-6, heads, kv_heads, 4)
+                attend("attention_decode", q_out)
             gemm("", "deep", y, attended, o_w, None, x)
             kernels.launch(f"rms_norm_{name}", [tokens], 64, h, y, norm, 1e-6, hidden)
             gemm("_silu", "r32", act, h, gate_up_w)

@@ -1,4 +1,6 @@
-// attention_decode: one query token a sequence against its paged keys and values.
+// attention_decode: one query token a sequence against its paged keys and values;
+// rope_attention_decode: the same from the output of the QKV product, with the step's keys and
+// values written to the cache: rope_and_cache and attention_decode in one.
 //
 // Shapes:  q, out [tokens, num_heads, D]; k_cache, v_cache
 //          [num_blocks][num_kv_heads][2^block_shift][D], block_shift ≥ 4; all of type T, or with
@@ -9,11 +11,13 @@
 //          each step so that the blocks are even and fill the GPU.
 //          Sequences of another number of query tokens than one are left alone: prefill's, or a
 //          bucket's padding (0).
+//          rope_attention_decode: in place of q, the parameters of rope_and_cache.cu without bias;
+//          every sequence of one token is written, others are left alone.
 // Scratch: partial f32 [sequences][num_kv_heads][splits][group (D + 4)], group = num_heads /
 //          num_kv_heads; counters u32 [sequences][num_kv_heads], zero before the first launch,
 //          left zero by each.
-// Names:   attention_decode_{f16,bf16}_{64,128}_g{8,16}, attention_decode_fp8_{…}: groups of at
-//          most 8 or 16 heads.
+// Names:   {,rope_}attention_decode_{f16,bf16}_{64,128}_g{8,16}, {,rope_}attention_decode_fp8_{…}:
+//          groups of at most 8 or 16 heads.
 // Launch:  grid (splits, num_kv_heads, sequences), block 128. A context longer than splits ·
 //          split_tokens is still computed right: the last split takes the rest. splits ≤ 128.
 // Scale:   scale_log2 = scale · log2(e).
@@ -23,10 +27,12 @@
 //          that of Oᵀ = Vᵀ Pᵀ, so that the query heads of a group fill the 8 columns of a product.
 //          Warps meet in shared memory, splits in `partial`: the last block to arrive adds them
 //          up. Only the queries and the tile with the newest token wait for wait_for_producer():
-//          other tiles were written by earlier steps, which have ended when this step's
-//          rope_and_cache lets this kernel start. So no sequence may share a block that another
-//          one fills in the same step; and whoever launches with overlap must therefore
-//          have rope_and_cache (or a kernel after it) as the direct predecessor.
+//          other tiles were written by earlier steps, which have ended when this kernel starts:
+//          of any two kernels between them one lets its successor start only after its own wait.
+//          So no sequence may share a block that another one fills in the same step; and
+//          attention_decode must have rope_and_cache (or a kernel after it) as its direct
+//          predecessor, rope_attention_decode the QKV product. In the latter each block turns
+//          its group's queries itself, and that of the last split writes key and value.
 // FP8:     E4M3 stays E4M3 up to the registers. A matrix of 16-byte rows as ldmatrix loads it has
 //          16 dimensions; a thread gets four neighbours of one token (keys) or two neighbours of
 //          two tokens (values), not the places that the product's fragments have. So the products
@@ -34,7 +40,7 @@
 //          queries are loaded alike; of the outputs, sums are shared accordingly.
 // Shared:  dynamic shared memory, 512 · D bytes (the opt-in for D 128): two stages of four warps'
 //          tiles of keys and values, of E4M3 four stages.
-#include "e4m3_pairs.cuh"
+#include "rope.cuh"
 
 constexpr int WARPS = 4;
 constexpr int TILE = 16;
@@ -378,13 +384,80 @@ __device__ __forceinline__ void finish(Shared<D, HEADS> &shared, T *out, float *
     }
 }
 
-template <typename T, typename E, int D, int HEAD_TILES>
+// What rope_attention_decode has in place of queries.
+template <typename T> struct Projected {
+    const T *qkv;
+    const T *q_norm;
+    const T *k_norm;
+    const float *cos;
+    const float *sin;
+    const int *positions;
+    const int *slot_mapping;
+    float eps;
+};
+
+// Queries of a block's group; eight columns more, so that the rows of a product's operand lie in
+// different banks.
+template <typename T, int D, int HEADS> using Queries = T[HEADS][D + 8];
+
+// Norms and turns the group's queries into `queries` and, if `has_newest`, writes the token's key
+// and value to the cache; ends with a barrier.
+template <typename T, typename E, int D, int HEADS>
 __device__ __forceinline__ void
-attention_decode(T *out, const T *q, const E *k_cache, const E *v_cache, const int *cu_seqlens_q,
-                 const int *context_lens, const int *block_tables, const int *cu_blocks,
-                 const int *split_tokens, float *partial, uint32_t *counters, float scale_log2,
-                 int num_heads, int num_kv_heads, int block_shift) {
+project(Queries<T, D, HEADS> &queries, const Projected<T> &from, const Angles<D> &angles,
+        E *k_cache, E *v_cache, int token, int kv_head, int num_heads, int num_kv_heads,
+        int block_shift, bool has_newest) {
+    // A warp's rows: every WARPS-th of the group's queries, the key and the value.
+    constexpr int MAX_ROWS = (HEADS + 2 + WARPS - 1) / WARPS;
+    const int group_size = num_heads / num_kv_heads;
+    const int num_rows = has_newest ? group_size + 2 : group_size;
+    const int warp = threadIdx.x / WARP_SIZE;
+    const T *source = from.qkv + (int64_t)token * (num_heads + 2 * num_kv_heads) * D;
+    Head<D> heads[MAX_ROWS];
+#pragma unroll
+    for (int i = 0; i < MAX_ROWS; i++) {
+        const int row = warp + i * WARPS;
+        const int head = row < group_size ? kv_head * group_size + row
+                                          : num_heads + kv_head + (row - group_size) * num_kv_heads;
+        if (row < num_rows) {
+            load_head<T, D>(heads[i], source + head * D);
+        }
+    }
+    const int slot = has_newest ? from.slot_mapping[token] : -1;
+    const int64_t block = slot >> block_shift;
+    const int64_t offset = slot & ((1 << block_shift) - 1);
+    const int64_t place = (((block * num_kv_heads + kv_head) << block_shift) + offset) * D;
+#pragma unroll
+    for (int i = 0; i < MAX_ROWS; i++) {
+        const int row = warp + i * WARPS;
+        if (row >= num_rows) {
+            break;
+        }
+        if (row <= group_size) {
+            const T *norm = row < group_size ? from.q_norm : from.k_norm;
+            if (norm != nullptr) {
+                norm_head<T, D>(heads[i], norm, from.eps);
+            }
+            turn_head<D>(heads[i], angles);
+        }
+        if (row < group_size) {
+            store_head<T, D>(queries[row], heads[i]);
+        } else if (slot >= 0) {
+            store_head<E, D>((row == group_size ? k_cache : v_cache) + place, heads[i]);
+        }
+    }
+    __syncthreads();
+}
+
+template <typename T, typename E, int D, int HEAD_TILES, bool IS_PROJECTED>
+__device__ __forceinline__ void
+attention_decode(T *out, const T *q, const Projected<T> &from, E *k_cache, E *v_cache,
+                 const int *cu_seqlens_q, const int *context_lens, const int *block_tables,
+                 const int *cu_blocks, const int *split_tokens, float *partial,
+                 uint32_t *counters, float scale_log2, int num_heads, int num_kv_heads,
+                 int block_shift) {
     constexpr int HEADS = 8 * HEAD_TILES;
+    __shared__ __align__(16) Queries<T, D, IS_PROJECTED ? HEADS : 1> queries;
     extern __shared__ __align__(128) char queues[];
     Shared<D, HEADS> &shared = *reinterpret_cast<Shared<D, HEADS> *>(queues);
     constexpr int QUEUE_BYTES = STAGES<E> * Tiles<E, D>::STAGE_BYTES;
@@ -429,8 +502,16 @@ attention_decode(T *out, const T *q, const E *k_cache, const E *v_cache, const i
             num_copied++;
         }
     }
+    Angles<D> angles;
+    if constexpr (IS_PROJECTED) {
+        load_angles<D>(angles, from.cos, from.sin, from.positions[token]);
+    }
     wait_for_producer();
     release_consumer();
+    if constexpr (IS_PROJECTED) {
+        project<T, E, D, HEADS>(queries, from, angles, k_cache, v_cache, token, kv_head, num_heads,
+                                num_kv_heads, block_shift, split == num_splits - 1);
+    }
 #pragma unroll
     for (int stage = 0; stage < STAGES<E> - 1; stage++) {
         if (stage >= num_copied) {
@@ -446,7 +527,12 @@ attention_decode(T *out, const T *q, const E *k_cache, const E *v_cache, const i
         // In the order of the keys.
         constexpr int LANE_DIMS = IS_E4M3<E> ? 4 : 2;
         constexpr int SECOND = IS_E4M3<E> ? 2 : 8;
-        const T *source = q + first_element + head * D + LANE_DIMS * (lane % 4);
+        const T *source;
+        if constexpr (IS_PROJECTED) {
+            source = queries[head] + LANE_DIMS * (lane % 4);
+        } else {
+            source = q + first_element + head * D + LANE_DIMS * (lane % 4);
+        }
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             const bool is_there = head < group_size;
@@ -518,14 +604,28 @@ attention_decode(T *out, const T *q, const E *k_cache, const E *v_cache, const i
 #define ENTRY(T, E, SUFFIX, D, GROUP, BLOCKS)                                                      \
     extern "C" __global__ void __launch_bounds__(WARPS *WARP_SIZE, BLOCKS)                         \
         attention_decode_##SUFFIX##_##D##_g##GROUP(                                                \
-            T *out, const T *q, const E *k_cache, const E *v_cache, const int *cu_seqlens_q,       \
+            T *out, const T *q, E *k_cache, E *v_cache, const int *cu_seqlens_q,                   \
             const int *context_lens, const int *block_tables, const int *cu_blocks,                \
             const int *split_tokens, float *partial, uint32_t *counters, float scale_log2,         \
             int num_heads, int num_kv_heads, int block_shift) {                                    \
-        attention_decode<T, E, D, GROUP / 8>(out, q, k_cache, v_cache, cu_seqlens_q, context_lens, \
-                                             block_tables, cu_blocks, split_tokens, partial,       \
-                                             counters, scale_log2, num_heads, num_kv_heads,        \
-                                             block_shift);                                         \
+        attention_decode<T, E, D, GROUP / 8, false>(                                               \
+            out, q, Projected<T>{}, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables,    \
+            cu_blocks, split_tokens, partial, counters, scale_log2, num_heads, num_kv_heads,       \
+            block_shift);                                                                          \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP_SIZE, BLOCKS)                         \
+        rope_attention_decode_##SUFFIX##_##D##_g##GROUP(                                           \
+            T *out, const T *qkv, const T *q_norm, const T *k_norm, const float *cos,              \
+            const float *sin, const int *positions, const int *slot_mapping, float eps,            \
+            E *k_cache, E *v_cache, const int *cu_seqlens_q, const int *context_lens,              \
+            const int *block_tables, const int *cu_blocks, const int *split_tokens,                \
+            float *partial, uint32_t *counters, float scale_log2, int num_heads,                   \
+            int num_kv_heads, int block_shift) {                                                   \
+        const Projected<T> from = {qkv, q_norm, k_norm, cos, sin, positions, slot_mapping, eps};   \
+        attention_decode<T, E, D, GROUP / 8, true>(                                                \
+            out, nullptr, from, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables,        \
+            cu_blocks, split_tokens, partial, counters, scale_log2, num_heads, num_kv_heads,       \
+            block_shift);                                                                          \
     }
 #define ENTRIES(T, E, SUFFIX)                                                                      \
     ENTRY(T, E, SUFFIX, 64, 8, 4)                                                                  \

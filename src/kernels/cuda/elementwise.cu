@@ -8,9 +8,9 @@
 //                An id below 0 is drawn[-1 - id]: what row -1 - id of the step before drew (u32).
 // gather_rows    out[r] = x[rows[r]], zeros where rows[r] < 0 (a bucket's padding); rows i32;
 //                grid (⌈width / (8 block)⌉, rows).
-// copy_blocks    Copies whole blocks of the KV cache, pairs i32 [n][source, target], source < 0
-//                for padding. No target may be another pair's source or target. A cache's layers
-//                lie layer_stride bytes apart, its blocks block_bytes apart.
+// copy_blocks    Copies whole blocks of the KV cache, pairs i32 [n ≤ 128][source, target], by value.
+//                No target may be another pair's source or target. A cache's layers lie
+//                layer_stride bytes apart, its blocks block_bytes apart.
 //                grid (chunks, n, layers), any number of chunks; one launch for keys and one for
 //                values.
 //
@@ -51,15 +51,17 @@ __device__ __forceinline__ void copy_row(T *out, const T *table, int64_t row, in
             is_there ? load16(table + row * width + column) : zeros);
 }
 
-extern "C" __global__ void copy_blocks(uint4 *cache, const int *pairs, int64_t layer_stride,
-                                       int64_t block_bytes) {
+// A parameter, so that a launch needs nothing in memory that a later one could overwrite.
+struct BlockPairs {
+    int2 pairs[128];
+};
+
+extern "C" __global__ void copy_blocks(uint4 *cache, const __grid_constant__ BlockPairs pairs,
+                                       int64_t layer_stride, int64_t block_bytes) {
     wait_for_producer();
     release_consumer();
-    const int source = pairs[2 * blockIdx.y];
-    const int target = pairs[2 * blockIdx.y + 1];
-    if (source < 0) {
-        return;
-    }
+    const int source = pairs.pairs[blockIdx.y].x;
+    const int target = pairs.pairs[blockIdx.y].y;
     const int64_t block_vectors = block_bytes / 16;
     uint4 *layer = cache + blockIdx.z * (layer_stride / 16);
     for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < block_vectors;

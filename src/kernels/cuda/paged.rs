@@ -1,13 +1,13 @@
 //! The paged KV cache on a GPU and the kernels that write and read it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
 use super::super::{RopeAndCache, check};
 use super::batch::Staged;
 use super::driver::{Address, Arg, Driver, Geometry};
-use super::memory::{Buffer, Pinned};
+use super::memory::Buffer;
 use super::tensor_map::TensorMap;
 use super::{DType, Gpu};
 
@@ -17,8 +17,8 @@ const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 const PREFILL_TILE_ROWS: usize = 128;
 /// Tokens of a box that `attention_prefill_wgmma` copies of the cache.
 const PREFILL_BOX_TOKENS: usize = 16;
-/// Pairs of blocks copied by one launch.
-const MAX_COPIES: usize = 1024;
+/// Pairs of blocks copied by one launch: those of `BlockPairs` in elementwise.cu.
+const MAX_COPIES: usize = 128;
 
 /// Keys and values of one layer: `[num_blocks][num_kv_heads][block_size][head_dim]` each.
 pub(in crate::kernels) struct GpuKv {
@@ -62,9 +62,6 @@ pub(super) struct Scratch {
     partial: Buffer,
     /// Zero between launches.
     counters: Buffer,
-    /// Pairs of blocks to copy, and where they come from.
-    copies: Buffer,
-    pairs: Mutex<Pinned<i32>>,
     /// `attention_prefill_wgmma`'s, zero between launches.
     prefill_counters: Buffer,
     has_wgmma_prefill: bool,
@@ -75,8 +72,10 @@ impl Scratch {
         for dim in [64u32, 128] {
             for form in ["", FP8_FORM] {
                 for group in [8, 16] {
-                    let name = format!("attention_decode{form}_{type_name}_{dim}_g{group}");
-                    driver.allow_shared(&name, 512 * dim)?;
+                    for kernel in ["attention_decode", "rope_attention_decode"] {
+                        let name = format!("{kernel}{form}_{type_name}_{dim}_g{group}");
+                        driver.allow_shared(&name, 512 * dim)?;
+                    }
                 }
                 let name = format!("attention_prefill{form}_{type_name}_{dim}");
                 driver.allow_shared(&name, prefill_shared_bytes(form, dim))?;
@@ -91,8 +90,6 @@ impl Scratch {
         Ok(Self {
             partial: driver.allocate(num_partials * MAX_GROUP * (128 + 4) * 4)?,
             counters: driver.allocate_zeroed(4 * MAX_COUNTERS)?,
-            copies: driver.allocate(8 * MAX_COPIES)?,
-            pairs: Mutex::new(Pinned::new(driver, 2 * MAX_COPIES)?),
             prefill_counters: driver.allocate_zeroed(8)?,
             has_wgmma_prefill: driver.has_kernel(&wgmma_name),
         })
@@ -187,28 +184,19 @@ impl Gpu {
         let (Some(first), false) = (layers.first(), copies.is_empty()) else {
             return Ok(());
         };
-        let mut pairs = self
-            .scratch
-            .pairs
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let stride = layers.get(1).map_or(0, |second| second.keys - first.keys);
         let mut rest = copies;
         while !rest.is_empty() {
             let (now, later) = rest.split_at(independent(rest).min(MAX_COPIES));
             rest = later;
-            for (target, &(from, to)) in pairs.get_mut().chunks_exact_mut(2).zip(now) {
-                target.copy_from_slice(&[from as i32, to as i32]);
+            let mut pairs = [[0i32; 2]; MAX_COPIES];
+            for (pair, &(from, to)) in pairs.iter_mut().zip(now) {
+                *pair = [from as i32, to as i32];
             }
-            // SAFETY: `copies` holds MAX_COPIES pairs; the memory stays until the wait below.
-            unsafe {
-                self.driver
-                    .upload(self.scratch.copies.address(), &pairs.get()[..2 * now.len()])?
-            };
-            let stride = layers.get(1).map_or(0, |second| second.keys - first.keys);
             for cache in [first.keys, first.values] {
                 let args = [
                     Arg::Pointer(cache),
-                    Arg::Pointer(self.scratch.copies.address()),
+                    Arg::Structure((&raw const pairs).cast()),
                     Arg::I64(stride as i64),
                     Arg::I64(first.block_bytes() as i64),
                 ];
@@ -216,9 +204,33 @@ impl Gpu {
                 let geometry = Geometry::new([chunks, now.len(), layers.len()], 256);
                 self.driver.launch("copy_blocks", geometry, &args)?;
             }
-            self.driver.synchronize()?;
         }
         Ok(())
+    }
+
+    /// Caches the staged step's keys and values and returns causal attention of its queries: in
+    /// one kernel if every sequence has one token, in two otherwise.
+    pub(in crate::kernels) fn rope_and_attention(
+        &self,
+        qkv: &Tensor,
+        args: &RopeAndCache<'_>,
+        staged: &Staged,
+        kv: &GpuKv,
+        scale: f32,
+    ) -> Result<Tensor> {
+        if staged.num_prefills > 0 {
+            let q = self.rope_and_cache(qkv, args, staged, kv)?;
+            return self.paged_attention(&q, kv, staged, args.num_heads, scale);
+        }
+        let num_tokens = check_projection(qkv, args, staged, kv)?;
+        check_group(args.num_heads, kv)?;
+        let (tensor, out) = self.new_tensor([num_tokens, args.num_heads * kv.head_dim])?;
+        let mut kernel_args = vec![Arg::Pointer(out)];
+        kernel_args.extend(self.projection(qkv, args, staged)?);
+        kernel_args.push(Arg::F32(args.eps));
+        let (name, num_heads) = ("rope_attention_decode", args.num_heads);
+        self.attention_decode(name, kernel_args, kv, staged, num_heads, scale)?;
+        Ok(tensor)
     }
 
     /// Norms, rotates and caches the staged step's keys, and returns its queries.
@@ -231,44 +243,17 @@ impl Gpu {
     ) -> Result<Tensor> {
         let (num_heads, head_dim) = (args.num_heads, args.head_dim);
         let all_heads = num_heads + 2 * args.num_kv_heads;
-        if (args.num_kv_heads, head_dim) != (kv.num_kv_heads, kv.head_dim) {
-            bail!(
-                "{} kv heads of {head_dim} for another cache",
-                args.num_kv_heads
-            );
-        }
-        let num_tokens = check::rows_of("qkv", qkv, all_heads * head_dim)?;
-        check::has_len("the staged step", staged.num_tokens, num_tokens)?;
-        if staged.max_position >= args.cos.dims()[0] {
-            bail!(
-                "position {} is not below {}",
-                staged.max_position,
-                args.cos.dims()[0]
-            );
-        }
+        let num_tokens = check_projection(qkv, args, staged, kv)?;
         let (tensor, out) = self.new_tensor([num_tokens, num_heads * head_dim])?;
-        let norm = |weight: Option<&Tensor>| match weight {
-            Some(weight) => self.address("a head's norm", weight, self.dtype),
-            None => Ok(0),
-        };
-        let kernel_args = [
-            Arg::Pointer(out),
-            Arg::Pointer(kv.keys),
-            Arg::Pointer(kv.values),
-            Arg::Pointer(self.address("qkv", qkv, self.dtype)?),
-            // The bias has been added by the product.
-            Arg::Pointer(0),
-            Arg::Pointer(norm(args.q_norm)?),
-            Arg::Pointer(norm(args.k_norm)?),
-            Arg::Pointer(self.address("cos", args.cos, DType::F32)?),
-            Arg::Pointer(self.address("sin", args.sin, DType::F32)?),
-            Arg::Pointer(staged.positions),
-            Arg::Pointer(staged.slots),
-            Arg::F32(args.eps),
-            Arg::I32(num_heads as i32),
-            Arg::I32(args.num_kv_heads as i32),
-            Arg::I32(kv.block_shift()),
-        ];
+        let [qkv, tables @ ..] = self.projection(qkv, args, staged)?;
+        // The bias has been added by the product.
+        let bias = 0;
+        let mut kernel_args = [out, kv.keys, kv.values].map(Arg::Pointer).to_vec();
+        kernel_args.extend([qkv, Arg::Pointer(bias)]);
+        kernel_args.extend(tables);
+        kernel_args.push(Arg::F32(args.eps));
+        kernel_args
+            .extend([num_heads as i32, args.num_kv_heads as i32, kv.block_shift()].map(Arg::I32));
         let name = format!("rope_and_cache{}_{}_{head_dim}", kv.form(), self.type_name);
         let geometry = Geometry::new([num_tokens, all_heads.div_ceil(4), 1], 128);
         self.driver.launch(&name, geometry, &kernel_args)?;
@@ -287,18 +272,13 @@ impl Gpu {
         let width = num_heads * kv.head_dim;
         let num_tokens = check::rows_of("q", q, width)?;
         check::has_len("the staged step", staged.num_tokens, num_tokens)?;
-        let group = num_heads / kv.num_kv_heads;
-        if group * kv.num_kv_heads != num_heads || group > MAX_GROUP {
-            bail!(
-                "{num_heads} heads over {} kv heads: at most {MAX_GROUP} may share one",
-                kv.num_kv_heads
-            );
-        }
+        check_group(num_heads, kv)?;
         let (tensor, out) = self.new_tensor([num_tokens, width])?;
         let q = self.address("q", q, self.dtype)?;
         // Decodes first: their kernel counts on rope_and_cache being its predecessor.
         if staged.num_decodes > 0 {
-            self.attention_decode([out, q], kv, staged, num_heads, scale)?;
+            let queries = [out, q].map(Arg::Pointer).to_vec();
+            self.attention_decode("attention_decode", queries, kv, staged, num_heads, scale)?;
         }
         if staged.num_prefills > 0 {
             self.attention_prefill([out, q], kv, staged, num_heads, scale)?;
@@ -306,9 +286,34 @@ impl Gpu {
         Ok(tensor)
     }
 
+    /// Returns the kernels' parameters from the product's output to the slots.
+    fn projection(
+        &self,
+        qkv: &Tensor,
+        args: &RopeAndCache<'_>,
+        staged: &Staged,
+    ) -> Result<[Arg; 7]> {
+        let norm = |weight: Option<&Tensor>| match weight {
+            Some(weight) => self.address("a head's norm", weight, self.dtype),
+            None => Ok(0),
+        };
+        Ok([
+            self.address("qkv", qkv, self.dtype)?,
+            norm(args.q_norm)?,
+            norm(args.k_norm)?,
+            self.address("cos", args.cos, DType::F32)?,
+            self.address("sin", args.sin, DType::F32)?,
+            staged.positions,
+            staged.slots,
+        ]
+        .map(Arg::Pointer))
+    }
+
+    /// Launches `kernel`, whose parameters before the cache are `args`.
     fn attention_decode(
         &self,
-        [out, q]: [Address; 2],
+        kernel: &str,
+        mut args: Vec<Arg>,
         kv: &GpuKv,
         staged: &Staged,
         num_heads: usize,
@@ -326,23 +331,19 @@ impl Gpu {
             staged.cu_blocks,
             staged.split_tokens,
         ];
-        let mut args = vec![out, q, kv.keys, kv.values];
-        args.extend(tables);
-        args.extend([
+        args.extend([kv.keys, kv.values].map(Arg::Pointer));
+        args.extend(tables.map(Arg::Pointer));
+        let scratch = [
             split_tokens,
             self.scratch.partial.address(),
             self.scratch.counters.address(),
-        ]);
-        let mut args: Vec<Arg> = args.into_iter().map(Arg::Pointer).collect();
+        ];
+        args.extend(scratch.map(Arg::Pointer));
         args.push(Arg::F32(scale * std::f32::consts::LOG2_E));
         args.extend([num_heads as i32, kv.num_kv_heads as i32, kv.block_shift()].map(Arg::I32));
         let bound = if group <= 8 { 8 } else { 16 };
-        let name = format!(
-            "attention_decode{}_{}_{}_g{bound}",
-            kv.form(),
-            self.type_name,
-            kv.head_dim
-        );
+        let (form, type_name, dim) = (kv.form(), self.type_name, kv.head_dim);
+        let name = format!("{kernel}{form}_{type_name}_{dim}_g{bound}");
         let geometry = Geometry {
             grid: [staged.num_splits, kv.num_kv_heads, staged.num_sequences],
             block: 128,
@@ -407,6 +408,41 @@ impl Gpu {
         let name = format!("attention_prefill{form}_{}_{}", self.type_name, kv.head_dim);
         self.driver.launch(&name, geometry, &args)
     }
+}
+
+/// Checks that the attention kernels know how many heads share a kv head.
+fn check_group(num_heads: usize, kv: &GpuKv) -> Result<()> {
+    let group = num_heads / kv.num_kv_heads;
+    if group * kv.num_kv_heads != num_heads || group > MAX_GROUP {
+        bail!(
+            "{num_heads} heads over {} kv heads: at most {MAX_GROUP} may share one",
+            kv.num_kv_heads
+        );
+    }
+    Ok(())
+}
+
+/// Checks that the product's output, the tables and the cache belong to the staged step, and returns
+/// its tokens.
+fn check_projection(
+    qkv: &Tensor,
+    args: &RopeAndCache<'_>,
+    staged: &Staged,
+    kv: &GpuKv,
+) -> Result<usize> {
+    if (args.num_kv_heads, args.head_dim) != (kv.num_kv_heads, kv.head_dim) {
+        let (heads, dim) = (args.num_kv_heads, args.head_dim);
+        bail!("{heads} kv heads of {dim} for another cache");
+    }
+    let all_heads = args.num_heads + 2 * args.num_kv_heads;
+    let num_tokens = check::rows_of("qkv", qkv, all_heads * args.head_dim)?;
+    check::has_len("the staged step", staged.num_tokens, num_tokens)?;
+    let num_positions = args.cos.dims()[0];
+    if staged.max_position >= num_positions {
+        let position = staged.max_position;
+        bail!("position {position} is not below {num_positions}");
+    }
+    Ok(num_tokens)
 }
 
 /// Returns how many copies from the first on may run at once: none reads or writes what another

@@ -14,29 +14,7 @@
 // Launch:  grid (tokens, ⌈(num_heads + 2 num_kv_heads) / (block / 32)⌉), block a multiple of 32:
 //          one warp for each head.
 // Source:  own; formulas as src/kernels/cpu/kv.rs.
-#include "e4m3_pairs.cuh"
-
-// Writes what a lane holds of a head: consecutive elements of the first half and their partners.
-template <int D, int PAIRS, typename E>
-__device__ __forceinline__ void write_head(E *target, const float (&first)[PAIRS],
-                                           const float (&second)[PAIRS]) {
-    target += threadIdx.x % WARP_SIZE * PAIRS;
-    if constexpr (!IS_E4M3<E>) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            target[i] = from_float<E>(first[i]);
-            target[i + D / 2] = from_float<E>(second[i]);
-        }
-    } else if constexpr (PAIRS == 2) {
-        *reinterpret_cast<uint16_t *>(target) = pack_e4m3(first[0], first[1]);
-        *reinterpret_cast<uint16_t *>(target + D / 2) = pack_e4m3(second[0], second[1]);
-    } else {
-        static_assert(PAIRS == 1, "heads of 64 or 128");
-        const uint32_t pair = pack_e4m3(first[0], second[0]);
-        target[0].code = pair & 0xff;
-        target[D / 2].code = pair >> 8;
-    }
-}
+#include "rope.cuh"
 
 template <typename T, typename E, int D>
 __device__ __forceinline__ void
@@ -44,10 +22,7 @@ rope_and_cache(T *q_out, E *k_cache, E *v_cache, const T *qkv, const T *bias, co
                const T *k_norm, const float *cos, const float *sin, const int *positions,
                const int *slot_mapping, float eps, int num_heads, int num_kv_heads,
                int block_shift) {
-    // A lane holds PAIRS consecutive elements of the first half and their partners.
-    constexpr int PAIRS = D / 64;
     const int head = blockIdx.y * (blockDim.x / WARP_SIZE) + threadIdx.x / WARP_SIZE;
-    const int lane = threadIdx.x % WARP_SIZE;
     const int64_t token = blockIdx.x;
     const int num_all_heads = num_heads + 2 * num_kv_heads;
     wait_for_producer();
@@ -55,47 +30,29 @@ rope_and_cache(T *q_out, E *k_cache, E *v_cache, const T *qkv, const T *bias, co
     if (head >= num_all_heads) {
         return;
     }
-    const T *source = qkv + (token * num_all_heads + head) * D;
-    float first[PAIRS], second[PAIRS];
+    Head<D> elements;
+    load_head<T, D>(elements, qkv + (token * num_all_heads + head) * D);
+    if (bias != nullptr) {
+        Head<D> biases;
+        load_head<T, D>(biases, bias + head * D);
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int element = lane * PAIRS + i;
-        first[i] = to_float(source[element]);
-        second[i] = to_float(source[element + D / 2]);
-        if (bias != nullptr) {
-            first[i] += to_float(bias[head * D + element]);
-            second[i] += to_float(bias[head * D + element + D / 2]);
+        for (int i = 0; i < Head<D>::PAIRS; i++) {
+            elements.first[i] += biases.first[i];
+            elements.second[i] += biases.second[i];
         }
     }
     const bool is_value = head >= num_heads + num_kv_heads;
     if (!is_value) {
         const T *norm = head < num_heads ? q_norm : k_norm;
         if (norm != nullptr) {
-            float squares = 0.0f;
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                squares += first[i] * first[i] + second[i] * second[i];
-            }
-            const float scale = rsqrtf(warp_sum(squares) / D + eps);
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                const int element = lane * PAIRS + i;
-                first[i] *= scale * to_float(norm[element]);
-                second[i] *= scale * to_float(norm[element + D / 2]);
-            }
+            norm_head<T, D>(elements, norm, eps);
         }
-        const int64_t angles = (int64_t)positions[token] * (D / 2);
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-            const float c = cos[angles + lane * PAIRS + i];
-            const float s = sin[angles + lane * PAIRS + i];
-            const float rotated = first[i] * c - second[i] * s;
-            second[i] = second[i] * c + first[i] * s;
-            first[i] = rotated;
-        }
+        Angles<D> angles;
+        load_angles<D>(angles, cos, sin, positions[token]);
+        turn_head<D>(elements, angles);
     }
     if (head < num_heads) {
-        write_head<D>(q_out + (token * num_heads + head) * D, first, second);
+        store_head<T, D>(q_out + (token * num_heads + head) * D, elements);
         return;
     }
     const int slot = slot_mapping[token];
@@ -106,7 +63,7 @@ rope_and_cache(T *q_out, E *k_cache, E *v_cache, const T *qkv, const T *bias, co
     const int64_t block = slot >> block_shift;
     const int64_t offset = slot & ((1 << block_shift) - 1);
     const int64_t row = ((block * num_kv_heads + kv_head) << block_shift) + offset;
-    write_head<D>((is_value ? v_cache : k_cache) + row * D, first, second);
+    store_head<E, D>((is_value ? v_cache : k_cache) + row * D, elements);
 }
 
 #define ENTRY(T, E, SUFFIX, D)                                                                     \
