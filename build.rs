@@ -3,7 +3,8 @@
 //!
 //! `INFOLD_CUDA_ARCHS` names the architectures, `80,86,89,90a` unless set; the last one is also
 //! kept as PTX when it has no suffix, so that newer GPUs can compile it. nvcc is `$NVCC`, else
-//! `$CUDA_HOME/bin/nvcc`, else the one on PATH.
+//! `$CUDA_HOME/bin/nvcc`, else the one on PATH. `INFOLD_NVCC_FLAGS` are more flags for it, with
+//! blanks between.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -20,11 +21,18 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    for name in ["INFOLD_CUDA_ARCHS", "NVCC", "CUDA_HOME"] {
+    for name in [
+        "INFOLD_CUDA_ARCHS",
+        "INFOLD_NVCC_FLAGS",
+        "NVCC",
+        "CUDA_HOME",
+    ] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let archs = env::var("INFOLD_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.to_owned());
-    let flags = compiler_flags(&archs);
+    let mut flags = compiler_flags(&archs);
+    let more = env::var("INFOLD_NVCC_FLAGS").unwrap_or_default();
+    flags.extend(more.split_whitespace().map(str::to_owned));
     let nvcc = find_nvcc();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
 

@@ -4,7 +4,7 @@
 # code for GPUs compiles.
 #
 #   scripts/check.sh [STEP…]      steps: fmt clippy test doc deny clients gotmpl gguf peft quickstart cuda
-#                                 (default: all)
+#                                 (default: all of these), emulated
 #
 # The output of a step is shown when it fails. What needs a tool that is not installed is skipped
 # and says so; with CI=true it fails instead.
@@ -91,6 +91,20 @@ peft() {
 # The kernels through nvcc for every architecture, then the feature through clippy. Whoever has no
 # toolkit gets one from wheels. In a folder of its own: it can run beside the other steps.
 cuda() (
+  use_cuda_toolkit
+  CARGO_TARGET_DIR=target/cuda cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
+)
+
+# The GPU tests on GPUs that this machine's CPU emulates. By hand: a quarter of an hour on two cores.
+emulated() (
+  use_cuda_toolkit
+  (cd tests/cuda/emulator && cargo fmt --check && CARGO_TARGET_DIR=../../../target/cuda/emulator \
+    cargo clippy --all-targets --locked --quiet -- -D warnings) || return
+  CARGO_TARGET_DIR=target/cuda scripts/check_cuda_emulated.sh
+)
+
+use_cuda_toolkit() {
+  local exports
   if [[ -z ${CUDA_HOME:-} ]]; then
     exports=$(scripts/cuda_toolchain.sh target/cuda-toolkit) || {
       echo 'the CUDA toolkit cannot be installed from wheels'
@@ -98,8 +112,7 @@ cuda() (
     }
     eval "$exports"
   fi
-  CARGO_TARGET_DIR=target/cuda cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
-)
+}
 
 # candle's own kernels take ten minutes on one core the first time: begun first, awaited last.
 begin_cuda() {
@@ -152,7 +165,7 @@ for name in "${@:-all}"; do
       step quickstart quickstart
       step cuda await_cuda
       ;;
-    fmt | clippy | doc | deny | clients | gotmpl | gguf | peft | quickstart | cuda) step "$name" "$name" ;;
+    fmt | clippy | doc | deny | clients | gotmpl | gguf | peft | quickstart | cuda | emulated) step "$name" "$name" ;;
     test) step test tests ;;
     *)
       echo "check.sh: there is no step $name" >&2
