@@ -2,6 +2,7 @@
 
 use super::elementwise::{Comparison, Entry, compare, operation};
 use super::float::{self, flush, flush64};
+use super::pairs;
 use super::program::Handler;
 
 /// Entries for all integer types of an operation.
@@ -52,6 +53,9 @@ macro_rules! floats {
 
 /// Returns the handler of an instruction of arithmetic or logic: `add.rn.ftz.f32` is `add`, `rn.ftz`, `f32`.
 pub(super) fn find(base: &str, modifiers: &str, kind: &str) -> Option<Entry> {
+    if kind == "f16x2" {
+        return pairs::find(base, modifiers);
+    }
     let is_float = kind.starts_with('f');
     Some(match base {
         "add" if is_float => floats!(modifiers, kind, |x, y| x + y),

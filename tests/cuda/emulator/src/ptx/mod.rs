@@ -7,7 +7,7 @@
 //! - Reading: `lexer`, `parser`, `body`, `operand`, `variables`; `decode` and the files of the instructions;
 //!   `builder`, `allocate`, `program`.
 //! - Running: `grid`, `block`, `warp`, `context`, `row`.
-//! - Instructions: `elementwise`, `arithmetic`, `float`, `convert`, `e4m3`, `special`, `access`, `collective`,
+//! - Instructions: `elementwise`, `arithmetic`, `float`, `pairs`, `convert`, `e4m3`, `special`, `access`, `collective`,
 //!   `barriers`, `copies`, `tiles`, `fragments`, `tensor`, `products`.
 
 mod access;
@@ -29,6 +29,7 @@ mod fragments;
 mod grid;
 mod lexer;
 mod operand;
+mod pairs;
 mod parser;
 mod products;
 mod program;

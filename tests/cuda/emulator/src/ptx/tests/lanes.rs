@@ -177,6 +177,22 @@ fn conversions_round_and_saturate() {
 }
 
 #[test]
+fn pairs_of_halves_are_multiplied_and_compared() {
+    // 1.5 · 2 and -0.25 · 4; the smallest f16 times a half rounds to even, 0; 65504 · 2 is infinite.
+    let operands = [(0xb400_3e00, 0x4400_4000), (0x7bff_0001, 0x4000_3800)];
+    let product = "mul.f16x2 %a, %b, %c;";
+    assert_eq!(binary(product, &operands), [0xbc00_4200, 0x7c00_0000]);
+    assert_eq!(
+        binary("abs.f16x2 %a, %b;", &[(0xb400_8000, 0)]),
+        [0x3400_0000]
+    );
+    // Zeros of both signs are equal, NaN is not even itself.
+    let equal = "set.eq.u32.f16x2 %a, %b, %c;";
+    let operands = [(0x3c00_8000, 0x3c01_0000), (0x7e00_3c00, 0x7e00_3c00)];
+    assert_eq!(binary(equal, &operands), [0x0000_ffff, 0x0000_ffff]);
+}
+
+#[test]
 fn doubles_keep_their_precision() {
     let body = "cvt.rn.f64.u32 %x1, %b; cvt.rn.f64.u32 %x2, %c; div.rn.f64 %x3, %x1, %x2;\n\
                 mul.f64 %x3, %x3, 0d41F0000000000000; cvt.rzi.u64.f64 %w1, %x3; cvt.u32.u64 %a, %w1;";
