@@ -10,7 +10,8 @@ use infold::engine::{Dtype, EngineOptions, KvCacheDtype, MaxModelLen, Quantizati
 use infold::kernels::Kernels;
 
 use crate::cuda::{
-    Tolerance, assert_all_near, assert_batchings_agree, has_gpu, on_gpu, params, prompts, run_alone,
+    Tolerance, assert_all_near, assert_batchings_agree, has_gpu, many_or_few, on_gpu, params,
+    prompts, run_alone, some_tokens,
 };
 use crate::random_models::SHAPES;
 use crate::tiny_engine::{greedy, options, run_together, start};
@@ -81,16 +82,19 @@ fn cached_and_preempted_sequences_of_an_fp8_cache_answer_as_undisturbed_ones() {
     }
     let folder = SHAPES[0].write();
     let fp8 = with_fp8_cache(Dtype::Float16);
-    let want = run_alone(&start(folder.path(), &fp8), &greedy(60));
+    let params = greedy(some_tokens(60));
+    let want = run_alone(&start(folder.path(), &fp8), &params);
     // 3 layers, 2 kv heads of 64: 12 KiB a block, so 40 blocks, of which 300 + 60 tokens take 23.
+    // Emulated: 26 blocks, of which 300 + 12 tokens take 20.
+    let num_blocks = many_or_few(40, 26);
     let tight = EngineOptions {
-        kv_cache_memory_bytes: Some((40 * 12) << 10),
+        kv_cache_memory_bytes: Some((num_blocks * 12) << 10),
         max_model_len: MaxModelLen::Tokens(400),
         ..fp8.clone()
     };
     let engine = start(folder.path(), &tight);
-    let got = run_together(&engine, &prompts(), &greedy(60));
-    assert_eq!(engine.stats().num_blocks_total, 40);
+    let got = run_together(&engine, &prompts(), &params);
+    assert_eq!(engine.stats().num_blocks_total, num_blocks as usize);
     assert!(engine.stats().num_preemptions > 0, "nothing was preempted");
     assert_all_near("preempted", &got, &want, KV_TOLERANCE);
 
@@ -99,11 +103,11 @@ fn cached_and_preempted_sequences_of_an_fp8_cache_answer_as_undisturbed_ones() {
         ..fp8
     };
     let engine = start(folder.path(), &caching);
-    run_alone(&engine, &greedy(60));
+    run_alone(&engine, &params);
     // Blocks that are cached in part are copied first.
-    let warm = run_alone(&engine, &greedy(60));
-    let num_cached = warm[8].num_cached_tokens;
-    assert!(num_cached >= 288, "{num_cached}");
+    let warm = run_alone(&engine, &params);
+    let num_cached = warm.iter().map(|answer| answer.num_cached_tokens).max();
+    assert!(num_cached >= Some(288), "{num_cached:?}");
     assert_all_near("warm", &warm, &want, KV_TOLERANCE);
 }
 
@@ -123,7 +127,10 @@ fn fp8_weights_may_have_an_fp8_cache() {
         run_alone(&got, &params(24)),
         run_alone(&weights, &params(24)),
     );
-    assert!(got.iter().all(|answer| answer.token_ids.len() == 24));
+    assert!(
+        got.iter()
+            .all(|answer| answer.token_ids.len() == some_tokens(24))
+    );
     assert_ne!(got, other, "the weights were not quantised");
 }
 
