@@ -95,7 +95,7 @@ cuda() (
   CARGO_TARGET_DIR=target/cuda cargo clippy --all-targets --features cuda --locked --quiet -- -D warnings
 )
 
-# The GPU tests on GPUs that this machine's CPU emulates. By hand: a quarter of an hour on two cores.
+# The GPU tests on GPUs that this machine's CPU emulates. By hand: half an hour on two cores.
 emulated() (
   use_cuda_toolkit
   (cd tests/cuda/emulator && cargo fmt --check && CARGO_TARGET_DIR=../../../target/cuda/emulator \
