@@ -40,7 +40,7 @@
 //          queries are loaded alike; of the outputs, sums are shared accordingly.
 // Shared:  dynamic shared memory, 512 · D bytes (the opt-in for D 128): two stages of four warps'
 //          tiles of keys and values, of E4M3 four stages.
-#include "rope.cuh"
+#include "project.cuh"
 
 constexpr int WARPS = 4;
 constexpr int TILE = 16;
@@ -384,71 +384,6 @@ __device__ __forceinline__ void finish(Shared<D, HEADS> &shared, T *out, float *
     }
 }
 
-// What rope_attention_decode has in place of queries.
-template <typename T> struct Projected {
-    const T *qkv;
-    const T *q_norm;
-    const T *k_norm;
-    const float *cos;
-    const float *sin;
-    const int *positions;
-    const int *slot_mapping;
-    float eps;
-};
-
-// Queries of a block's group; eight columns more, so that the rows of a product's operand lie in
-// different banks.
-template <typename T, int D, int HEADS> using Queries = T[HEADS][D + 8];
-
-// Norms and turns the group's queries into `queries` and, if `has_newest`, writes the token's key
-// and value to the cache; ends with a barrier.
-template <typename T, typename E, int D, int HEADS>
-__device__ __forceinline__ void
-project(Queries<T, D, HEADS> &queries, const Projected<T> &from, const Angles<D> &angles,
-        E *k_cache, E *v_cache, int token, int kv_head, int num_heads, int num_kv_heads,
-        int block_shift, bool has_newest) {
-    // A warp's rows: every WARPS-th of the group's queries, the key and the value.
-    constexpr int MAX_ROWS = (HEADS + 2 + WARPS - 1) / WARPS;
-    const int group_size = num_heads / num_kv_heads;
-    const int num_rows = has_newest ? group_size + 2 : group_size;
-    const int warp = threadIdx.x / WARP_SIZE;
-    const T *source = from.qkv + (int64_t)token * (num_heads + 2 * num_kv_heads) * D;
-    Head<D> heads[MAX_ROWS];
-#pragma unroll
-    for (int i = 0; i < MAX_ROWS; i++) {
-        const int row = warp + i * WARPS;
-        const int head = row < group_size ? kv_head * group_size + row
-                                          : num_heads + kv_head + (row - group_size) * num_kv_heads;
-        if (row < num_rows) {
-            load_head<T, D>(heads[i], source + head * D);
-        }
-    }
-    const int slot = has_newest ? from.slot_mapping[token] : -1;
-    const int64_t block = slot >> block_shift;
-    const int64_t offset = slot & ((1 << block_shift) - 1);
-    const int64_t place = (((block * num_kv_heads + kv_head) << block_shift) + offset) * D;
-#pragma unroll
-    for (int i = 0; i < MAX_ROWS; i++) {
-        const int row = warp + i * WARPS;
-        if (row >= num_rows) {
-            break;
-        }
-        if (row <= group_size) {
-            const T *norm = row < group_size ? from.q_norm : from.k_norm;
-            if (norm != nullptr) {
-                norm_head<T, D>(heads[i], norm, from.eps);
-            }
-            turn_head<D>(heads[i], angles);
-        }
-        if (row < group_size) {
-            store_head<T, D>(queries[row], heads[i]);
-        } else if (slot >= 0) {
-            store_head<E, D>((row == group_size ? k_cache : v_cache) + place, heads[i]);
-        }
-    }
-    __syncthreads();
-}
-
 template <typename T, typename E, int D, int HEAD_TILES, bool IS_PROJECTED>
 __device__ __forceinline__ void
 attention_decode(T *out, const T *q, const Projected<T> &from, E *k_cache, E *v_cache,
@@ -509,8 +444,9 @@ attention_decode(T *out, const T *q, const Projected<T> &from, E *k_cache, E *v_
     wait_for_producer();
     release_consumer();
     if constexpr (IS_PROJECTED) {
-        project<T, E, D, HEADS>(queries, from, angles, k_cache, v_cache, token, kv_head, num_heads,
-                                num_kv_heads, block_shift, split == num_splits - 1);
+        project<T, E, D, HEADS, WARPS>(queries, from, angles, k_cache, v_cache, token, kv_head,
+                                       num_heads, num_kv_heads, block_shift,
+                                       split == num_splits - 1);
     }
 #pragma unroll
     for (int stage = 0; stage < STAGES<E> - 1; stage++) {

@@ -1,5 +1,5 @@
 // A head of the QKV product on its way to the cache or to attention: bias, norm, rotation, by one
-// warp. Used by rope_and_cache.cu and attention_decode.cu.
+// warp. Used by rope_and_cache.cu and project.cuh.
 //
 // A lane holds PAIRS consecutive elements of the head's first half and their partners in the
 // second: element i turns with element i + D / 2 (half-split form: Llama, Qwen).

@@ -1,8 +1,8 @@
 //! Weights to the GPU through pinned buffers that several threads fill.
 //!
-//! A copy from a mapped file is no faster than one thread reads the file, and the driver's own one thread reads it
-//! page by page. Here each thread takes the next piece of a matrix, reads it into one of its two pinned buffers and
-//! lets the GPU fetch it while it reads on into the other.
+//! Given a mapped file, the driver reads it in the calling thread, a page fault at a time. Here each
+//! thread takes the next piece of a matrix, reads it into one of its two pinned buffers and lets the GPU
+//! fetch it while it reads on into the other.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -14,7 +14,7 @@ use super::turns::Turns;
 
 /// Bytes that a thread reads at a time.
 const PIECE_BYTES: usize = 4 << 20;
-/// Threads of one GPU at most: enough for the page cache, and for the queue of a fast disk.
+/// Threads of one GPU at most. A guess: not measured yet.
 const MAX_THREADS: usize = 8;
 
 /// The threads' buffers, from the first large matrix to [`Self::free`].
