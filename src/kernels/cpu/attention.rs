@@ -9,7 +9,7 @@
 //! items (one decode), the splits of an item become items themselves, and their states are
 //! folded afterwards by the same arithmetic.
 
-use super::attention_scan::Scan;
+use super::attention_scan::{Scan, ScanOf};
 use super::buffer::Output;
 use super::dense::{E4m3, F16, F32};
 use super::kv::{CpuKv, KvData};
@@ -211,14 +211,13 @@ fn run_item(
         states,
         keys,
         values,
-        element: (),
     };
     // SAFETY: the level is supported, and the table names blocks of `kv` for all positions.
     unsafe {
         match &kv.data {
-            KvData::F32 { .. } => cpu.level.run(scan.of(F32)),
-            KvData::F16 { .. } => cpu.level.run(scan.of(F16)),
-            KvData::E4m3 { .. } => cpu.level.run(scan.of(E4m3)),
+            KvData::F32 { .. } => cpu.level.run(ScanOf(scan, F32)),
+            KvData::F16 { .. } => cpu.level.run(ScanOf(scan, F16)),
+            KvData::E4m3 { .. } => cpu.level.run(ScanOf(scan, E4m3)),
         }
     }
 }

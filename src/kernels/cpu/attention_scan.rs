@@ -13,8 +13,8 @@ const CHUNK: usize = 64;
 /// The most rows of a register tile.
 const MAX_ROWS: usize = 8;
 
-/// Runs an item's queries over its splits into `states`.
-pub(super) struct Scan<'a, E> {
+/// An item's queries, to be run over its splits into `states`.
+pub(super) struct Scan<'a> {
     pub(super) inputs: &'a AttentionInputs<'a>,
     pub(super) shape: Shape,
     pub(super) item: &'a Item,
@@ -24,45 +24,22 @@ pub(super) struct Scan<'a, E> {
     pub(super) states: &'a mut [f32],
     pub(super) keys: *const u8,
     pub(super) values: *const u8,
-    pub(super) element: E,
 }
 
-impl<'a> Scan<'a, ()> {
-    /// Says what the cache's elements are.
-    pub(super) fn of<E: Element>(self, element: E) -> Scan<'a, E> {
-        let Self {
-            inputs,
-            shape,
-            item,
-            table,
-            states,
-            keys,
-            values,
-            element: (),
-        } = self;
-        Scan {
-            inputs,
-            shape,
-            item,
-            table,
-            states,
-            keys,
-            values,
-            element,
-        }
-    }
-}
+/// A scan of a cache of such elements.
+pub(super) struct ScanOf<'a, E>(pub(super) Scan<'a>, pub(super) E);
 
-impl<E: Element> Task for Scan<'_, E> {
+impl<E: Element> Task for ScanOf<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self {
+        let Self(scan, element) = self;
+        let Scan {
             inputs,
             shape,
             item,
             states,
             ..
-        } = &self;
+        } = &scan;
         let Shape {
             group, head_dim, ..
         } = *shape;
@@ -79,16 +56,15 @@ impl<E: Element> Task for Scan<'_, E> {
         let state_len = state_len(head_dim);
         let mut part = vec![0.0; states.len()];
         let is_one = item.splits.len() == 1;
-        let Self {
+        let Scan {
             shape,
             item,
             table,
             states,
             keys,
             values,
-            element,
             ..
-        } = self;
+        } = scan;
         let cache = Cache {
             shape,
             kv_head: item.kv_head,
