@@ -91,7 +91,7 @@ SHAPES = [("qkv", QKV, HIDDEN), ("o", HIDDEN, HIDDEN), ("gate_up", 2 * FFN, HIDD
 
 def stream(kernels, ceilings):
     """Up to 64 tokens: gemm_stream beside cuBLAS; overlapped launches."""
-    print("gemm_stream, overlapped: torch µs | blocks: µs TB/s, % of read")
+    print("gemm_stream, overlapped: torch µs | µs TB/s, % of read")
     for label, n, k in SHAPES:
         count = max(2, -(-(400 << 20) // (n * k * 2)))
         weights = [random(n, k, dtype=DTYPE, scale=k**-0.5) for _ in range(count)]
@@ -104,17 +104,13 @@ def stream(kernels, ceilings):
             kind = {"gate_up": "_silu", "head": "_f32out"}.get(label, "")
             half = torch.empty(tokens, n // 2 if label == "gate_up" else n, device="cuda",
                                dtype=torch.float32 if label == "head" else DTYPE)
-            cells = []
             kernels.overlap = True
-            for blocks in [132, 264]:
-                time = median_us([lambda w=w: gemm_stream(kernels, NAME, limit, half, x, w, None,
-                                                          kind, blocks)
-                                  for w in weights] * repeats)
-                speed = n * k * 2 / time / 1e6
-                cells.append(f"{blocks}: {time:.1f} {speed:.2f} "
-                             f"{100 * speed / ceilings['read']:.0f}%")
+            time = median_us([lambda w=w: gemm_stream(kernels, NAME, limit, half, x, w, None, kind)
+                              for w in weights] * repeats)
             kernels.overlap = False
-            print(f"{label:8} M {tokens:3}: {base:.1f} | " + " | ".join(cells), flush=True)
+            speed = n * k * 2 / time / 1e6
+            print(f"{label:8} M {tokens:3}: {base:.1f} | {time:.1f} {speed:.2f} "
+                  f"{100 * speed / ceilings['read']:.0f}%", flush=True)
 
 
 def tile(kernels, ceilings):
@@ -233,11 +229,11 @@ def fp8(kernels, ceilings):
                 cells.append(f"{what} {time:.1f} {n * k / time / 1e6:.2f} "
                              f"{2 * tokens * n * k / time / 1e6:.0f}")
 
-            for blocks in [132, 264] if tokens <= 64 else []:
+            if tokens <= 64:
                 limit = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-                add(f"stream {blocks}:", lambda w8, scales: gemm_stream(
+                add("stream", lambda w8, scales: gemm_stream(
                     kernels, f"fp8_{NAME}", limit, half, pairs(x8), pairs(w8), None,
-                    "_silu" * is_silu, blocks, (x_scales, scales)))
+                    "_silu" * is_silu, None, (x_scales, scales)))
             for columns in ([128, 192, 256] if is_silu else [128, 192, 224, 256]) * (tokens >= 64):
                 add(f"n{columns}:", lambda w8, scales: gemm_tile(
                     kernels, f"fp8_{NAME}", columns, half, pairs(x8), pairs(w8), None, is_silu,
@@ -381,8 +377,10 @@ def step(kernels, ceilings):
     head = random(VOCAB, HIDDEN, dtype=DTYPE, scale=HIDDEN**-0.5)
     norm, bias = random(HIDDEN, dtype=DTYPE), random(QKV, dtype=DTYPE)
     cos, sin = (torch.rand(8192, DIM // 2, device="cuda") for _ in range(2))
-    for tokens, context in [(1, 384), (1, 2048), (4, 384), (8, 384), (16, 384)]:
+    for tokens, context in [(1, 384), (1, 2048), (4, 384), (8, 384), (16, 384), (32, 384),
+                            (64, 384)]:
         wide = "wide" if tokens <= 8 else "r32"
+        limit = 32 if tokens <= 32 else 64
         batch = Batch([(1, context)] * tokens, HEADS, KV_HEADS, DIM, DTYPE, 4)
         x = random(tokens, HIDDEN, dtype=DTYPE)
         h, y, q_out, attended = (torch.empty_like(x) for _ in range(4))
@@ -391,7 +389,7 @@ def step(kernels, ceilings):
         logits = torch.empty(tokens, VOCAB, device="cuda")
         slots = ints([-1] * tokens)
         positions = ints([context - 1] * tokens)
-        splits = max(1, min(64, 264 // (tokens * KV_HEADS)))
+        splits = max(1, min(64, 132 // (tokens * KV_HEADS)))
         split_tokens = max(64, -(-context // splits // 64) * 64)
         splits = -(-context // split_tokens)
         partial = torch.empty(tokens * KV_HEADS * splits * 7 * 132, device="cuda")
@@ -404,23 +402,33 @@ def step(kernels, ceilings):
                            *queries, *batch.caches, *batch.tables(), split, partial, counters,
                            DIM**-0.5 * LOG2E, HEADS, KV_HEADS, 4, shared_bytes=512 * DIM)
 
+        def product(out, x, w, form, bias=None, kind=""):
+            if tokens > 16:
+                gemm_stream(kernels, NAME, limit, out, x, w, bias, kind)
+            else:
+                others = {"": [bias, None], "_silu": [], "_f32out": [bias]}[kind]
+                multiply(kernels, kind, form, out, x, w, *others)
+
+        def add_norm():
+            kernels.launch(f"add_rms_norm_{NAME}", [tokens], 448, h, x, y, x, norm, 1e-6, HIDDEN)
+
         def run(is_one):
             turns = None, None, cos, sin, positions, slots
             kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
             for qkv_w, o_w, gate_up_w, down_w in weights:
-                multiply(kernels, "", "wide", qkv, h, qkv_w, bias, None)
+                product(qkv, h, qkv_w, "wide", bias)
                 if is_one:
                     attend("rope_attention_decode", qkv, *turns, 1e-6)
                 else:
                     kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
                                    *batch.caches, qkv, None, *turns, 1e-6, HEADS, KV_HEADS, 4)
                     attend("attention_decode", q_out)
-                multiply(kernels, "", "deep", y, attended, o_w, None, x)
-                kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, y, norm, 1e-6, HIDDEN)
-                multiply(kernels, "_silu", wide, act, h, gate_up_w)
-                multiply(kernels, "", "deep", x, act, down_w, None, y)
-                kernels.launch(f"rms_norm_{NAME}", [tokens], 448, h, x, norm, 1e-6, HIDDEN)
-            multiply(kernels, "_f32out", wide, logits, h, head, None)
+                product(y, attended, o_w, "deep")
+                add_norm()
+                product(act, h, gate_up_w, wide, kind="_silu")
+                product(y, act, down_w, "deep")
+                add_norm()
+            product(logits, h, head, wide, kind="_f32out")
             job.run()
 
         times = []

@@ -136,7 +136,7 @@ def gemm_stream(kernels, name, limit, out, x, w, bias=None, kind="", blocks=None
     args = [matrix_map(x, limit), w_map, out] + [bias] * (kind != "_silu")
     infix = f"_silu_{name}" if kind == "_silu" else f"_{name}{kind}"
     stage = 128 * (64 + limit)
-    stages = 98_304 // stage
+    stages = 131_072 // stage
     kernels.launch(f"gemm_stream{infix}_t{limit}", [blocks], 160, *args, *scales,
                    *_stream_memory[key], tokens, n, k,
                    shared_bytes=1024 + 272 * limit + stages * stage)

@@ -441,8 +441,8 @@ attention_decode(T *out, const T *q, const Projected<T> &from, E *k_cache, E *v_
     if constexpr (IS_PROJECTED) {
         load_angles<D>(angles, from.cos, from.sin, from.positions[token]);
     }
-    wait_for_producer();
     release_consumer();
+    wait_for_producer();
     if constexpr (IS_PROJECTED) {
         project<T, E, D, HEADS, WARPS>(queries, from, angles, k_cache, v_cache, token, kv_head,
                                        num_heads, num_kv_heads, block_shift,

@@ -8,6 +8,12 @@
 // nothing. Where the launch carries CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION (sm_90
 // on) the kernel starts while its predecessor still runs and waits there; what comes before the
 // call may therefore touch nothing but weights.
+//
+// release_consumer() lets the next kernel start in the same way. Products, which fetch W while they
+// wait, release after their wait, so that no more than one product waits beside one that runs.
+// Norms and the attention of single tokens, which stand between two products, release before it:
+// the product behind them fetches W while the one before them ends (2.5 % of a step of 32 tokens on
+// an H100).
 #pragma once
 
 #include <cuda_bf16.h>

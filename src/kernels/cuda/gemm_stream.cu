@@ -11,16 +11,16 @@
 //          before bias or SiLU. Sums keep about 14 bits on the way, as all of Hopper's FP8 products.
 // Maps:    of x, boxes of 64 × t elements; of W, boxes of 64 × 64. For silu W is seen as
 //          [N / 8][2][8][K], boxes of 64 × 8 × 2 × 4: octets of gates and ups alternate.
-// Launch:  grid: as many blocks as run at once, at most ⌈N / 64⌉ · ⌈K / 64⌉ (for silu of 2 N);
+// Launch:  grid: a block a multiprocessor, at most ⌈N / 64⌉ · ⌈K / 64⌉ (for silu of 2 N);
 //          block 160; dynamic shared memory 1,024 + 272 t + stages · 128 (64 + t) bytes, stages =
-//          ⌊98,304 / (128 (64 + t))⌋.
+//          ⌊131,072 / (128 (64 + t))⌋.
 // Limits:  sm_90a. N and K multiples of 8; pointers on 16 bytes; num_tokens from 1 to t.
 // Method:  own; the division of work is "Stream-K" (Osama et al., 2023). W is the left operand of
 //          warpgroup products, x the right one. Steps of 64 elements of K through all tiles of 64
 //          rows are divided evenly: every multiprocessor reads equally much of W, without a pause
 //          between tiles. One warp brings the steps through a ring; W comes before x's producer is
-//          waited for, and a ring is small enough that the next kernel's fits beside it and fills
-//          meanwhile. A tile that a block began and did not end is ended by the blocks after it,
+//          waited for. The ring is as large as leaves attention_decode room beside it, which starts
+//          early too: rings of which two fit a multiprocessor are slower by 3 %. A tile that a block began and did not end is ended by the blocks after it,
 //          which do that first: they leave their sums in `partial`, and the block that began it
 //          adds them in order.
 #include "hopper.cuh"
@@ -34,7 +34,7 @@ constexpr int SUMS_STRIDE = ROWS + 4;  // Floats; two tokens' rows in other bank
 
 template <int TOKENS> struct Ring {
     static constexpr int STAGE_BYTES = W_BYTES + TOKENS * PANEL_ROW_BYTES;
-    static constexpr int STAGES = 98304 / STAGE_BYTES;
+    static constexpr int STAGES = 131072 / STAGE_BYTES;
 };
 
 template <typename T> __device__ __forceinline__ void store8(T *target, const float (&values)[8]) {
@@ -182,7 +182,6 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
     const uint32_t full = shared_address(barriers);
     const uint32_t empty = full + 8 * STAGES;
 
-    release_consumer();
     if (threadIdx.x == 0) {
         prefetch_map(x_map);
         prefetch_map(w_map);
@@ -224,6 +223,7 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
             bring_w(step);
         }
         wait_for_producer();
+        release_consumer();
         stage = 0;
         for (int step = first_step; step < ahead; step++, stage++) {
             bring_x(step);
@@ -239,10 +239,8 @@ __device__ __forceinline__ void gemm_stream(const TensorMap &x_map, const Tensor
             }
         }
     } else if (threadIdx.x < WARPGROUP_SIZE) {
-        if (IS_FP8<In>) {
-            // x's scales are read past TMA.
-            wait_for_producer();
-        }
+        wait_for_producer();
+        release_consumer();
         float *staging =
             reinterpret_cast<float *>(shared + (ring - shared_address(shared)) +
                                       STAGES * Ring::STAGE_BYTES);

@@ -97,7 +97,6 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         }
         fence_barrier_init();
     }
-    release_consumer();
     __syncthreads();
     sync_cluster();
 
@@ -132,6 +131,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                 bring_w(first, step);
             }
             wait_for_producer();
+            release_consumer();
             turn = {};
             for (int step = 0; step < ahead; step++, turn.next()) {
                 bring_x(first, step);
@@ -148,10 +148,8 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         }
     } else {
         take_registers<232>();
-        if (IS_FP8<In>) {
-            // x's scales are read past TMA.
-            wait_for_producer();
-        }
+        wait_for_producer();
+        release_consumer();
         const int lane = threadIdx.x % WARP_SIZE;
         const int warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
         const int quarter = lane % 4;

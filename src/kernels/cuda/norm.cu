@@ -20,8 +20,8 @@ __device__ __forceinline__ void norm_rows(T *out, T *sum, const T *x, const T *r
     const int64_t row = (int64_t)blockIdx.x * width;
     uint4 weights[MAX_VECTORS];
     load_weights(weights, weight, num_vectors);
-    wait_for_producer();
     release_consumer();
+    wait_for_producer();
     const auto source = [=](int vector) { return load16(x + row + 8 * vector); };
     norm_row<T, HAS_RESIDUAL>(out + row, sum + row, source, residual + row, weights, eps,
                               num_vectors);

@@ -19,11 +19,12 @@ const TILE_OVERHEAD: usize = 24;
 /// Fewer rows leave too much of a pair of tiles empty (measured: from 192 on ahead of cuBLASLt).
 pub(super) const MIN_TILE_ROWS: usize = 192;
 /// Numbers of rows that `gemm_stream` is compiled for.
-const STREAM_ROWS: [usize; 3] = [16, 32, 64];
+const STREAM_ROWS: [usize; 3] = [16, 32, MAX_STREAM_ROWS];
+pub(super) const MAX_STREAM_ROWS: usize = 64;
 /// Rows of W and 16-bit elements of K of `gemm_stream`'s steps.
 const STREAM_STEP: usize = 64;
 /// Dynamic shared memory of `gemm_stream`'s and `gemm_tile`'s rings, at most.
-const STREAM_RING_BYTES: usize = 98_304;
+const STREAM_RING_BYTES: usize = 131_072;
 const TILE_RING_BYTES: usize = 220_000;
 
 /// How one of these kernels is launched.
@@ -31,8 +32,8 @@ const TILE_RING_BYTES: usize = 220_000;
 pub(in super::super) enum Form {
     /// `gemm_tile` with so many columns.
     Tile(usize),
-    /// `gemm_stream` with so many blocks a multiprocessor.
-    Stream(usize),
+    /// `gemm_stream`.
+    Stream,
 }
 
 /// What the kernels need between calls.
@@ -68,25 +69,25 @@ impl Hopper {
                 }
             }
         }
-        let max_blocks = 2 * driver.num_multiprocessors;
-        let max_rows = STREAM_ROWS[STREAM_ROWS.len() - 1];
+        let num_blocks = driver.num_multiprocessors;
+        let max_sums = num_blocks * MAX_STREAM_ROWS * STREAM_STEP;
         Ok(Some(Self {
             dtype,
-            num_multiprocessors: driver.num_multiprocessors,
-            partial: driver.allocate(max_blocks * max_rows * STREAM_STEP * size_of::<f32>())?,
-            flags: driver.allocate_zeroed(max_blocks * size_of::<u32>())?,
+            num_multiprocessors: num_blocks,
+            partial: driver.allocate(max_sums * size_of::<f32>())?,
+            flags: driver.allocate_zeroed(num_blocks * size_of::<u32>())?,
         }))
     }
 
-    /// Returns the forms that may be fastest for a product.
-    pub(super) fn candidates(&self, product: &Product) -> Vec<Form> {
+    /// Returns the form that may be fastest for a product.
+    pub(super) fn candidate(&self, product: &Product) -> Option<Form> {
         if !product.n.is_multiple_of(8) {
-            return Vec::new();
+            return None;
         }
         match product.num_rows {
-            0..=64 => vec![Form::Stream(1), Form::Stream(2)],
-            MIN_TILE_ROWS.. if product.out_dtype == self.dtype => vec![self.tile_of(product)],
-            _ => Vec::new(),
+            0..=MAX_STREAM_ROWS => Some(Form::Stream),
+            MIN_TILE_ROWS.. if product.out_dtype == self.dtype => Some(self.tile_of(product)),
+            _ => None,
         }
     }
 
@@ -128,7 +129,7 @@ impl Hopper {
         Ok(format!("{fp8}{}", type_name(self.dtype)?))
     }
 
-    /// Computes `x Wᵀ + bias`; a form of [`Self::candidates`], [`Self::tile_of`] or
+    /// Computes `x Wᵀ + bias`; a form of [`Self::candidate`], [`Self::tile_of`] or
     /// [`Self::fp8_form`].
     pub(super) fn multiply(&self, driver: &Driver, product: &Product, form: Form) -> Result<()> {
         let name = self.type_names(product)?;
@@ -140,7 +141,7 @@ impl Hopper {
                 let kernel = format!("gemm_tile_{name}_n{columns}");
                 self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)
             }
-            Form::Stream(blocks) => {
+            Form::Stream => {
                 let rows = stream_rows(product.num_rows);
                 let kind = if product.out_dtype == DType::F32 {
                     "_f32out"
@@ -149,15 +150,7 @@ impl Hopper {
                 };
                 let kernel = format!("gemm_stream_{name}{kind}_t{rows}");
                 let weight = weight_map(driver, product, weight_rows, STREAM_STEP)?;
-                self.launch_stream(
-                    driver,
-                    product,
-                    &kernel,
-                    blocks,
-                    &weight,
-                    weight_rows,
-                    &operands,
-                )
+                self.launch_stream(driver, product, &kernel, &weight, weight_rows, &operands)
             }
         }
     }
@@ -177,7 +170,7 @@ impl Hopper {
                 let kernel = format!("gemm_tile_silu_{name}_n{columns}");
                 self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)
             }
-            Form::Stream(blocks) => {
+            Form::Stream => {
                 let kernel = format!("gemm_stream_silu_{name}_t{}", stream_rows(product.num_rows));
                 // Octets of gates and of ups in turn.
                 let (n, k) = (product.n as u64, product.columns() as u64);
@@ -187,15 +180,7 @@ impl Hopper {
                     &[k, n * k, 8 * k],
                     [64, 8, 2, STREAM_STEP as u32 / 16],
                 )?;
-                self.launch_stream(
-                    driver,
-                    product,
-                    &kernel,
-                    blocks,
-                    &weight,
-                    weight_rows,
-                    &operands,
-                )
+                self.launch_stream(driver, product, &kernel, &weight, weight_rows, &operands)
             }
         }
     }
@@ -222,16 +207,11 @@ impl Hopper {
         driver.launch(kernel, geometry, &args)
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "what differs between the kernels"
-    )]
     fn launch_stream(
         &self,
         driver: &Driver,
         product: &Product,
         kernel: &str,
-        blocks: usize,
         weight: &TensorMap,
         weight_rows: usize,
         operands: &[Arg],
@@ -244,7 +224,7 @@ impl Hopper {
         args.extend([&self.partial, &self.flags].map(|buffer| Arg::Pointer(buffer.address())));
         args.extend(product.sizes());
         let geometry = Geometry {
-            grid: [num_steps.min(blocks * self.num_multiprocessors), 1, 1],
+            grid: [num_steps.min(self.num_multiprocessors), 1, 1],
             block: 160,
             shared_bytes: stream_bytes(rows),
         };
@@ -273,13 +253,9 @@ fn scale_args(product: &Product) -> Vec<Arg> {
     scales.into_iter().flatten().map(Arg::Pointer).collect()
 }
 
-/// Returns the form of `gemm_stream` for up to 64 rows (measured with SiLU in the computing type).
+/// Returns `gemm_stream` where it takes so many rows.
 fn stream_form(num_rows: usize) -> Option<Form> {
-    match num_rows {
-        0..=32 => Some(Form::Stream(2)),
-        33..=64 => Some(Form::Stream(1)),
-        _ => None,
-    }
+    (num_rows <= MAX_STREAM_ROWS).then_some(Form::Stream)
 }
 
 /// Returns the choice of least cost, the first of equals.
@@ -291,7 +267,7 @@ fn cheapest(choices: &[usize], cost: impl Fn(usize) -> usize) -> usize {
 /// Returns the rows that the kernel for `num_rows` is compiled for.
 fn stream_rows(num_rows: usize) -> usize {
     let fits = STREAM_ROWS.into_iter().find(|&rows| num_rows <= rows);
-    fits.unwrap_or(STREAM_ROWS[STREAM_ROWS.len() - 1])
+    fits.unwrap_or(MAX_STREAM_ROWS)
 }
 
 fn stream_bytes(rows: usize) -> u32 {
@@ -310,24 +286,16 @@ mod tests {
 
     #[test]
     fn shared_memory_is_what_the_kernels_have() {
-        // 227 KiB a block; two rings of gemm_stream fit a multiprocessor's 228 KiB.
+        // 227 KiB a block; gemm_stream leaves room for a block of attention_decode (64 KiB) in a
+        // multiprocessor's 228 KiB, of which 1 KiB a block is not to be had.
         for columns in TILE_COLUMNS {
             assert!(tile_bytes(columns) <= 227 << 10, "{columns}");
         }
         for rows in STREAM_ROWS {
-            assert!(stream_bytes(rows) <= 113 << 10, "{rows}");
+            assert!(stream_bytes(rows) <= (228 - 64 - 2) << 10, "{rows}");
         }
         assert_eq!(tile_bytes(256), 1024 + 4 * 49_152);
-        assert_eq!(stream_bytes(32), 1024 + 272 * 32 + 8 * 12_288);
-    }
-
-    #[test]
-    fn up_to_64_rows_are_streamed() {
-        let streamed = [1, 32, 33, 64, 65].map(|rows| match stream_form(rows) {
-            Some(Form::Stream(blocks)) => blocks,
-            Some(Form::Tile(_)) | None => 0,
-        });
-        assert_eq!(streamed, [2, 2, 1, 1, 0]);
+        assert_eq!(stream_bytes(32), 1024 + 272 * 32 + 10 * 12_288);
     }
 
     #[test]
