@@ -15,6 +15,38 @@ use super::turns::Turns;
 
 /// Tokens that `attention_decode`'s split takes at least.
 const MIN_SPLIT_TOKENS: usize = 64;
+/// Blocks of `attention_decode` on a multiprocessor, at most, where contexts are split.
+pub(super) const SPLIT_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+/// What it costs to add splits up, in tokens that a block could have read meanwhile: 2.6 µs
+/// (32 sequences of 384 tokens on an H100, docs/gpu_log.md).
+const SPLIT_COST_TOKENS: usize = 100;
+
+/// Returns how many splits `attention_decode` is launched with for so many sequences times kv
+/// heads. It must not depend on contexts: launches are recorded.
+fn max_splits(num_pairs: usize, num_multiprocessors: usize) -> usize {
+    (SPLIT_BLOCKS_PER_MULTIPROCESSOR * num_multiprocessors / num_pairs.max(1)).clamp(1, 64)
+}
+
+/// Returns how many tokens each split takes: what ends soonest, if every multiprocessor takes a
+/// block at a time and a token costs the same everywhere. Splits without tokens end at once.
+fn tokens_of_a_split(
+    num_pairs: usize,
+    longest_context: usize,
+    max_splits: usize,
+    num_multiprocessors: usize,
+) -> usize {
+    let tokens_with = |splits: usize| {
+        let tokens = longest_context.div_ceil(splits);
+        tokens.next_multiple_of(MIN_SPLIT_TOKENS)
+    };
+    let cost = |&tokens: &usize| {
+        let splits = longest_context.div_ceil(tokens);
+        let rounds = (num_pairs * splits).div_ceil(num_multiprocessors);
+        rounds * tokens + if splits > 1 { SPLIT_COST_TOKENS } else { 0 }
+    };
+    let fewest_first = (1..=max_splits).map(tokens_with);
+    fewest_first.min_by_key(cost).unwrap_or(MIN_SPLIT_TOKENS)
+}
 
 /// The largest step.
 #[derive(Debug, Clone, Copy)]
@@ -85,12 +117,7 @@ impl Stage {
     ///
     /// # Errors
     /// When the step is larger than the limits, or an input id stands for a row that no step has.
-    pub(super) fn stage(
-        &self,
-        driver: &Driver,
-        step: &StepArrays<'_>,
-        blocks_in_flight: usize,
-    ) -> Result<Staged> {
+    pub(super) fn stage(&self, driver: &Driver, step: &StepArrays<'_>) -> Result<Staged> {
         let batch = step.attention;
         let num_tokens = step.bucket.unwrap_or(step.input_ids.len());
         let num_sequences = step.bucket.unwrap_or(batch.context_lens.len());
@@ -124,11 +151,10 @@ impl Stage {
             .map(|pair| (pair[1] - pair[0]) as usize);
         let num_decodes = lens.clone().filter(|&len| len == 1).count();
         let longest = batch.context_lens.iter().copied().max().unwrap_or(1) as usize;
-        let num_splits =
-            (blocks_in_flight / (num_sequences * self.limits.num_kv_heads).max(1)).clamp(1, 64);
-        let split_tokens = longest
-            .div_ceil(num_splits)
-            .next_multiple_of(MIN_SPLIT_TOKENS);
+        let num_pairs = num_sequences * self.limits.num_kv_heads;
+        let num_splits = max_splits(num_pairs, driver.num_multiprocessors);
+        let split_tokens =
+            tokens_of_a_split(num_pairs, longest, num_splits, driver.num_multiprocessors);
         let last = |values: &[u32]| values.last().copied().unwrap_or(0) as i32;
         let staged = Staged {
             num_tokens,
@@ -181,5 +207,39 @@ impl Writer<'_> {
         let address = self.base + (4 * self.len) as Address;
         self.len += len;
         Ok(address)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of 132 multiprocessors: [sequences times kv heads, longest context] → tokens of a split.
+    fn split([num_pairs, longest]: [usize; 2]) -> usize {
+        tokens_of_a_split(num_pairs, longest, max_splits(num_pairs, 132), 132)
+    }
+
+    #[test]
+    fn contexts_are_split_as_measured() {
+        // The fastest of what docs/gpu_log.md has, Qwen2.5-7B's 4 kv heads.
+        assert_eq!(split([4, 512]), 64);
+        assert_eq!(split([4, 2048]), 64);
+        assert_eq!(split([4, 16384]), 512);
+        assert_eq!(split([8 * 4, 384]), 128);
+        assert_eq!(split([32 * 4, 384]), 384);
+        assert_eq!(split([32 * 4, 2048]), 2048);
+        assert_eq!(split([256 * 4, 640]), 640);
+    }
+
+    #[test]
+    fn splits_share_out_what_leaves_multiprocessors_idle() {
+        // 80 blocks would use 80 of 132; 240 use all nearly twice.
+        assert_eq!(split([80, 4096]), 1408);
+        assert_eq!(split([80, 64]), 64);
+        assert_eq!(max_splits(80, 132), 3);
+        assert_eq!(
+            [1, 4, 132, 265].map(|pairs| max_splits(pairs, 132)),
+            [64, 64, 2, 1]
+        );
     }
 }

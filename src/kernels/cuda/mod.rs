@@ -239,8 +239,7 @@ impl Gpu {
     }
 
     pub(super) fn stage(&self, step: &StepArrays<'_>) -> Result<Staged> {
-        self.stage
-            .stage(&self.driver, step, self.scratch.decode_blocks(&self.driver))
+        self.stage.stage(&self.driver, step)
     }
 
     pub(super) fn next_layer(&self) {

@@ -5,14 +5,12 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor, bail};
 
 use super::super::{RopeAndCache, check};
-use super::batch::Staged;
+use super::batch::{SPLIT_BLOCKS_PER_MULTIPROCESSOR, Staged};
 use super::driver::{Address, Arg, Driver, Geometry};
 use super::memory::Buffer;
 use super::tensor_map::TensorMap;
 use super::{DType, Gpu};
 
-/// Blocks of `attention_decode` on a multiprocessor at a time (measured: docs/gpu_log.md).
-const DECODE_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Rows (token, head) of a tile of `attention_prefill`.
 const PREFILL_TILE_ROWS: usize = 128;
 /// Tokens of a box that `attention_prefill_wgmma` copies of the cache.
@@ -85,19 +83,14 @@ impl Scratch {
         }
         let wgmma_name = format!("attention_prefill_wgmma_{type_name}_128");
         // Splits come in only while few sequences leave the GPU idle, so their number times the
-        // sequences times the kv heads stays near the blocks in flight.
-        let num_partials = 4 * DECODE_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors;
+        // sequences times the kv heads stays near `max_splits`' blocks.
+        let num_partials = 4 * SPLIT_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors;
         Ok(Self {
             partial: driver.allocate(num_partials * MAX_GROUP * (128 + 4) * 4)?,
             counters: driver.allocate_zeroed(4 * MAX_COUNTERS)?,
             prefill_counters: driver.allocate_zeroed(8)?,
             has_wgmma_prefill: driver.has_kernel(&wgmma_name),
         })
-    }
-
-    /// Returns how many blocks of `attention_decode` fill the GPU.
-    pub(super) fn decode_blocks(&self, driver: &Driver) -> usize {
-        DECODE_BLOCKS_PER_MULTIPROCESSOR * driver.num_multiprocessors
     }
 }
 
