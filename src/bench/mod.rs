@@ -103,8 +103,8 @@ struct Case {
     output_len: usize,
     /// From submission to the first token of every sequence.
     first_token_ms: f64,
-    /// Between tokens after the first.
-    token_ms: f64,
+    /// Between tokens after the first; none where there are none.
+    token_ms: Option<f64>,
     /// Prompt tokens a second until the first tokens.
     prompt_tok_s: f64,
     /// Tokens drawn a second over the whole run.
@@ -186,7 +186,7 @@ fn measure(
         input_len,
         output_len,
         first_token_ms: first * 1e3,
-        token_ms: (total - first) * 1e3 / (output_len.max(2) - 1) as f64,
+        token_ms: (output_len > 1).then(|| (total - first) * 1e3 / (output_len - 1) as f64),
         prompt_tok_s: (batch_size * input_len) as f64 / first,
         output_tok_s: (batch_size * output_len) as f64 / total,
     })
@@ -266,14 +266,15 @@ fn print(args: &BenchArgs, model: &str, load_seconds: f64, cases: &[Case]) -> an
     )?;
     writeln!(out, "|---|---|---|---|---|---|")?;
     for case in cases {
+        let token_ms = case.token_ms.map(|ms| format!("{ms:.2}"));
         writeln!(
             out,
-            "| {} | {}/{} | {:.1} | {:.2} | {:.0} | {:.1} |",
+            "| {} | {}/{} | {:.1} | {} | {:.0} | {:.1} |",
             case.batch_size,
             case.input_len,
             case.output_len,
             case.first_token_ms,
-            case.token_ms,
+            token_ms.as_deref().unwrap_or("–"),
             case.prompt_tok_s,
             case.output_tok_s
         )?;
