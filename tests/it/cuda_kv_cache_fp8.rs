@@ -3,8 +3,9 @@
 //!
 //! Both round keys and values alike, but what lies near the middle between two codes falls on the
 //! other side once anything has moved the last bits, as arithmetic in 16 bits does. On the CPU these
-//! shapes are up to 0.56 (and a tenth of its size more) and 2.2% of the norm from themselves with a
-//! cache of f32; float16's 2^-11 beside steps of 2^-4 moves some of that, bfloat16's 2^-8 about half.
+//! shapes are up to 0.73 (and a tenth of its size more) and 2.2% of the norm from themselves with a
+//! cache of f32. Beside the CPU with the same cache float16's 2^-11 moves that by up to 0.18 and
+//! 0.7%, bfloat16's 2^-8 by up to 0.76 and 1.5% (emulated GPUs and an H100).
 
 use infold::engine::{Dtype, EngineOptions, KvCacheDtype, MaxModelLen, Quantization};
 use infold::kernels::Kernels;
@@ -16,11 +17,16 @@ use crate::cuda::{
 use crate::random_models::SHAPES;
 use crate::tiny_engine::{greedy, options, run_together, start};
 
-/// What rounding keys and values does, and bfloat16 beside it. A head whose elements were mixed up
-/// would be tens of percent off.
+/// What rounding keys and values does. A head whose elements were mixed up would be tens of percent
+/// of the norm off.
 const KV_TOLERANCE: Tolerance = Tolerance {
     logprob: 0.6,
     relative: 4e-2,
+};
+/// The same in bfloat16, where single logprobs go further.
+const BF16_KV_TOLERANCE: Tolerance = Tolerance {
+    logprob: 1.2,
+    ..KV_TOLERANCE
 };
 
 fn with_fp8_cache(dtype: Dtype) -> EngineOptions {
@@ -42,10 +48,13 @@ fn an_fp8_cache_answers_as_the_cpu_with_one() {
     for shape in SHAPES {
         let folder = shape.write();
         let want = run_alone(&start(folder.path(), &on_cpu), &params(24));
-        for dtype in [Dtype::Bfloat16, Dtype::Float16] {
+        for (dtype, tolerance) in [
+            (Dtype::Bfloat16, BF16_KV_TOLERANCE),
+            (Dtype::Float16, KV_TOLERANCE),
+        ] {
             let what = format!("{} {dtype:?}", shape.model_type);
             let got = run_alone(&start(folder.path(), &with_fp8_cache(dtype)), &params(24));
-            assert_all_near(&what, &got, &want, KV_TOLERANCE);
+            assert_all_near(&what, &got, &want, tolerance);
             let plain = run_alone(&start(folder.path(), &on_gpu(dtype)), &params(24));
             assert_ne!(got, plain, "{what}: nothing was rounded");
         }
@@ -61,7 +70,7 @@ fn batchings_of_an_fp8_cache_agree() {
         assert_batchings_agree(&shape, &with_fp8_cache(Dtype::Float16), KV_TOLERANCE);
     }
     let bf16 = with_fp8_cache(Dtype::Bfloat16);
-    assert_batchings_agree(&SHAPES[1], &bf16, KV_TOLERANCE);
+    assert_batchings_agree(&SHAPES[1], &bf16, BF16_KV_TOLERANCE);
 }
 
 #[test]
