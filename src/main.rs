@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use infold::kernels::Kernels;
 use infold::{bench, chat, merge, serve, train};
 use tracing_subscriber::EnvFilter;
 
@@ -33,6 +34,8 @@ enum Command {
     Env,
 }
 
+/// The exit code of a verb that failed.
+const EXIT_FAILURE: u8 = 1;
 /// The exit code for a wrong command line, as clap's own.
 const EXIT_USAGE: u8 = 2;
 
@@ -57,7 +60,11 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error, 1),
+        Err(error) => {
+            fail(&error, EXIT_FAILURE);
+            let _ = std::io::stdout().flush();
+            Kernels::end_process(EXIT_FAILURE)
+        }
     }
 }
 

@@ -53,6 +53,10 @@ pub(super) fn num_gpus() -> usize {
     0
 }
 
+pub(super) fn end_process(code: i32) -> ! {
+    std::process::exit(code)
+}
+
 pub(super) fn choose_collectives(
     _first: usize,
     _world_size: usize,

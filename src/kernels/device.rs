@@ -181,6 +181,13 @@ impl Kernels {
         cuda::num_gpus()
     }
 
+    /// Ends the process where a rank may have failed, with the feature `cuda` without the exit
+    /// handlers of libraries: they may wait for a thread that hangs in them, or crash (seen with
+    /// NCCL).
+    pub fn end_process(code: u8) -> ! {
+        cuda::end_process(i32::from(code))
+    }
+
     /// Returns whether these kernels run on a GPU.
     pub fn is_on_gpu(&self) -> bool {
         self.gpu.is_some()

@@ -43,8 +43,6 @@ const MAX_HTTP_THREADS: usize = 4;
 const MAX_BLOCKING_THREADS: usize = 8;
 /// Most time that the process takes to end once the server has in good order.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same after a failure, when a GPU may hang.
-const FAILED_EXIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often throughput is logged.
 const STATS_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -57,24 +55,23 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let result = run_on(&runtime, args);
     // Work that is still in a thread must not hold up the end of the process.
     runtime.shutdown_background();
-    limit_exit(match result {
-        Ok(()) => EXIT_TIMEOUT,
-        Err(_) => FAILED_EXIT_TIMEOUT,
-    });
+    if result.is_ok() {
+        limit_exit();
+    }
     result
 }
 
 /// Sees to it that the process ends soon: at its exit a GPU's driver may wait for kernels that
 /// never end.
-fn limit_exit(timeout: Duration) {
+fn limit_exit() {
     // Without a thread the exit takes as long as it takes.
     let _ = std::thread::Builder::new()
         .name("exit".to_owned())
-        .spawn(move || abort_late(timeout));
+        .spawn(abort_late);
 }
 
-fn abort_late(timeout: Duration) {
-    std::thread::sleep(timeout);
+fn abort_late() {
+    std::thread::sleep(EXIT_TIMEOUT);
     tracing::error!("the process does not end by itself, so it is aborted");
     std::process::abort();
 }

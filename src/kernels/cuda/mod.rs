@@ -50,7 +50,7 @@ use weights::{Arena, Loading, READABLE_ROWS, type_name};
 
 pub(super) use batch::{Staged, StepArrays};
 pub(super) use driver::Graph;
-pub(super) use driver::num_gpus;
+pub(super) use driver::{end_process, num_gpus};
 pub(super) use nccl::UniqueId;
 pub(super) use paged::GpuKv;
 pub(super) use peers::Interrupt;
