@@ -97,9 +97,9 @@ impl StepInput {
         input
     }
 
-    /// Returns a step of `num_tokens` tokens in `num_sequences` sequences, all of whose logits
-    /// are computed, which touches no block but the first and writes nothing to the cache that
-    /// is kept.
+    /// Returns the step of `num_tokens` tokens in `num_sequences` sequences that takes the most
+    /// memory: all rows but one are kept to the end, and as many as there are sequences are drawn
+    /// from. It touches no block but the first and writes nothing to the cache that is kept.
     pub(super) fn largest(num_tokens: usize, num_sequences: usize, block_size: usize) -> Self {
         let len = num_tokens.div_ceil(num_sequences);
         let mut input = Self {
@@ -110,10 +110,11 @@ impl StepInput {
                 cu_blocks: vec![0],
                 ..AttentionBatch::default()
             },
-            logits_rows: Vec::new(),
+            logits_rows: (0..num_tokens.saturating_sub(1).max(1) as u32).collect(),
             logits_uses: Vec::new(),
             draws: Vec::new(),
         };
+        input.draws = vec![Some(Draw::greedy()); num_sequences.min(input.logits_rows.len())];
         let attention = &mut input.attention;
         for start in (0..num_tokens).step_by(len).take(num_sequences) {
             let end = (start + len).min(num_tokens);
@@ -131,8 +132,6 @@ impl StepInput {
                 attention.positions.push(0);
                 attention.slot_mapping.push((position % block_size) as u32);
             }
-            input.logits_rows.push(end as u32 - 1);
-            input.draws.push(Some(Draw::greedy()));
         }
         input
     }

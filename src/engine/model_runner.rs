@@ -184,7 +184,14 @@ impl ModelRunner {
         self.allocate_kv_cache(1)?;
         let (tokens, sequences) = (self.config.max_num_tokens, self.config.max_num_seqs);
         let input = StepInput::largest(tokens, sequences, self.config.block_size);
-        self.run(Arc::new(input))?;
+        let batch = self.stage(&input, None)?;
+        if let Some(hidden) = self.forward(&input, &batch)? {
+            let drawn = hidden.narrow(0, 0, input.draws.len())?;
+            let logits = self.logits(&drawn, &batch)?;
+            let work = self.launch_draws(&logits, &input)?;
+            let input = Arc::new(input);
+            self.finish_step(LaunchedStep { input, work }, |_, _| {})?;
+        }
         self.kernels.synchronize()?;
         self.kv_cache.clear();
         self.recorded.clear();
@@ -254,7 +261,7 @@ impl ModelRunner {
             true => self.launch_on_gpu(&input)?,
             false => {
                 let hidden = self.forward(&input, &input.attention)?;
-                Work::Logits(hidden)
+                hidden.map_or(Work::Nothing, Work::Logits)
             }
         };
         Ok(LaunchedStep { input, work })
@@ -274,9 +281,7 @@ impl ModelRunner {
                 let num_rows = input.logits_rows.len();
                 for start in (0..num_rows).step_by(self.config.max_num_seqs) {
                     let rows = start..(start + self.config.max_num_seqs).min(num_rows);
-                    let selected =
-                        self.kernels
-                            .gather_logits_rows(&hidden, &batch, rows.clone())?;
+                    let selected = hidden.narrow(0, start, rows.len())?;
                     let logits = self.logits(&selected, &batch)?;
                     self.read_rows(&logits, rows, &input, &mut on_row)?;
                 }
@@ -296,37 +301,38 @@ impl ModelRunner {
     }
 
     fn launch_on_gpu(&mut self, input: &StepInput) -> Result<Work> {
-        let num_rows = input.logits_rows.len();
         let bucket = input
             .num_decodes()
             .and_then(|num| self.config.graphs.bucket(num))
             .map(|bucket| bucket.min(self.config.max_num_seqs));
-        let mut batch = input.attention.clone();
-        let Some(kv) = self.kv_cache.first() else {
-            candle_core::bail!("a step before the KV cache");
-        };
-        self.kernels
-            .stage(&input.input_ids, &mut batch, &input.logits_rows, bucket, kv)?;
+        let batch = self.stage(input, bucket)?;
         let logits = match bucket {
             Some(bucket) => self.run_bucket(bucket, input, &batch)?,
             None => {
-                let hidden = self.forward(input, &batch)?;
-                if num_rows == 0 {
+                let Some(hidden) = self.forward(input, &batch)? else {
                     return self.end_without_rows();
-                }
+                };
                 if !input.is_drawn_on_device() {
                     return Ok(Work::StagedLogits(hidden, Box::new(batch)));
                 }
-                let selected = self
-                    .kernels
-                    .gather_logits_rows(&hidden, &batch, 0..num_rows)?;
-                self.logits(&selected, &batch)?
+                self.logits(&hidden, &batch)?
             }
         };
         match input.is_drawn_on_device() {
             true => self.launch_draws(&logits, input),
             false => Ok(Work::Reading(logits)),
         }
+    }
+
+    /// Uploads a step's integers and returns the batch that knows where they are.
+    fn stage(&self, input: &StepInput, bucket: Option<usize>) -> Result<AttentionBatch> {
+        let mut batch = input.attention.clone();
+        let Some(kv) = self.kv_cache.first() else {
+            candle_core::bail!("a step before the KV cache");
+        };
+        self.kernels
+            .stage(&input.input_ids, &mut batch, &input.logits_rows, bucket, kv)?;
+        Ok(batch)
     }
 
     /// Lets the first rank draw from all rows, and tells the other GPUs what it draws.
@@ -356,13 +362,15 @@ impl ModelRunner {
         input: &StepInput,
         on_row: &mut impl FnMut(usize, RowOutput<'_>),
     ) -> Result<()> {
-        for (chunk, rows) in input.logits_rows.chunks(LOGITS_CHUNK).enumerate() {
-            let selected = self.kernels.gather_rows(hidden, rows)?;
+        let num_rows = input.logits_rows.len();
+        for start in (0..num_rows).step_by(LOGITS_CHUNK) {
+            let num_chunk_rows = LOGITS_CHUNK.min(num_rows - start);
+            let selected = hidden.narrow(0, start, num_chunk_rows)?;
             let logits = self.logits(&selected, &input.attention)?;
             with_values(&logits, |values| {
-                let width = values.len() / rows.len();
+                let width = values.len() / num_chunk_rows;
                 for (i, values) in values.chunks_exact(width).enumerate() {
-                    on_row(chunk * LOGITS_CHUNK + i, RowOutput::Logits(values));
+                    on_row(start + i, RowOutput::Logits(values));
                 }
             })?;
         }
@@ -381,7 +389,9 @@ impl ModelRunner {
             return Ok(step.logits.clone());
         }
         let step = |runner: &mut Self| {
-            let hidden = runner.forward(input, batch)?;
+            let Some(hidden) = runner.forward(input, batch)? else {
+                candle_core::bail!("a step of {bucket} sequences without rows of logits");
+            };
             runner.logits(&hidden, batch)
         };
         // Makes the allocator's pool large enough and lets cuBLAS choose; then the same again
@@ -403,14 +413,16 @@ impl ModelRunner {
         Ok(logits)
     }
 
-    fn forward(&mut self, input: &StepInput, batch: &AttentionBatch) -> Result<Tensor> {
+    /// Returns the hidden states of the rows that logits are needed of; none of no rows.
+    fn forward(&mut self, input: &StepInput, batch: &AttentionBatch) -> Result<Option<Tensor>> {
         let context = ForwardContext {
             kernels: &self.kernels,
             comm: &self.comm,
             batch,
         };
+        let (ids, rows) = (&input.input_ids, &input.logits_rows);
         self.decoder
-            .forward(&input.input_ids, &context, &mut self.kv_cache)
+            .forward(ids, rows, &context, &mut self.kv_cache)
     }
 
     fn logits(&self, hidden: &Tensor, batch: &AttentionBatch) -> Result<Tensor> {

@@ -1,7 +1,5 @@
 //! In place of `cuda` in a build without that feature: a GPU that cannot be opened.
 
-use std::ops::Range;
-
 use bytes::Bytes;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -112,7 +110,7 @@ unreachable_methods! {
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor>;
     fn add_rms_norm(&self, x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)>;
     fn silu_and_mul(&self, gate_up: &Tensor) -> Result<Tensor>;
-    fn gather_logits_rows(&self, x: &Tensor, staged: &Staged, rows: Range<usize>) -> Result<Tensor>;
+    fn gather_logits_rows(&self, x: &Tensor, staged: &Staged, num_rows: usize) -> Result<Tensor>;
     fn new_kv_cache(&self, num_layers: usize, sizes: [usize; 4], dtype: DType) -> Result<Vec<GpuKv>>;
     fn copy_blocks(&self, layers: &[&GpuKv], copies: &[(u32, u32)]) -> Result<()>;
     fn rope_and_attention(&self, qkv: &Tensor, args: &RopeAndCache<'_>, staged: &Staged, kv: &GpuKv, scale: f32) -> Result<Tensor>;

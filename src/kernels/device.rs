@@ -3,8 +3,6 @@
 //! The CPU needs none of it: there [`Kernels::stage`] leaves a batch as it is, nothing is
 //! recorded, and the engine draws from the logits itself.
 
-use std::ops::Range;
-
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::cuda::{self, Gpu};
@@ -342,20 +340,20 @@ impl Kernels {
         }
     }
 
-    /// Returns those rows of hidden states `x` that the `rows` of the staged `logits_rows` name.
-    /// The next call overwrites them.
+    /// Returns those rows of `x: [tokens, width]` that logits are wanted of: `rows` on the CPU, the
+    /// staged ones, which must be as many, on a GPU.
     ///
     /// # Errors
-    /// On the CPU, or when nothing is staged.
-    pub fn gather_logits_rows(
+    /// When nothing is staged, other rows are, or a row does not exist.
+    pub fn gather_batch_rows(
         &self,
         x: &Tensor,
+        rows: &[u32],
         batch: &AttentionBatch,
-        rows: Range<usize>,
     ) -> Result<Tensor> {
         match &self.gpu {
-            Some(gpu) => gpu.gather_logits_rows(x, batch.staged()?, rows),
-            None => bail!("nothing is staged on the CPU"),
+            Some(gpu) => gpu.gather_logits_rows(x, batch.staged()?, rows.len()),
+            None => self.gather_rows(x, rows),
         }
     }
 

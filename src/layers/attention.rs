@@ -112,11 +112,12 @@ impl Attention {
 
     /// Writes the batch's keys and values into `kv_blocks` and attends.
     ///
-    /// `x` `[tokens, hidden_size]`; returns this rank's part of the sum of that shape.
+    /// `x` `[tokens, hidden_size]`; returns what this rank's heads read,
+    /// `[tokens, num_heads * head_dim]`.
     ///
     /// # Errors
-    /// When a kernel or collective fails.
-    pub fn forward(
+    /// When a kernel fails.
+    pub fn attend(
         &self,
         x: &Tensor,
         context: &ForwardContext<'_>,
@@ -136,9 +137,17 @@ impl Attention {
             batch: context.batch,
         };
         let scale = 1.0 / (self.head_dim as f32).sqrt();
-        let attended = context
+        context
             .kernels
-            .rope_and_attention(&qkv, &args, kv_blocks, scale)?;
-        self.output.forward(&attended, context)
+            .rope_and_attention(&qkv, &args, kv_blocks, scale)
+    }
+
+    /// Returns the output projection of what [`Self::attend`] returned, or of rows of it: this
+    /// rank's part of the sum `[rows, hidden_size]`.
+    ///
+    /// # Errors
+    /// When a kernel or collective fails.
+    pub fn project(&self, attended: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
+        self.output.forward(attended, context)
     }
 }

@@ -74,25 +74,46 @@ impl Decoder {
     }
 
     /// Runs a batch: writes its keys and values into `kv_cache` (one entry a layer) and returns
-    /// the final hidden states, f32 `[tokens, hidden_size]`.
+    /// the final hidden states of `rows` (ascending; on a GPU those that are staged), f32
+    /// `[rows, hidden_size]`; none when there are no rows.
+    ///
+    /// A token whose row is not wanted is of no more use once the last layer has its key and
+    /// value. Where that holds for half of them or more they end there, which saves a prompt the
+    /// better part of a layer.
     ///
     /// # Errors
     /// When a kernel or collective fails.
     pub fn forward(
         &self,
         input_ids: &[u32],
+        rows: &[u32],
         context: &ForwardContext<'_>,
         kv_cache: &mut [KvBlocks],
-    ) -> Result<Tensor> {
+    ) -> Result<Option<Tensor>> {
+        let rows_of = |x: &Tensor| context.kernels.gather_batch_rows(x, rows, context.batch);
+        let ends_early = 2 * rows.len() <= input_ids.len();
         context.kernels.next_layer();
         let mut residual = self.embedding.forward(input_ids, context)?;
         let mut delta: Option<Tensor> = None;
-        for (layer, kv_blocks) in self.layers.iter().zip(kv_cache) {
+        for (index, (layer, kv_blocks)) in self.layers.iter().zip(kv_cache).enumerate() {
             context.kernels.next_layer();
-            (delta, residual) = layer.forward(delta, residual, context, kv_blocks)?;
+            let (mut attended, stream) = layer.attend(delta, residual, context, kv_blocks)?;
+            residual = stream;
+            if ends_early && index + 1 == self.layers.len() {
+                if rows.is_empty() {
+                    return Ok(None);
+                }
+                (attended, residual) = (rows_of(&attended)?, rows_of(&residual)?);
+            }
+            (delta, residual) = layer.finish(&attended, &residual, context)?;
         }
         let (hidden, _) = layer_input(&self.norm, delta, residual, context)?;
-        Ok(hidden)
+        let is_selected = ends_early || rows.len() == input_ids.len();
+        Ok(Some(if is_selected {
+            hidden
+        } else {
+            rows_of(&hidden)?
+        }))
     }
 
     /// Returns the logits of hidden states f32 `[rows, hidden_size]`: `[rows, vocab_size]`.
@@ -159,20 +180,31 @@ impl DecoderLayer {
         })
     }
 
-    /// Takes the stream as `residual + delta` and returns it in the same form, so that each
-    /// addition runs inside the norm that follows it.
-    fn forward(
+    /// Takes the stream as `residual + delta`, and returns what the heads read and the stream.
+    fn attend(
         &self,
         delta: Option<Tensor>,
         residual: Tensor,
         context: &ForwardContext<'_>,
         kv_blocks: &mut KvBlocks,
-    ) -> Result<(Option<Tensor>, Tensor)> {
+    ) -> Result<(Tensor, Tensor)> {
         let (x, residual) = layer_input(&self.input_norm, delta, residual, context)?;
-        let attended = self.attention.forward(&x, context, kv_blocks)?;
+        let attended = self.attention.attend(&x, context, kv_blocks)?;
+        Ok((attended, residual))
+    }
+
+    /// Takes what [`Self::attend`] returned, or rows of it, and returns the stream as `delta` and
+    /// `residual`, so that each addition runs inside the norm that follows it.
+    fn finish(
+        &self,
+        attended: &Tensor,
+        residual: &Tensor,
+        context: &ForwardContext<'_>,
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        let delta = self.attention.project(attended, context)?;
         let (x, residual) = self
             .post_attention_norm
-            .forward_reduced(context, &attended, &residual)?;
+            .forward_reduced(context, &delta, residual)?;
         Ok((Some(self.mlp.forward(&x, context)?), residual))
     }
 }

@@ -24,7 +24,6 @@ mod turns;
 mod upload;
 mod weights;
 
-use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
 
 use bytes::Bytes;
@@ -440,27 +439,26 @@ impl Gpu {
         Ok(tensor)
     }
 
-    /// Returns `rows` of the staged step's rows of `x` that logits are wanted of; the next
-    /// product with [`Lifetime::Call`] overwrites them.
+    /// Returns the rows of `x` that logits of the staged step are wanted of, `num_rows` of them.
     pub(super) fn gather_logits_rows(
         &self,
         x: &Tensor,
         staged: &Staged,
-        rows: Range<usize>,
+        num_rows: usize,
     ) -> Result<Tensor> {
-        let (num_rows, width) = x.dims2()?;
-        if rows.end > staged.num_logits_rows {
-            bail!("rows {rows:?} of {} staged ones", staged.num_logits_rows);
+        let (num_tokens, width) = x.dims2()?;
+        if num_rows != staged.num_logits_rows {
+            bail!("{num_rows} rows of {} staged ones", staged.num_logits_rows);
         }
-        let (tensor, out) = self.new_activation([rows.len(), width], Lifetime::Call)?;
+        let (tensor, out) = self.new_tensor([num_rows, width])?;
         let args = [
             Arg::Pointer(out),
             Arg::Pointer(self.address("x", x, self.dtype)?),
-            Arg::Pointer(staged.logits_rows + (4 * rows.start) as Address),
-            Arg::I32(num_rows as i32),
+            Arg::Pointer(staged.logits_rows),
+            Arg::I32(num_tokens as i32),
             Arg::I32(width as i32),
         ];
-        self.by_columns("gather_rows", width, rows.len(), &args)?;
+        self.by_columns("gather_rows", width, num_rows, &args)?;
         Ok(tensor)
     }
 
