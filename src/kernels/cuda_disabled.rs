@@ -104,6 +104,7 @@ unreachable_methods! {
     fn stage(&self, step: &StepArrays<'_>) -> Result<Staged>;
     fn replay(&self, graph: &Graph) -> Result<()>;
     fn matmul(&self, x: &Tensor, weight: &GpuMatrix, bias: Option<&Tensor>) -> Result<Tensor>;
+    fn matmul_onto(&self, x: &Tensor, weight: &GpuMatrix, bias: Option<&Tensor>, residual: &Tensor) -> Result<(Option<Tensor>, Tensor)>;
     fn matmul_silu(&self, x: &Tensor, weight: &GpuMatrix) -> Result<Tensor>;
     fn logits(&self, x: &Tensor, weight: &GpuMatrix, width: usize) -> Result<Tensor>;
     fn embedding(&self, staged: &Staged, table: &GpuMatrix, vocab_start: usize) -> Result<Tensor>;

@@ -340,6 +340,25 @@ impl Kernels {
         }
     }
 
+    /// Returns `x Wᵀ + bias` and `residual`, both `[m, rows]`, or none and their sum where one
+    /// kernel of a GPU makes it, with the bits of adding later. Not where ranks meet on GPUs: they
+    /// add first.
+    ///
+    /// # Errors
+    /// When shapes or dtypes disagree.
+    pub fn matmul_onto(
+        &self,
+        x: &Tensor,
+        weight: &Matrix,
+        bias: Option<&Tensor>,
+        residual: Tensor,
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        match &self.gpu {
+            Some(gpu) if !gpu.has_group() => gpu.matmul_onto(x, weight.gpu()?, bias, &residual),
+            _ => Ok((Some(self.matmul(x, &[weight], bias)?), residual)),
+        }
+    }
+
     /// Returns those rows of `x: [tokens, width]` that logits are wanted of: `rows` on the CPU, the
     /// staged ones, which must be as many, on a GPU.
     ///

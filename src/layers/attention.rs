@@ -142,12 +142,17 @@ impl Attention {
             .rope_and_attention(&qkv, &args, kv_blocks, scale)
     }
 
-    /// Returns the output projection of what [`Self::attend`] returned, or of rows of it: this
-    /// rank's part of the sum `[rows, hidden_size]`.
+    /// Projects what [`Self::attend`] returned, or rows of it, beside the stream `residual`
+    /// `[rows, hidden_size]`, and returns both as [`RowParallel::forward`] does.
     ///
     /// # Errors
-    /// When a kernel or collective fails.
-    pub fn project(&self, attended: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
-        self.output.forward(attended, context)
+    /// When a kernel fails.
+    pub fn project(
+        &self,
+        attended: &Tensor,
+        residual: Tensor,
+        context: &ForwardContext<'_>,
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        self.output.forward(attended, residual, context)
     }
 }

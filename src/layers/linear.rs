@@ -105,16 +105,22 @@ impl RowParallel {
         Ok(Self { weight, bias })
     }
 
-    /// Returns this rank's part of `x · Wᵀ + b`; the sum over ranks is the layer's output, which
+    /// Returns this rank's part of `x · Wᵀ + b`, and `residual`; the sum over ranks and of both is
+    /// the stream behind the layer, which
     /// [`RmsNorm::forward_reduced`](super::RmsNorm::forward_reduced) makes in one with the norm
-    /// that follows.
+    /// that follows. Or none and the stream, where it is made already.
     ///
     /// # Errors
-    /// When `x` has another shape.
-    pub fn forward(&self, x: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
+    /// When `x` or `residual` has another shape.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        residual: Tensor,
+        context: &ForwardContext<'_>,
+    ) -> Result<(Option<Tensor>, Tensor)> {
         context
             .kernels
-            .matmul(x, &[&self.weight], self.bias.as_ref())
+            .matmul_onto(x, &self.weight, self.bias.as_ref(), residual)
     }
 }
 

@@ -40,12 +40,18 @@ impl Mlp {
         })
     }
 
-    /// Maps `[tokens, hidden_size]` to this rank's part of the sum of that shape.
+    /// Maps `x` `[tokens, hidden_size]`, the normalised stream `residual`, and returns what is to
+    /// be added and the stream as [`RowParallel::forward`] does.
     ///
     /// # Errors
-    /// When a kernel or collective fails.
-    pub fn forward(&self, x: &Tensor, context: &ForwardContext<'_>) -> Result<Tensor> {
+    /// When a kernel fails.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        residual: Tensor,
+        context: &ForwardContext<'_>,
+    ) -> Result<(Option<Tensor>, Tensor)> {
         let activated = self.gate_up.forward_silu(x, context)?;
-        self.down.forward(&activated, context)
+        self.down.forward(&activated, residual, context)
     }
 }

@@ -105,7 +105,7 @@ impl Decoder {
                 }
                 (attended, residual) = (rows_of(&attended)?, rows_of(&residual)?);
             }
-            (delta, residual) = layer.finish(&attended, &residual, context)?;
+            (delta, residual) = layer.finish(&attended, residual, context)?;
         }
         let (hidden, _) = layer_input(&self.norm, delta, residual, context)?;
         let is_selected = ends_early || rows.len() == input_ids.len();
@@ -194,17 +194,16 @@ impl DecoderLayer {
     }
 
     /// Takes what [`Self::attend`] returned, or rows of it, and returns the stream as `delta` and
-    /// `residual`, so that each addition runs inside the norm that follows it.
+    /// `residual`, so that each addition runs inside the norm that follows it, or as the sum alone
+    /// where the product has added it.
     fn finish(
         &self,
         attended: &Tensor,
-        residual: &Tensor,
+        residual: Tensor,
         context: &ForwardContext<'_>,
     ) -> Result<(Option<Tensor>, Tensor)> {
-        let delta = self.attention.project(attended, context)?;
-        let (x, residual) = self
-            .post_attention_norm
-            .forward_reduced(context, &delta, residual)?;
-        Ok((Some(self.mlp.forward(&x, context)?), residual))
+        let (delta, residual) = self.attention.project(attended, residual, context)?;
+        let (x, residual) = layer_input(&self.post_attention_norm, delta, residual, context)?;
+        self.mlp.forward(&x, residual, context)
     }
 }

@@ -111,11 +111,13 @@ def tile_bytes(columns):
     return 1024 + min(6, 220_000 // stage) * stage
 
 
-def gemm_tile(kernels, name, columns, out, x, w, bias=None, is_silu=False, scales=()):
+def gemm_tile(kernels, name, columns, out, x, w, bias=None, is_silu=False, scales=(),
+              residual=None):
     """Launches gemm_tile for whole tensors; `scales` of x and w for a name with fp8."""
     (tokens, k), n = x.shape, out.shape[1]
     blocks = torch.cuda.get_device_properties(0).multi_processor_count // 2 * 2
-    args = [matrix_map(x, 128), matrix_map(w, columns // 2), out] + [bias] * (not is_silu)
+    args = [matrix_map(x, 128), matrix_map(w, columns // 2), out]
+    args += [] if is_silu else [bias, residual]
     kernels.launch(f"gemm_tile{'_silu' * is_silu}_{name}_n{columns}", [blocks], 384, *args,
                    *scales, tokens, n, k, shared_bytes=tile_bytes(columns))
 
@@ -179,6 +181,10 @@ def test_gemm_hopper(kernels, name, dtype):
                 out = poisoned(tokens, n, dtype=dtype)
                 product(out, lambda: gemm_tile(kernels, name, columns, out, x, w, bias, is_silu),
                         want, f"gemm_tile n{columns} {'silu ' * is_silu}{tokens} {n} {k}", 5)
+                if not is_silu:
+                    residual, total = random(tokens, n, dtype=dtype), torch.empty_like(out)
+                    gemm_tile(kernels, name, columns, total, x, w, bias, residual=residual)
+                    assert torch.equal(total, out + residual), f"gemm_tile n{columns} + residual"
     for limit, kind in itertools.product([16, 32, 64], ["", "_silu", "_f32out"]):
         for tokens, n, k, blocks in [(limit, 1000, 520, None), (limit // 2 + 1, 4608, 3584, None),
                                      (1, 8, 8, None), (limit, 520, 18944, 264)]:

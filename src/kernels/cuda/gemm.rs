@@ -47,6 +47,8 @@ pub(super) struct Product {
     /// Of x and of the weight, which then are E4M3; else both are of the computing type.
     pub(super) scales: Option<Scales>,
     pub(super) bias: Option<Address>,
+    /// Of the output's shape, to be added where the kernel can do it.
+    pub(super) residual: Option<Address>,
     /// Rows of x.
     pub(super) num_rows: usize,
     /// Columns of the output.
@@ -134,15 +136,15 @@ impl Gemm {
         })
     }
 
-    /// Computes `x Wᵀ + bias`.
-    pub(super) fn multiply(&self, driver: &Driver, product: &Product) -> Result<()> {
+    /// Computes `x Wᵀ + bias`, and returns whether the residual was added.
+    pub(super) fn multiply(&self, driver: &Driver, product: &Product) -> Result<bool> {
         let &Product { num_rows, n, k, .. } = product;
         if product.scales.is_some() {
             let hopper = self.fp8()?;
             return hopper.multiply(driver, product, hopper.fp8_form(product));
         }
         match small::Form::of(num_rows, n, k) {
-            Some(form) => form.multiply(driver, self.dtype, product),
+            Some(form) => form.multiply(driver, self.dtype, product).map(|()| false),
             None => self.multiply_planned(driver, product),
         }
     }
@@ -190,7 +192,7 @@ impl Gemm {
         }
     }
 
-    fn multiply_planned(&self, driver: &Driver, product: &Product) -> Result<()> {
+    fn multiply_planned(&self, driver: &Driver, product: &Product) -> Result<bool> {
         let key = [
             product.num_rows,
             product.n,
@@ -207,14 +209,14 @@ impl Gemm {
         self.run(driver, product, planned)
     }
 
-    fn run(&self, driver: &Driver, product: &Product, planned: &mut Planned) -> Result<()> {
+    fn run(&self, driver: &Driver, product: &Product, planned: &mut Planned) -> Result<bool> {
         match (planned, &self.hopper) {
             (Planned::Own(form), Some(hopper)) => hopper.multiply(driver, product, *form),
             (Planned::Library(plan), _) => {
                 if let Some(bias) = product.bias {
                     plan.set_bias(bias)?;
                 }
-                self.library.run(driver, product, plan)
+                self.library.run(driver, product, plan).map(|()| false)
             }
             (Planned::Own(form), None) => {
                 candle_core::bail!("{form:?} was chosen on a GPU that is no Hopper")
@@ -282,7 +284,7 @@ impl Gemm {
             for _ in 0..TRIALS {
                 // Weights must come from memory, as in a step.
                 self.library.flush_cache(driver)?;
-                let time = driver.time(|| self.run(driver, product, &mut planned))?;
+                let time = driver.time(|| self.run(driver, product, &mut planned).map(|_| ()))?;
                 let time = match (choice, product.num_rows) {
                     (Choice::Own(_), SUSTAINED_ROWS..) => time * SUSTAINED_FACTOR,
                     (Choice::Own(_), ..=MAX_STREAM_ROWS) => time - OVERLAP_MS,

@@ -1,9 +1,11 @@
-// gemm_tile: y = x Wᵀ (+ bias) for many rows of x, as fast as Hopper's tensor cores go.
+// gemm_tile: y = x Wᵀ (+ bias) (+ residual) for many rows of x, as fast as Hopper's tensor cores go.
 //
-// Shapes:  x [num_tokens, K], W [N, K] as checkpoints store it, bias [N] or null, out
-//          [num_tokens, N]; type T, row-major.
+// Shapes:  x [num_tokens, K], W [N, K] as checkpoints store it, bias [N] or null, residual and out
+//          [num_tokens, N], residual or null; type T, row-major. The product is rounded to T, and
+//          again once the residual is added: the bits of add_rms_norm's sum (norm.cu), without its
+//          reads and writes of the product.
 //          gemm_tile_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
-//          silu(x Gᵀ) · (x Uᵀ); without bias.
+//          silu(x Gᵀ) · (x Uᵀ); without bias and residual.
 // Names:   gemm_tile_{f16,bf16}_n{128,192,224,256}, gemm_tile_silu_{f16,bf16}_n{128,192,256}:
 //          columns of a tile of 128 tokens; for silu half of them are gates, half their ups.
 // FP8:     gemm_tile{,_silu}_fp8_{f16,bf16}_n{…}: x and W E4M3, seen as pairs, so that K here is half
@@ -59,6 +61,18 @@ template <int STAGES> struct Turn {
     }
 };
 
+// Adds eight elements of each, rounded.
+template <typename T> __device__ __forceinline__ uint4 add8(uint4 a, uint4 b) {
+    float sums[8], others[8];
+    unpack8<T>(a, sums);
+    unpack8<T>(b, others);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        sums[j] += others[j];
+    }
+    return pack8<T>(sums);
+}
+
 // The scales of columns 8 j + i of W for j < 4, i < 2; of those from `n` on, none are read.
 __device__ __forceinline__ void load_scales(float (&scales)[4][2], const float *source, int column,
                                             int n) {
@@ -74,8 +88,8 @@ __device__ __forceinline__ void load_scales(float (&scales)[4][2], const float *
 
 template <typename In, typename T, int COLUMNS, bool IS_SILU>
 __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMap &w_map, T *out,
-                                          const T *bias, Scales scales, int num_tokens, int n,
-                                          int k) {
+                                          const T *bias, const T *residual, Scales scales,
+                                          int num_tokens, int n, int k) {
     using Ring = Ring<COLUMNS>;
     constexpr int STAGES = Ring::STAGES;
     constexpr int OUT_COLUMNS = IS_SILU ? COLUMNS / 2 : COLUMNS;
@@ -182,14 +196,30 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                 }
                 last_stage = turn.stage;
             }
-            wait_for_products<0>();
-            pin(sums);
-            release(last_stage);
-
             const Place place = place_of(tile, num_pairs, num_columns);
             const int first_column = place.column * OUT_COLUMNS;
             const int first_row = (2 * place.pair + rank) * TILE_TOKENS + warpgroup * 64 +
                                   warp * 16 + lane / 4;
+            // All at once, while the last products run.
+            uint4 residuals[IS_SILU ? 1 : OUT_COLUMNS / 32][2];
+            if (!IS_SILU && residual != nullptr) {
+#pragma unroll
+                for (int octet = 0; octet < OUT_COLUMNS / 8; octet += 4) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int row = first_row + 8 * half;
+                        const int column = first_column + 8 * (octet + quarter);
+                        residuals[octet / 4][half] =
+                            row < num_tokens && column < n
+                                ? load16(residual + (int64_t)row * n + column)
+                                : uint4{};
+                    }
+                }
+            }
+            wait_for_products<0>();
+            pin(sums);
+            release(last_stage);
+
             float x_scales[2];
             if (IS_FP8<In>) {
 #pragma unroll
@@ -236,7 +266,10 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                         }
                         words[i] = pack<T>(values[0], values[1]);
                     }
-                    const uint4 packed = gather_octet(words[0], words[1], words[2], words[3]);
+                    uint4 packed = gather_octet(words[0], words[1], words[2], words[3]);
+                    if (!IS_SILU && residual != nullptr) {
+                        packed = add8<T>(packed, residuals[octet / 4][half]);
+                    }
                     const int row = first_row + 8 * half;
                     if (row < num_tokens && column < n) {
                         store16(out + (int64_t)row * n + column, packed);
@@ -253,29 +286,30 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
         gemm_tile_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                       \
                                         const __grid_constant__ TensorMap w, T *out,               \
-                                        const T *bias, int num_tokens, int n, int k) {             \
-        gemm_tile<T, T, COLUMNS, false>(x, w, out, bias, {}, num_tokens, n, k);                    \
+                                        const T *bias, const T *residual, int num_tokens, int n,   \
+                                        int k) {                                                   \
+        gemm_tile<T, T, COLUMNS, false>(x, w, out, bias, residual, {}, num_tokens, n, k);          \
     }                                                                                              \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
         gemm_tile_fp8_##SUFFIX##_n##COLUMNS(                                                       \
             const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
-            const T *bias, const float *x_scales, const float *w_scales, int num_tokens, int n,    \
-            int k) {                                                                               \
-        gemm_tile<E4m3Pair, T, COLUMNS, false>(x, w, out, bias, {x_scales, w_scales}, num_tokens,  \
-                                               n, k);                                              \
+            const T *bias, const T *residual, const float *x_scales, const float *w_scales,        \
+            int num_tokens, int n, int k) {                                                        \
+        gemm_tile<E4m3Pair, T, COLUMNS, false>(x, w, out, bias, residual, {x_scales, w_scales},    \
+                                               num_tokens, n, k);                                  \
     }
 #define ENTRY_SILU(T, SUFFIX, COLUMNS)                                                             \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
         gemm_tile_silu_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                  \
                                              const __grid_constant__ TensorMap w, T *out,          \
                                              int num_tokens, int n, int k) {                       \
-        gemm_tile<T, T, COLUMNS, true>(x, w, out, nullptr, {}, num_tokens, n, k);                  \
+        gemm_tile<T, T, COLUMNS, true>(x, w, out, nullptr, nullptr, {}, num_tokens, n, k);         \
     }                                                                                              \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
         gemm_tile_silu_fp8_##SUFFIX##_n##COLUMNS(                                                  \
             const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
             const float *x_scales, const float *w_scales, int num_tokens, int n, int k) {          \
-        gemm_tile<E4m3Pair, T, COLUMNS, true>(x, w, out, nullptr, {x_scales, w_scales},            \
+        gemm_tile<E4m3Pair, T, COLUMNS, true>(x, w, out, nullptr, nullptr, {x_scales, w_scales},   \
                                               num_tokens, n, k);                                   \
     }
 #define ENTRIES(T, SUFFIX)                                                                         \

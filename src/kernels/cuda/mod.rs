@@ -269,34 +269,69 @@ impl Gpu {
         weight: &GpuMatrix,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        self.matmul_for(x, weight, bias, Lifetime::Layer)
+        let (product, _) = self.multiply(x, weight, [bias, None], Lifetime::Layer)?;
+        Ok(product)
     }
 
-    fn matmul_for(
+    /// Returns `x Wᵀ + bias` and `residual`, or none and their sum where one kernel makes it.
+    pub(super) fn matmul_onto(
         &self,
         x: &Tensor,
         weight: &GpuMatrix,
         bias: Option<&Tensor>,
+        residual: &Tensor,
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        let addends = [bias, Some(residual)];
+        let (product, is_added) = self.multiply(x, weight, addends, Lifetime::Layer)?;
+        if !is_added {
+            return Ok((Some(product), residual.clone()));
+        }
+        // Where the norm adds it makes room for the sum. A step that comes to that may be as large
+        // as the one that memory was measured with.
+        self.new_tensor([product.dim(0)?, product.dim(1)?])?;
+        Ok((None, product))
+    }
+
+    /// Returns `x Wᵀ + bias` and whether the residual, the second of `addends`, is added.
+    fn multiply(
+        &self,
+        x: &Tensor,
+        weight: &GpuMatrix,
+        addends: [Option<&Tensor>; 2],
         life: Lifetime,
-    ) -> Result<Tensor> {
+    ) -> Result<(Tensor, bool)> {
         let (num_rows, n) = (check::rows_of("x", x, weight.cols)?, weight.rows);
         let (tensor, out) = self.new_activation([num_rows, n], life)?;
+        let [bias, residual] = addends;
+        if let Some(residual) = residual
+            && residual.dims() != [num_rows, n]
+        {
+            bail!(
+                "a residual {:?} of a product {:?}",
+                residual.dims(),
+                [num_rows, n]
+            );
+        }
         let (x, scales) = self.operand(x, num_rows, weight)?;
+        let address = |what, tensor: Option<&Tensor>| {
+            tensor
+                .map(|tensor| self.address(what, tensor, self.dtype))
+                .transpose()
+        };
         let product = Product {
             out,
             x,
             weight: weight.address(),
             scales,
-            bias: bias
-                .map(|bias| self.address("bias", bias, self.dtype))
-                .transpose()?,
+            bias: address("bias", bias)?,
+            residual: address("residual", residual)?,
             num_rows,
             n,
             k: weight.cols,
             out_dtype: self.dtype,
         };
-        self.gemm.multiply(&self.driver, &product)?;
-        Ok(tensor)
+        let is_added = self.gemm.multiply(&self.driver, &product)?;
+        Ok((tensor, is_added))
     }
 
     /// Returns `silu(gate) · up` of the two halves of `x Wᵀ`.
@@ -308,7 +343,8 @@ impl Gpu {
             None => self.gemm.silu_form(num_rows, n, weight.cols),
         };
         let Some(form) = form else {
-            return self.silu_and_mul(&self.matmul_for(x, weight, None, Lifetime::Call)?);
+            let (gate_up, _) = self.multiply(x, weight, [None; 2], Lifetime::Call)?;
+            return self.silu_and_mul(&gate_up);
         };
         if weight.scales().is_none() {
             // A later step of fewer rows may need room for gates and ups.
@@ -324,6 +360,7 @@ impl Gpu {
             weight: weight.address(),
             scales,
             bias: None,
+            residual: None,
             num_rows,
             n,
             k: weight.cols,
@@ -353,6 +390,7 @@ impl Gpu {
             weight: weight.unquantized()?,
             scales: None,
             bias: None,
+            residual: None,
             num_rows,
             n,
             k: weight.cols,

@@ -129,19 +129,22 @@ impl Hopper {
         Ok(format!("{fp8}{}", type_name(self.dtype)?))
     }
 
-    /// Computes `x Wᵀ + bias`; a form of [`Self::candidate`], [`Self::tile_of`] or
-    /// [`Self::fp8_form`].
-    pub(super) fn multiply(&self, driver: &Driver, product: &Product, form: Form) -> Result<()> {
+    /// Computes `x Wᵀ + bias`, and returns whether the residual was added; a form of
+    /// [`Self::candidate`], [`Self::tile_of`] or [`Self::fp8_form`].
+    pub(super) fn multiply(&self, driver: &Driver, product: &Product, form: Form) -> Result<bool> {
         let name = self.type_names(product)?;
         let weight_rows = product.n;
         let mut operands = vec![Arg::Pointer(product.bias.unwrap_or(0))];
-        operands.extend(scale_args(product));
         match form {
             Form::Tile(columns) => {
+                operands.push(Arg::Pointer(product.residual.unwrap_or(0)));
+                operands.extend(scale_args(product));
                 let kernel = format!("gemm_tile_{name}_n{columns}");
-                self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)?;
+                Ok(product.residual.is_some())
             }
             Form::Stream => {
+                operands.extend(scale_args(product));
                 let rows = stream_rows(product.num_rows);
                 let kind = if product.out_dtype == DType::F32 {
                     "_f32out"
@@ -150,7 +153,8 @@ impl Hopper {
                 };
                 let kernel = format!("gemm_stream_{name}{kind}_t{rows}");
                 let weight = weight_map(driver, product, weight_rows, STREAM_STEP)?;
-                self.launch_stream(driver, product, &kernel, &weight, weight_rows, &operands)
+                self.launch_stream(driver, product, &kernel, &weight, weight_rows, &operands)?;
+                Ok(false)
             }
         }
     }
