@@ -341,8 +341,8 @@ impl Kernels {
     }
 
     /// Returns `x Wᵀ + bias` and `residual`, both `[m, rows]`, or none and their sum where one
-    /// kernel of a GPU makes it, with the bits of adding later. Not where ranks meet on GPUs: they
-    /// add first.
+    /// kernel of a GPU makes it (cuBLASLt's rounds once, ours as if it was added later). Not where
+    /// ranks meet on GPUs: they add first.
     ///
     /// # Errors
     /// When shapes or dtypes disagree.

@@ -216,7 +216,8 @@ impl Gemm {
                 if let Some(bias) = product.bias {
                     plan.set_bias(bias)?;
                 }
-                self.library.run(driver, product, plan).map(|()| false)
+                self.library.run(driver, product, plan)?;
+                Ok(product.residual.is_some())
             }
             (Planned::Own(form), None) => {
                 candle_core::bail!("{form:?} was chosen on a GPU that is no Hopper")

@@ -38,9 +38,17 @@ impl Library {
         })
     }
 
-    /// Computes `product`, which `plan` was made for.
+    /// Computes `product`, which `plan` was made for, with its residual, which is added before the
+    /// sum is rounded.
     pub(super) fn run(&self, driver: &Driver, product: &Product, plan: &Plan) -> Result<()> {
-        let (alpha, beta) = (1f32, 0f32);
+        let (alpha, beta) = (
+            1f32,
+            if product.residual.is_some() {
+                1f32
+            } else {
+                0f32
+            },
+        );
         let read = |address: Address| address as *const c_void;
         // SAFETY: the plan's layouts describe these operands; scalars are read before the call
         // returns.
@@ -54,7 +62,7 @@ impl Library {
                 plan.weight,
                 read(product.x),
                 plan.x,
-                read(product.out),
+                read(product.residual.unwrap_or(product.out)),
                 plan.out,
                 product.out as *mut c_void,
                 plan.out,
