@@ -14,6 +14,7 @@ use crate::cuda::{
     Tolerance, assert_all_near, assert_batchings_agree, has_gpu, many_or_few, on_gpu, params,
     prompts, run_alone, some_tokens,
 };
+use crate::cuda_fp8::has_fp8_products;
 use crate::random_models::SHAPES;
 use crate::tiny_engine::{greedy, options, run_together, start};
 
@@ -122,7 +123,7 @@ fn cached_and_preempted_sequences_of_an_fp8_cache_answer_as_undisturbed_ones() {
 
 #[test]
 fn fp8_weights_may_have_an_fp8_cache() {
-    if !has_gpu() {
+    if !has_fp8_products() {
         return;
     }
     let folder = SHAPES[0].write();
