@@ -10,7 +10,6 @@ run.
 
 import itertools
 import statistics
-import itertools
 import sys
 import time
 

@@ -38,10 +38,19 @@ pub(crate) fn has_fp8_products() -> bool {
                 text.contains("compute capability 9.0 (H100, H200)"),
                 "{text}"
             );
+            let is_hopper = text.contains("has 9.0");
+            assert!(!is_hopper || !compiled_for_hopper(), "{text}");
             eprintln!("skipped: {text}");
             false
         }
     }
+}
+
+/// Whether build.rs was let compile the kernels for compute capability 9.0, as unless told it does.
+fn compiled_for_hopper() -> bool {
+    let archs = option_env!("INFOLD_CUDA_ARCHS").unwrap_or("90a");
+    let flags = option_env!("INFOLD_NVCC_FLAGS").unwrap_or_default();
+    archs.contains("90a") || flags.contains("90a")
 }
 
 fn shapes() -> [Shape; 3] {

@@ -20,9 +20,9 @@
 //          rows are divided evenly: every multiprocessor reads equally much of W, without a pause
 //          between tiles. One warp brings the steps through a ring; W comes before x's producer is
 //          waited for. The ring is as large as leaves attention_decode room beside it, which starts
-//          early too: rings of which two fit a multiprocessor are slower by 3 %. A tile that a block began and did not end is ended by the blocks after it,
-//          which do that first: they leave their sums in `partial`, and the block that began it
-//          adds them in order.
+//          early too: rings of which two fit a multiprocessor are slower by 3 %. A tile that a
+//          block began and did not end is ended by the blocks after it, which do that first: they
+//          leave their sums in `partial`, and the block that began it adds them in order.
 #include "hopper.cuh"
 
 #ifdef HAS_HOPPER

@@ -41,14 +41,8 @@ impl Library {
     /// Computes `product`, which `plan` was made for, with its residual, which is added before the
     /// sum is rounded.
     pub(super) fn run(&self, driver: &Driver, product: &Product, plan: &Plan) -> Result<()> {
-        let (alpha, beta) = (
-            1f32,
-            if product.residual.is_some() {
-                1f32
-            } else {
-                0f32
-            },
-        );
+        let alpha = 1f32;
+        let beta = product.residual.map_or(0f32, |_| 1f32);
         let read = |address: Address| address as *const c_void;
         // SAFETY: the plan's layouts describe these operands; scalars are read before the call
         // returns.

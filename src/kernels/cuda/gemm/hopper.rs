@@ -20,6 +20,7 @@ const TILE_OVERHEAD: usize = 24;
 pub(super) const MIN_TILE_ROWS: usize = 192;
 /// Numbers of rows that `gemm_stream` is compiled for.
 const STREAM_ROWS: [usize; 3] = [16, 32, MAX_STREAM_ROWS];
+/// The most of them.
 pub(super) const MAX_STREAM_ROWS: usize = 64;
 /// Rows of W and 16-bit elements of K of `gemm_stream`'s steps.
 const STREAM_STEP: usize = 64;
@@ -300,6 +301,12 @@ mod tests {
         }
         assert_eq!(tile_bytes(256), 1024 + 4 * 49_152);
         assert_eq!(stream_bytes(32), 1024 + 272 * 32 + 10 * 12_288);
+    }
+
+    #[test]
+    fn up_to_64_rows_are_streamed() {
+        let streamed = [1, 32, 33, 64, 65].map(|rows| stream_form(rows).is_some());
+        assert_eq!(streamed, [true, true, true, true, false]);
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Form {
             Arg::Pointer(product.bias.unwrap_or(0)),
         ];
         if !is_f32 {
-            // No residual.
+            // No residual: of so few rows the norm behind adds it for nothing.
             args.push(Arg::Pointer(0));
         }
         args.extend(product.sizes());
