@@ -213,14 +213,18 @@ impl EngineThread {
             MaxModelLen::Tokens(tokens) => tokens,
             MaxModelLen::FromModel | MaxModelLen::Auto => self.model.max_position_embeddings,
         };
+        let max_model_len = cpu_plan.map_or(wanted_len, |plan| plan.max_model_len);
+        let max_num_seqs = self.options.max_num_seqs;
         RunnerConfig {
             model: self.model.clone(),
-            max_model_len: cpu_plan.map_or(wanted_len, |plan| plan.max_model_len),
+            max_model_len,
             placement: self.placement,
             block_size: self.options.block_size,
             kv_dtype: self.kv_dtype,
-            max_num_tokens: self.options.max_num_batched_tokens,
-            max_num_seqs: self.options.max_num_seqs,
+            // Few short sequences have no more to be computed.
+            max_num_tokens: (self.options.max_num_batched_tokens)
+                .min(max_num_seqs.saturating_mul(max_model_len)),
+            max_num_seqs,
             graphs: self.options.graphs,
             launches_ahead: self.options.launches_ahead(),
         }

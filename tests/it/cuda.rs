@@ -486,6 +486,28 @@ fn more_penalties_than_slots_are_drawn_by_the_engine() {
 }
 
 #[test]
+fn fewer_tokens_than_a_step_may_have_are_measured() {
+    if !has_gpu() {
+        return;
+    }
+    let folder = SHAPES[0].write();
+    let short = EngineOptions {
+        max_num_seqs: 1,
+        max_model_len: infold::engine::MaxModelLen::Tokens(16),
+        max_num_batched_tokens: 512,
+        ..on_gpu(Dtype::Float16)
+    };
+    let prompts = [prompt(9, 1)];
+    let got = run_together(&start(folder.path(), &short), &prompts, &params(7));
+    let want = run_together(
+        &start(folder.path(), &on_gpu(Dtype::Float16)),
+        &prompts,
+        &params(7),
+    );
+    assert_all_near("a short sequence", &got, &want, BATCH_TOLERANCE);
+}
+
+#[test]
 fn two_gpus_answer_in_both_orders_as_one() {
     if Kernels::num_gpus() < 2 {
         eprintln!("skipped: this machine has fewer than two GPUs");
