@@ -5,7 +5,8 @@
 //          again once the residual is added: the bits of add_rms_norm's sum (norm.cu), without its
 //          reads and writes of the product.
 //          gemm_tile_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
-//          silu(x Gᵀ) · (x Uᵀ); without bias and residual.
+//          silu(x Gᵀ) · (x Uᵀ), of both products rounded to T (f16 at most 65,504); without bias and
+//          residual.
 // Names:   gemm_tile_{f16,bf16}_n{128,192,224,256}, gemm_tile_silu_{f16,bf16}_n{128,192,256}:
 //          columns of a tile of 128 tokens; for silu half of them are gates, half their ups.
 // FP8:     gemm_tile{,_silu}_fp8_{f16,bf16}_n{…}: x and W E4M3, seen as pairs, so that K here is half
@@ -20,6 +21,9 @@
 //          of a cluster take tokens one after the other and the same columns: each brings half of
 //          W's tile for both. Blocks take one tile after another; while x waits for its producer
 //          the first stages of W are brought. Groups of 16 tiles of tokens share W in the L2 cache.
+//          A tile's sums are rounded into registers, which frees the sums, and stored between the
+//          next tile's products: at the power limit a layer's products take 1.6 % less, alone up to
+//          17 % (docs/gpu_log.md, run 25, with what lost: clusters of 4, prefetching into L2).
 #include "hopper.cuh"
 
 #ifdef HAS_HOPPER
@@ -73,17 +77,21 @@ template <typename T> __device__ __forceinline__ uint4 add8(uint4 a, uint4 b) {
     return pack8<T>(sums);
 }
 
-// The scales of columns 8 j + i of W for j < 4, i < 2; of those from `n` on, none are read.
-__device__ __forceinline__ void load_scales(float (&scales)[4][2], const float *source, int column,
-                                            int n) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int at = column + 8 * j;
-        const float2 pair = at < n ? __ldg(reinterpret_cast<const float2 *>(source + at))
-                                   : make_float2(0.0f, 0.0f);
-        scales[j][0] = pair.x;
-        scales[j][1] = pair.y;
-    }
+// Makes infinities of a pair the largest numbers, where T has so few.
+template <typename T> __device__ __forceinline__ uint32_t saturate(uint32_t pair) { return pair; }
+template <> __device__ __forceinline__ uint32_t saturate<__half>(uint32_t pair) {
+    const __half2 least = __half2half2(__ushort_as_half(0xfbff));
+    const __half2 most = __half2half2(__ushort_as_half(0x7bff));
+    const __half2 value = reinterpret_cast<const __half2 &>(pair);
+    const __half2 bounded = __hmax2_nan(__hmin2_nan(value, most), least);
+    return reinterpret_cast<const uint32_t &>(bounded);
+}
+
+// silu(gate) · up of pairs.
+template <typename T> __device__ __forceinline__ uint32_t silu_pair(uint32_t gates, uint32_t ups) {
+    const float2 gate = unpack<T>(saturate<T>(gates)), up = unpack<T>(saturate<T>(ups));
+    return pack<T>(__fdividef(up.x * gate.x, 1.0f + __expf(-gate.x)),
+                   __fdividef(up.y * gate.y, 1.0f + __expf(-gate.y)));
 }
 
 template <typename In, typename T, int COLUMNS, bool IS_SILU>
@@ -94,6 +102,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
     constexpr int STAGES = Ring::STAGES;
     constexpr int OUT_COLUMNS = IS_SILU ? COLUMNS / 2 : COLUMNS;
     static_assert(OUT_COLUMNS % 32 == 0, "four lanes store an octet of columns each");
+    constexpr int PARTS = COLUMNS / 32;  // Of a tile's stores, one after each of the next one's steps.
     extern __shared__ char shared[];
     __shared__ uint64_t barriers[2 * STAGES];
     const uint32_t ring = panel_address(shared_address(shared));
@@ -174,107 +183,135 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                 arrive_at(empty + 8 * stage, told_rank);
             }
         };
-        for (int tile = first_tile; tile < num_tiles; tile += num_clusters) {
-            float sums[COLUMNS / 2];
-            int last_stage = 0;
-            for (int step = 0; step < num_steps; step++, turn.next()) {
-                wait_barrier(full + 8 * turn.stage, turn.parity);
-                const uint32_t stage = ring + turn.stage * Ring::STAGE_BYTES;
-                const uint64_t x = describe_panels(stage + warpgroup * 64 * PANEL_ROW_BYTES);
-                const uint64_t w = describe_panels(stage + Ring::X_BYTES);
-                begin_products();
+        float sums[COLUMNS / 2];
+        int last_stage = 0;
+        const auto multiply_step = [&](int step) {
+            wait_barrier(full + 8 * turn.stage, turn.parity);
+            const uint32_t stage = ring + turn.stage * Ring::STAGE_BYTES;
+            const uint64_t x = describe_panels(stage + warpgroup * 64 * PANEL_ROW_BYTES);
+            const uint64_t w = describe_panels(stage + Ring::X_BYTES);
+            begin_products();
 #pragma unroll
-                for (int part = 0; part < STEP / PRODUCT_COLUMNS; part++) {
-                    multiply_transposed<In, COLUMNS>(sums, advance(x, part * PRODUCT_BYTES),
-                                                     advance(w, part * PRODUCT_BYTES),
-                                                     step > 0 || part > 0);
-                }
-                commit_products();
-                if (step > 0) {
-                    wait_for_products<1>();
-                    release(last_stage);
-                }
-                last_stage = turn.stage;
+            for (int part = 0; part < STEP / PRODUCT_COLUMNS; part++) {
+                multiply_transposed<In, COLUMNS>(sums, advance(x, part * PRODUCT_BYTES),
+                                                 advance(w, part * PRODUCT_BYTES),
+                                                 step > 0 || part > 0);
             }
-            const Place place = place_of(tile, num_pairs, num_columns);
-            const int first_column = place.column * OUT_COLUMNS;
-            const int first_row = (2 * place.pair + rank) * TILE_TOKENS + warpgroup * 64 +
-                                  warp * 16 + lane / 4;
-            // All at once, while the last products run.
-            uint4 residuals[IS_SILU ? 1 : OUT_COLUMNS / 32][2];
-            if (!IS_SILU && residual != nullptr) {
+            commit_products();
+            if (step > 0) {
+                wait_for_products<1>();
+                release(last_stage);
+            }
+            last_stage = turn.stage;
+            turn.next();
+        };
+
+        // The tile before, rounded: of octet j of its columns the pair of row `half` at
+        // [2 j + half], and where its first pair is in the output.
+        uint32_t held[COLUMNS / 4];
+        int held_row = 0, held_column = 0;
+        bool is_held = false;
+        // Stores of four octets of columns both rows, with SiLU (twice the work) one of them.
+        const auto store_part = [&](int part) {
+            const int octet = IS_SILU ? part / 2 * 4 : part * 4;
+            const int column = held_column + 8 * (octet + quarter);
 #pragma unroll
-                for (int octet = 0; octet < OUT_COLUMNS / 8; octet += 4) {
+            for (int half = 0; half < 2; half++) {
+                if (IS_SILU && half != part % 2) {
+                    continue;
+                }
+                const int row = held_row + 8 * half;
+                const int64_t at = (int64_t)row * n + column;
+                const bool is_inside = row < num_tokens && column < n;
+                const bool has_residual = !IS_SILU && residual != nullptr;
+                const uint4 added = has_residual && is_inside ? load16(residual + at) : uint4{};
+                uint32_t words[4];
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int row = first_row + 8 * half;
-                        const int column = first_column + 8 * (octet + quarter);
-                        residuals[octet / 4][half] =
-                            row < num_tokens && column < n
-                                ? load16(residual + (int64_t)row * n + column)
-                                : uint4{};
+                for (int i = 0; i < 4; i++) {
+                    words[i] = held[2 * (octet + i) + half];
+                    if (IS_SILU) {
+                        const uint32_t ups = held[2 * (octet + i + OUT_COLUMNS / 8) + half];
+                        words[i] = silu_pair<T>(words[i], ups);
                     }
                 }
+                uint4 packed = gather_octet(words[0], words[1], words[2], words[3]);
+                if (has_residual) {
+                    packed = add8<T>(packed, added);
+                }
+                if (is_inside) {
+                    store16(out + at, packed);
+                }
+            }
+        };
+        // Scales, adds the bias and rounds.
+        const auto hold = [&](const Place &place) {
+            held_row = (2 * place.pair + rank) * TILE_TOKENS + warpgroup * 64 + warp * 16 + lane / 4;
+            held_column = place.column * OUT_COLUMNS;
+            float x_scales[2];
+            uint32_t biases[COLUMNS / 8];
+            // All at once, while the last products run.
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = held_row + 8 * half;
+                x_scales[half] = IS_FP8<In> && row < num_tokens ? __ldcg(scales.x + row) : 1.0f;
+            }
+#pragma unroll
+            for (int octet = 0; octet < COLUMNS / 8; octet++) {
+                const int column = held_column + 8 * octet + 2 * quarter;
+                biases[octet] = !IS_SILU && bias != nullptr && column < n
+                                    ? __ldg(reinterpret_cast<const uint32_t *>(bias + column))
+                                    : 0;
             }
             wait_for_products<0>();
             pin(sums);
             release(last_stage);
-
-            float x_scales[2];
-            if (IS_FP8<In>) {
+#pragma unroll
+            for (int octet = 0; octet < COLUMNS / 8; octet++) {
+                const bool is_up = IS_SILU && octet >= OUT_COLUMNS / 8;
+                const int column =
+                    held_column + 8 * (octet % (OUT_COLUMNS / 8)) + 2 * quarter;
+                float2 w_scales = {1.0f, 1.0f};
+                if (IS_FP8<In> && column < n) {
+                    const float *source = scales.w + (is_up ? n : 0) + column;
+                    w_scales = __ldg(reinterpret_cast<const float2 *>(source));
+                }
+                const float2 added = unpack<T>(biases[octet]);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int row = first_row + 8 * half;
-                    x_scales[half] = row < num_tokens ? __ldcg(scales.x + row) : 0.0f;
+                    float2 pair = {sums[4 * octet + 2 * half], sums[4 * octet + 2 * half + 1]};
+                    if (IS_FP8<In>) {
+                        pair.x *= x_scales[half] * w_scales.x;
+                        pair.y *= x_scales[half] * w_scales.y;
+                    }
+                    if (!IS_SILU) {
+                        pair.x += added.x;
+                        pair.y += added.y;
+                    }
+                    held[2 * octet + half] = pack<T>(pair.x, pair.y);
                 }
             }
+            is_held = true;
+        };
+
+        for (int tile = first_tile; tile < num_tiles; tile += num_clusters) {
 #pragma unroll
-            for (int octet = 0; octet < OUT_COLUMNS / 8; octet += 4) {
-                const int column = first_column + 8 * (octet + quarter);
-                float w_scales[4][2], up_scales[4][2];
-                if (IS_FP8<In>) {
-                    const int own = first_column + 8 * octet + 2 * quarter;
-                    load_scales(w_scales, scales.w, own, n);
-                    if (IS_SILU) {
-                        load_scales(up_scales, scales.w + n, own, n);
-                    }
+            for (int part = 0; part < PARTS; part++) {
+                if (part < num_steps) {
+                    multiply_step(part);
                 }
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint32_t words[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        float values[2];
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            float value = sums[4 * (octet + i) + 2 * half + j];
-                            if (IS_FP8<In>) {
-                                value *= x_scales[half] * w_scales[i][j];
-                            }
-                            if (IS_SILU) {
-                                float up =
-                                    sums[4 * (octet + i + OUT_COLUMNS / 8) + 2 * half + j];
-                                if (IS_FP8<In>) {
-                                    up *= x_scales[half] * up_scales[i][j];
-                                }
-                                value = __fdividef(up * value, 1.0f + __expf(-value));
-                            } else if (bias != nullptr) {
-                                const int at = first_column + 8 * (octet + i) + 2 * quarter + j;
-                                value += at < n ? to_float(bias[at]) : 0.0f;
-                            }
-                            values[j] = value;
-                        }
-                        words[i] = pack<T>(values[0], values[1]);
-                    }
-                    uint4 packed = gather_octet(words[0], words[1], words[2], words[3]);
-                    if (!IS_SILU && residual != nullptr) {
-                        packed = add8<T>(packed, residuals[octet / 4][half]);
-                    }
-                    const int row = first_row + 8 * half;
-                    if (row < num_tokens && column < n) {
-                        store16(out + (int64_t)row * n + column, packed);
-                    }
+                if (is_held) {
+                    store_part(part);
                 }
+            }
+            for (int step = PARTS; step < num_steps; step++) {
+                multiply_step(step);
+            }
+            hold(place_of(tile, num_pairs, num_columns));
+        }
+        if (is_held) {
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                store_part(part);
             }
         }
     }

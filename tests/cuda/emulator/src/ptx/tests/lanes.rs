@@ -190,6 +190,11 @@ fn pairs_of_halves_are_multiplied_and_compared() {
     let equal = "set.eq.u32.f16x2 %a, %b, %c;";
     let operands = [(0x3c00_8000, 0x3c01_0000), (0x7e00_3c00, 0x7e00_3c00)];
     assert_eq!(binary(equal, &operands), [0x0000_ffff, 0x0000_ffff]);
+    // Infinity and 1 beside 65504, NaN beside 1 and -0 beside 0.
+    let operands = [(0x3c00_7c00, 0x7bff_7bff), (0x8000_7e00, 0x0000_3c00)];
+    let [least, most] = ["min.NaN.f16x2 %a, %b, %c;", "max.NaN.f16x2 %a, %b, %c;"];
+    assert_eq!(binary(least, &operands), [0x3c00_7bff, 0x8000_7fff]);
+    assert_eq!(binary(most, &operands), [0x7bff_7c00, 0x0000_7fff]);
 }
 
 #[test]
