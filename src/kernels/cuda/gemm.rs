@@ -24,11 +24,6 @@ use hopper::{Hopper, MAX_STREAM_ROWS};
 
 /// How often an algorithm is timed.
 const TRIALS: usize = 3;
-/// What our kernel's time is multiplied by for so many rows and more: work that goes on is bound
-/// by the GPU's power there, and `gemm_tile` takes less. Alone, 3 % behind cuBLASLt; run for a
-/// second, 7 % ahead of it (the down product of 2,048 rows, docs/gpu_log.md).
-const SUSTAINED_FACTOR: f32 = 0.95;
-const SUSTAINED_ROWS: usize = 1024;
 /// What `gemm_stream` saves in a step beside its own time: it begins while the kernel before it
 /// runs, and lets the one after it begin. The products of a step of 32 tokens through cuBLASLt cost
 /// 3.2 µs more each (on an H100, docs/gpu_log.md).
@@ -212,17 +207,19 @@ impl Gemm {
     fn run(&self, driver: &Driver, product: &Product, planned: &mut Planned) -> Result<bool> {
         match (planned, &self.hopper) {
             (Planned::Own(form), Some(hopper)) => hopper.multiply(driver, product, *form),
-            (Planned::Library(plan), _) => {
-                if let Some(bias) = product.bias {
-                    plan.set_bias(bias)?;
-                }
-                self.library.run(driver, product, plan)?;
-                Ok(product.residual.is_some())
-            }
+            (Planned::Library(plan), _) => self.run_library(driver, product, plan),
             (Planned::Own(form), None) => {
                 candle_core::bail!("{form:?} was chosen on a GPU that is no Hopper")
             }
         }
+    }
+
+    fn run_library(&self, driver: &Driver, product: &Product, plan: &Plan) -> Result<bool> {
+        if let Some(bias) = product.bias {
+            plan.set_bias(bias)?;
+        }
+        self.library.run(driver, product, plan)?;
+        Ok(product.residual.is_some())
     }
 
     fn plan(
@@ -266,28 +263,30 @@ impl Gemm {
 
     /// Returns what computes the product fastest.
     fn tune(&self, driver: &Driver, product: &Product) -> Result<Choice> {
-        let (plan, algorithms) = Plan::new(&self.library, product)?;
-        let first = plan.algorithm;
-        let mut planned = Planned::Library(plan);
-        let mut fastest = (f32::INFINITY, Choice::Library(first));
+        let (mut plan, algorithms) = Plan::new(&self.library, product)?;
+        let mut fastest = (f32::INFINITY, Choice::Library(plan.algorithm));
+        let mut run = |choice| match (choice, &self.hopper) {
+            (Choice::Library(algorithm), _) => {
+                plan.algorithm = algorithm;
+                self.run_library(driver, product, &plan)
+            }
+            (Choice::Own(form), Some(hopper)) => hopper.multiply(driver, product, form),
+            (Choice::Own(form), None) => {
+                candle_core::bail!("{form:?} is no form of this GPU")
+            }
+        };
         let own = self.hopper.as_ref().and_then(|own| own.candidate(product));
         let choices = algorithms.into_iter().map(Choice::Library);
-        for choice in choices.chain(own.map(Choice::Own)) {
-            match (choice, &mut planned) {
-                (Choice::Library(algorithm), Planned::Library(plan)) => plan.algorithm = algorithm,
-                (Choice::Library(_), Planned::Own(_)) => continue,
-                (Choice::Own(form), planned) => *planned = Planned::Own(form),
-            }
-            // One that cannot run is none.
-            if self.run(driver, product, &mut planned).is_err() {
-                continue;
-            }
-            for _ in 0..TRIALS {
+        let mut choices: Vec<Choice> = choices.chain(own.map(Choice::Own)).collect();
+        // One that cannot run is none.
+        choices.retain(|&choice| run(choice).is_ok());
+        // In turns: a GPU that has just begun to work runs at a higher clock.
+        for _ in 0..TRIALS {
+            for &choice in &choices {
                 // Weights must come from memory, as in a step.
                 self.library.flush_cache(driver)?;
-                let time = driver.time(|| self.run(driver, product, &mut planned).map(|_| ()))?;
+                let time = driver.time(|| run(choice).map(|_| ()))?;
                 let time = match (choice, product.num_rows) {
-                    (Choice::Own(_), SUSTAINED_ROWS..) => time * SUSTAINED_FACTOR,
                     (Choice::Own(_), ..=MAX_STREAM_ROWS) => time - OVERLAP_MS,
                     _ => time,
                 };
