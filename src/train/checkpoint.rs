@@ -2,7 +2,8 @@
 //!
 //! A checkpoint is written beside its place and renamed when all of it is on the disk, so one
 //! that has its name is whole. Moments are stored per parameter name, not per rank, so the number
-//! of ranks may change. The frozen base is never stored.
+//! of ranks may change. The frozen base is never stored. With `save_only_model` a checkpoint has the
+//! adapter and the trainer's state for readers, and no run can go on from it.
 
 use std::path::{Path, PathBuf};
 
@@ -116,6 +117,7 @@ pub(super) struct CheckpointContext<'a> {
     pub(super) files: &'a AdapterFiles,
     pub(super) manifest: &'a Manifest,
     pub(super) facts: &'a RunFacts,
+    pub(super) save_only_model: bool,
 }
 
 /// Returns the place of a checkpoint.
@@ -175,8 +177,17 @@ fn write_content(
         files,
         manifest,
         facts,
+        save_only_model,
     } = context;
     write_adapter(dir, layout, &snapshot.params, files)?;
+    write_atomically(
+        &dir.join(MANIFEST),
+        pretty_json(&json!(manifest), 2).as_bytes(),
+    )?;
+    snapshot.state.write(dir, facts)?;
+    if save_only_model {
+        return Ok(());
+    }
     let (first, second) = &snapshot.moments;
     let mut kinds = vec![("exp_avg", first), ("exp_avg_sq", second)];
     if layout.options().dtype != DType::F32 {
@@ -188,13 +199,10 @@ fn write_content(
         named.map(move |(name, shape, values)| (format!("{kind}.{name}"), shape, values))
     });
     write_tensors(&dir.join(OPTIMIZER), &tensors.collect(), DType::F32)?;
-    let json = |value: &Value| pretty_json(value, 2);
     write_atomically(
         &dir.join(PROGRESS),
-        json(&snapshot.progress.to_json()).as_bytes(),
-    )?;
-    write_atomically(&dir.join(MANIFEST), json(&json!(manifest)).as_bytes())?;
-    snapshot.state.write(dir, facts)
+        pretty_json(&snapshot.progress.to_json(), 2).as_bytes(),
+    )
 }
 
 fn remove_unfinished(output_dir: &Path) -> Result<(), TrainError> {
@@ -226,6 +234,17 @@ pub(super) fn load(
                  output directory ({PREFIX}N), or set overwrite_output_dir: true; \
                  adapter_name_or_path goes on from the weights of an adapter that another program \
                  trained"
+            ),
+        });
+    }
+    if !dir.join(OPTIMIZER).exists() && !dir.join(PROGRESS).exists() {
+        return Err(TrainError::Checkpoint {
+            path: dir.to_owned(),
+            what: format!(
+                "it was written with save_only_model: true, so that there is no {OPTIMIZER} to go \
+                 on with; set overwrite_output_dir: true to begin again, or adapter_name_or_path: \
+                 {} and another output_dir to go on from its weights",
+                dir.display()
             ),
         });
     }

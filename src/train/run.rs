@@ -337,6 +337,7 @@ impl Job<'_> {
             logging_first_step: output.logging_first_step,
             save_steps: output.save.interval(total, per_epoch),
             save_total_limit: output.save_total_limit,
+            save_only_model: output.save_only_model,
             plot_loss: output.plot_loss,
             tensorboard_dir: output.tensorboard.then(|| {
                 let dir = output.logging_dir.clone();

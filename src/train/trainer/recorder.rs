@@ -214,6 +214,7 @@ impl<'a> Recorder<'a> {
             files: &self.setup.files,
             manifest: &self.setup.manifest,
             facts: &self.facts,
+            save_only_model: output.save_only_model,
         };
         let place = checkpoint::save(&output.output_dir, context, snapshot)?;
         if let Some(limit) = output.save_total_limit {

@@ -113,6 +113,8 @@ pub struct OutputPlan {
     pub save_steps: Option<u64>,
     /// Checkpoints that are kept.
     pub save_total_limit: Option<usize>,
+    /// Whether checkpoints hold the adapter alone, so that no run can go on from them.
+    pub save_only_model: bool,
     /// Whether the loss is drawn at the end.
     pub plot_loss: bool,
     /// Where TensorBoard's event files go; none for no such files.

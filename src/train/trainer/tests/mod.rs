@@ -55,6 +55,7 @@ struct Run {
     recompute: Recompute,
     save_steps: Option<u64>,
     save_total_limit: Option<usize>,
+    save_only_model: bool,
     manifest: BTreeMap<String, Value>,
     start: Start,
     evaluation: Option<(u64, Option<u64>)>,
@@ -94,6 +95,7 @@ impl Run {
             recompute: Recompute::None,
             save_steps: None,
             save_total_limit: None,
+            save_only_model: false,
             manifest: BTreeMap::from([("lora_rank".to_owned(), json!(2))]),
             start: Start::Fresh,
             evaluation: None,
@@ -162,6 +164,7 @@ impl Run {
                 logging_first_step: false,
                 save_steps: self.save_steps,
                 save_total_limit: self.save_total_limit,
+                save_only_model: self.save_only_model,
                 plot_loss: true,
                 tensorboard_dir: None,
                 train_batch_size: 2,
@@ -362,6 +365,41 @@ fn a_checkpoint_of_another_configuration_is_refused_with_all_differences() {
     );
 }
 
+fn names_in(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn checkpoints_of_the_model_alone_are_small_and_end_a_run_that_would_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut run = Run::new("tiny-llama", 5);
+    (run.save_steps, run.save_only_model) = (Some(5), true);
+    run.run(dir.path(), &batches).unwrap();
+    let checkpoint = dir.path().join("checkpoint-5");
+    assert_eq!(
+        names_in(&checkpoint),
+        [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "manifest.json",
+            "tokenizer.json",
+            "trainer_state.json",
+        ]
+    );
+    run.start = Start::Checkpoint(checkpoint.clone());
+    let error = run.run(dir.path(), &batches).unwrap_err().to_string();
+    assert!(error.contains("save_only_model: true"), "{error}");
+    assert!(error.contains("overwrite_output_dir: true"), "{error}");
+    run.start = Start::Adapter(checkpoint);
+    run.run(dir.path(), &batches).unwrap();
+}
+
 #[test]
 fn old_checkpoints_go_and_half_written_ones_with_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -369,13 +407,8 @@ fn old_checkpoints_go_and_half_written_ones_with_them() {
     let mut run = Run::new("tiny-llama", 5);
     (run.save_steps, run.save_total_limit) = (Some(1), Some(2));
     run.run(dir.path(), &batches).unwrap();
-    let mut names: Vec<String> = std::fs::read_dir(dir.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
     assert_eq!(
-        names,
+        names_in(dir.path()),
         [
             "README.md",
             "adapter_config.json",
