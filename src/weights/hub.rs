@@ -137,6 +137,7 @@ pub(super) fn resolve(
             cache: options.cache_dir.clone(),
         });
     }
+    tracing::info!("{spec} is no path here: asking the hub for it");
     let downloader = Downloader::new(options, &cache, &repo)?;
     let found = fetch(&downloader, wanted)?;
     // Only now, so that the name never stands for a model that is half there.
