@@ -5,7 +5,8 @@
 //! docs/gpu_log.md). Above, cuBLASLt's algorithms and, on Hopper, `gemm_stream` or `gemm_tile` are
 //! timed against each other once for each class of rows that steps of one token a sequence have,
 //! and for the largest step. Other numbers of rows take what the largest step took. FP8 products
-//! are `gemm_stream`'s up to 64 rows and `gemm_tile`'s above.
+//! are `gemm_stream`'s up to 64 rows and `gemm_tile`'s above. `gemm_tile`'s forms with SiLU are
+//! timed against each other in the same way.
 
 mod cublaslt;
 mod hopper;
@@ -89,6 +90,9 @@ struct Plans {
     /// first decides, which must be the largest: tiles are made for numbers of rows, and one for
     /// 200 rows takes twice as long for 256 (measured).
     tuned: HashMap<Key, Choice>,
+    /// The same of products with SiLU, by class, columns of the output and of x, and whether they
+    /// are FP8.
+    silu_forms: HashMap<[usize; 4], hopper::Form>,
 }
 
 /// What computes a product with SiLU.
@@ -180,7 +184,10 @@ impl Gemm {
     ) -> Result<()> {
         match (form, &self.hopper) {
             (SiluForm::Small(form), _) => form.multiply_silu(driver, self.dtype, product),
-            (SiluForm::Hopper(form), Some(hopper)) => hopper.multiply_silu(driver, product, form),
+            (SiluForm::Hopper(form), Some(hopper)) => {
+                let form = self.tuned_silu(driver, product, hopper, form)?;
+                hopper.multiply_silu(driver, product, form)
+            }
             (SiluForm::Hopper(form), None) => {
                 candle_core::bail!("{form:?} was chosen on a GPU that is no Hopper")
             }
@@ -196,7 +203,9 @@ impl Gemm {
             usize::from(product.out_dtype == DType::F32),
         ];
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let Plans { by_shape, tuned } = &mut *plans;
+        let Plans {
+            by_shape, tuned, ..
+        } = &mut *plans;
         let planned = match by_shape.entry(key) {
             Entry::Occupied(planned) => planned.into_mut(),
             Entry::Vacant(place) => place.insert(self.plan(driver, product, key, tuned)?),
@@ -231,19 +240,12 @@ impl Gemm {
     ) -> Result<Planned> {
         let [rows, shape @ ..] = key;
         let [n, k, bias, is_f32] = shape;
-        let class = match rows {
-            rows if rows == self.max_rows => rows,
-            ..=32 => 32,
-            33..=MAX_TUNED_ROWS => rows.next_multiple_of(CLASS_ROWS),
-            _ => {
-                let largest = tuned.get(&[self.max_rows, n, k, bias, is_f32]);
-                return match (largest, &self.hopper) {
-                    (Some(Choice::Own(_)), Some(hopper)) => {
-                        Ok(Planned::Own(hopper.tile_of(product)))
-                    }
-                    _ => Ok(Planned::Library(Plan::new(&self.library, product)?.0)),
-                };
-            }
+        let Some(class) = self.class_of(rows) else {
+            let largest = tuned.get(&[self.max_rows, n, k, bias, is_f32]);
+            return match (largest, &self.hopper) {
+                (Some(Choice::Own(_)), Some(hopper)) => Ok(Planned::Own(hopper.tile_of(product))),
+                _ => Ok(Planned::Library(Plan::new(&self.library, product)?.0)),
+            };
         };
         let choice = match tuned.entry([class, n, k, bias, is_f32]) {
             Entry::Occupied(choice) => *choice.get(),
@@ -261,51 +263,111 @@ impl Gemm {
         }
     }
 
+    /// Returns the largest number of rows that is computed as so many, if many steps have them.
+    fn class_of(&self, num_rows: usize) -> Option<usize> {
+        match num_rows {
+            rows if rows == self.max_rows => Some(rows),
+            ..=32 => Some(32),
+            33..=MAX_TUNED_ROWS => Some(num_rows.next_multiple_of(CLASS_ROWS)),
+            _ => None,
+        }
+    }
+
     /// Returns what computes the product fastest.
     fn tune(&self, driver: &Driver, product: &Product) -> Result<Choice> {
         let (mut plan, algorithms) = Plan::new(&self.library, product)?;
-        let mut fastest = (f32::INFINITY, Choice::Library(plan.algorithm));
-        let mut run = |choice| match (choice, &self.hopper) {
+        let first = plan.algorithm;
+        let own = self.hopper.as_ref().and_then(|own| own.candidate(product));
+        let choices = algorithms.into_iter().map(Choice::Library);
+        let choices = choices.chain(own.map(Choice::Own)).collect();
+        let run = |choice| match (choice, &self.hopper) {
             (Choice::Library(algorithm), _) => {
                 plan.algorithm = algorithm;
-                self.run_library(driver, product, &plan)
+                self.run_library(driver, product, &plan).map(|_| ())
             }
-            (Choice::Own(form), Some(hopper)) => hopper.multiply(driver, product, form),
+            (Choice::Own(form), Some(hopper)) => hopper.multiply(driver, product, form).map(|_| ()),
             (Choice::Own(form), None) => {
                 candle_core::bail!("{form:?} is no form of this GPU")
             }
         };
-        let own = self.hopper.as_ref().and_then(|own| own.candidate(product));
-        let choices = algorithms.into_iter().map(Choice::Library);
-        let mut choices: Vec<Choice> = choices.chain(own.map(Choice::Own)).collect();
-        // One that cannot run is none.
-        choices.retain(|&choice| run(choice).is_ok());
-        // In turns: a GPU that has just begun to work runs at a higher clock.
-        for _ in 0..TRIALS {
-            for &choice in &choices {
-                // Weights must come from memory, as in a step.
-                self.library.flush_cache(driver)?;
-                let time = driver.time(|| run(choice).map(|_| ()))?;
-                let time = match (choice, product.num_rows) {
-                    (Choice::Own(_), ..=MAX_STREAM_ROWS) => time - OVERLAP_MS,
-                    _ => time,
-                };
-                if time < fastest.0 {
-                    fastest = (time, choice);
-                }
-            }
-        }
+        let saved = |choice| match (choice, product.num_rows) {
+            (Choice::Own(_), ..=MAX_STREAM_ROWS) => OVERLAP_MS,
+            _ => 0.0,
+        };
+        let fastest = self.fastest(driver, choices, run, saved)?;
+        let (time, choice) = fastest.unwrap_or((f32::INFINITY, Choice::Library(first)));
         tracing::debug!(
             "product of {} x {} by {}: {:.1} µs, {}",
             product.num_rows,
             product.k,
             product.n,
-            1e3 * fastest.0,
-            match fastest.1 {
+            1e3 * time,
+            match choice {
                 Choice::Library(_) => "cuBLASLt".to_owned(),
                 Choice::Own(form) => format!("{form:?}"),
             }
         );
-        Ok(fastest.1)
+        Ok(choice)
+    }
+
+    /// Returns the fastest form of a product with SiLU where many steps have so many rows, else
+    /// `form`.
+    fn tuned_silu(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        hopper: &Hopper,
+        form: hopper::Form,
+    ) -> Result<hopper::Form> {
+        let Some(class) = self.class_of(product.num_rows) else {
+            return Ok(form);
+        };
+        let candidates = hopper.silu_candidates(product, form);
+        if candidates.len() == 1 {
+            return Ok(form);
+        }
+        let is_fp8 = usize::from(product.scales.is_some());
+        let key = [class, product.n, product.k, is_fp8];
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&form) = plans.silu_forms.get(&key) {
+            return Ok(form);
+        }
+        let run = |form| hopper.multiply_silu(driver, product, form);
+        let (time, form) = (self.fastest(driver, candidates, run, |_| 0.0)?).unwrap_or((0.0, form));
+        tracing::debug!(
+            "product with SiLU of {} x {} by 2 x {}: {:.1} µs, {form:?}",
+            product.num_rows,
+            product.k,
+            product.n,
+            1e3 * time
+        );
+        plans.silu_forms.insert(key, form);
+        Ok(form)
+    }
+
+    /// Times choices and returns the fastest with its milliseconds, less what it has `saved`
+    /// beside them; none if none can run.
+    ///
+    /// They take turns: a GPU that has just begun to work runs at a higher clock.
+    fn fastest<C: Copy>(
+        &self,
+        driver: &Driver,
+        mut choices: Vec<C>,
+        mut run: impl FnMut(C) -> Result<()>,
+        saved: impl Fn(C) -> f32,
+    ) -> Result<Option<(f32, C)>> {
+        choices.retain(|&choice| run(choice).is_ok());
+        let mut fastest: Option<(f32, C)> = None;
+        for _ in 0..TRIALS {
+            for &choice in &choices {
+                // Weights must come from memory, as in a step.
+                self.library.flush_cache(driver)?;
+                let time = driver.time(|| run(choice))? - saved(choice);
+                if fastest.is_none_or(|(least, _)| time < least) {
+                    fastest = Some((time, choice));
+                }
+            }
+        }
+        Ok(fastest)
     }
 }
