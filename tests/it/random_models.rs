@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-/// No multiple of 8, as after resizing.
+/// Tokens of [`SHAPES`]: no multiple of 8, as after resizing.
 pub(crate) const VOCAB_SIZE: usize = 1003;
 
 /// A random checkpoint's shape.
@@ -19,6 +19,7 @@ pub(crate) struct Shape {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) tied: bool,
+    pub(crate) vocab_size: usize,
     /// What rows 3 and 90 of the down projections are multiplied by: two elements of the residual
     /// stream that grow large, as in Qwen2.5.
     pub(crate) outliers: f32,
@@ -59,6 +60,7 @@ pub(crate) const SHAPES: [Shape; 3] = [
         kv_heads: 2,
         head_dim: 64,
         tied: true,
+        vocab_size: VOCAB_SIZE,
         outliers: 1.0,
         linears: Linears::Uniform,
     },
@@ -69,6 +71,7 @@ pub(crate) const SHAPES: [Shape; 3] = [
         kv_heads: 1,
         head_dim: 128,
         tied: false,
+        vocab_size: VOCAB_SIZE,
         outliers: 1.0,
         linears: Linears::Uniform,
     },
@@ -79,6 +82,7 @@ pub(crate) const SHAPES: [Shape; 3] = [
         kv_heads: 3,
         head_dim: 64,
         tied: true,
+        vocab_size: VOCAB_SIZE,
         outliers: 1.0,
         linears: Linears::Uniform,
     },
@@ -100,7 +104,7 @@ impl Shape {
             "model_type": self.model_type, "hidden_size": self.hidden,
             "intermediate_size": self.intermediate(), "num_hidden_layers": LAYERS,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim, "vocab_size": VOCAB_SIZE, "rms_norm_eps": 1e-6,
+            "head_dim": self.head_dim, "vocab_size": self.vocab_size, "rms_norm_eps": 1e-6,
             "max_position_embeddings": 4096, "rope_theta": 10000.0,
             "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16",
         })
@@ -128,7 +132,7 @@ impl Shape {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         add(
             "model.embed_tokens.weight".into(),
-            &[VOCAB_SIZE, self.hidden],
+            &[self.vocab_size, self.hidden],
             0.0,
             0.5,
         );
@@ -136,7 +140,7 @@ impl Shape {
         if !self.tied {
             add(
                 "lm_head.weight".into(),
-                &[VOCAB_SIZE, self.hidden],
+                &[self.vocab_size, self.hidden],
                 0.0,
                 0.3,
             );

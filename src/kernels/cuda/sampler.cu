@@ -50,6 +50,11 @@ struct SamplingParams {
 };
 static_assert(sizeof(SamplingParams) == 72, "as laid out by the host");
 
+__device__ __forceinline__ bool has_filter(const SamplingParams &params, int vocab_size) {
+    return params.min_p > 0.0f || (params.top_k > 0 && params.top_k < (uint32_t)vocab_size) ||
+           params.top_p < 1.0f || params.typical_p < 1.0f;
+}
+
 // Drops tokens; the values are relative to the largest, after temperature.
 __device__ void filter(Row &row, const SamplingParams &params, int vocab_size) {
     const auto below_best = [](float x) { return fabsf(x); };
@@ -86,17 +91,38 @@ __device__ void filter(Row &row, const SamplingParams &params, int vocab_size) {
     }
 }
 
-// Returns the token at `uniform` of the mass, in ascending order of tokens; every thread gets it.
-__device__ int pick(Row &row, double uniform) {
+// Returns the sum of a value over the lanes up to the own.
+__device__ __forceinline__ double warp_scan(double value) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
+        const double other = __shfl_up_sync(FULL_MASK, value, offset);
+        value += lane >= offset ? other : 0.0;
+    }
+    return value;
+}
+
+// Turns the row's values into weights and returns the token at `uniform` of their sum, in ascending
+// order of tokens: to the threads of the warp that finds it, to all others -1.
+template <typename Weight> __device__ int pick(Row &row, double uniform, Weight weight) {
     Shared &shared = row.shared;
     const int warp = threadIdx.x / WARP_SIZE;
     const int lane = threadIdx.x % WARP_SIZE;
-    const int chunk = (row.len + THREADS - 1) / THREADS * WARP_SIZE;
-    const int first = min(warp * chunk, row.len);
-    const int last = min(first + chunk, row.len);
+    // A warp's part of the share; a multiple of 4 for each lane.
+    const int part = (row.len + 4 * THREADS - 1) / (4 * THREADS) * 4;
+    const int first = min(warp * part * WARP_SIZE, row.len);
+    const int last = min(first + part * WARP_SIZE, row.len);
     double mass = 0.0;
-    for (int i = first + lane; i < last; i += WARP_SIZE) {
-        mass += weight_of(row.values[i]);
+#pragma unroll 2
+    for (int i = first + 4 * lane; i < last; i += 4 * WARP_SIZE) {
+        // The share's end may leave fewer than four.
+        float4 v = *reinterpret_cast<float4 *>(row.values + i);
+        v.x = weight(v.x);
+        v.y = i + 1 < last ? weight(v.y) : 0.0f;
+        v.z = i + 2 < last ? weight(v.z) : 0.0f;
+        v.w = i + 3 < last ? weight(v.w) : 0.0f;
+        *reinterpret_cast<float4 *>(row.values + i) = v;
+        mass += ((double)v.x + v.y) + ((double)v.z + v.w);
     }
     mass = warp_reduce(mass, Sum());
     const double total_of_block_and_others = row.reduce(lane == 0 ? mass : 0.0, Sum(), 0.0);
@@ -105,56 +131,64 @@ __device__ int pick(Row &row, double uniform) {
     double before = 0.0;
     int chosen = -1;
     double before_chosen = 0.0;
+    // Rounding may leave the target a little above all sums: then the last with mass, here and below.
     for (int rank = 0; rank < CLUSTER; rank++) {
         const double other = __longlong_as_double(
             read_u64(address_in(&shared.exchange[row.parity ^ 1], rank)));
-        // Rounding may leave the target a little above all sums: then the last with mass.
         if (other > 0.0 && (chosen < 0 || before <= target)) {
             chosen = rank;
             before_chosen = before;
         }
         before += other;
     }
-    u64 picked = 0;
-    if (chosen == row.rank) {
-        before = before_chosen;
-        int chosen_warp = -1;
-        for (int other = 0; other < NUM_WARPS; other++) {
-            const double other_mass = __longlong_as_double(shared.warps[other]);
-            if (other_mass > 0.0 && (chosen_warp < 0 || before <= target)) {
-                chosen_warp = other;
-                before_chosen = before;
-            }
-            before += other_mass;
-        }
-        if (chosen_warp == warp) {
-            double running = before_chosen;
-            for (int i = first; i < last; i += WARP_SIZE) {
-                const float weight = i + lane < last ? weight_of(row.values[i + lane]) : 0.0f;
-                double sum = weight;
-#pragma unroll
-                for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
-                    const double other = __shfl_up_sync(FULL_MASK, sum, offset);
-                    sum += lane >= offset ? other : 0.0;
-                }
-                const uint32_t reached =
-                    __ballot_sync(FULL_MASK, weight > 0.0f && running + sum > target);
-                const uint32_t kept = __ballot_sync(FULL_MASK, weight > 0.0f);
-                if (reached != 0) {
-                    picked = row.start + i + __ffs(reached);
-                    break;
-                }
-                if (kept != 0) {
-                    picked = row.start + i + (WARP_SIZE - __clz(kept));
-                }
-                running += __shfl_sync(FULL_MASK, sum, WARP_SIZE - 1);
-            }
-        }
+    if (chosen != row.rank) {
+        return -1;
     }
-    // The next reduction writes over `warps`.
-    __syncthreads();
-    // Tokens are counted from 1 here, so that 0 is none.
-    return (int)row.reduce(picked, Max(), (u64)0) - 1;
+    before = before_chosen;
+    int chosen_warp = -1;
+    for (int other = 0; other < NUM_WARPS; other++) {
+        const double other_mass = __longlong_as_double(shared.warps[other]);
+        if (other_mass > 0.0 && (chosen_warp < 0 || before <= target)) {
+            chosen_warp = other;
+            before_chosen = before;
+        }
+        before += other_mass;
+    }
+    if (chosen_warp != warp) {
+        return -1;
+    }
+    // The lane whose part of the warp's part it is, then the place in it.
+    const int own_first = min(first + lane * part, last);
+    const int own_last = min(own_first + part, last);
+    double own = 0.0;
+    for (int i = own_first; i < own_last; i++) {
+        own += row.values[i];
+    }
+    const double sum = warp_scan(own);
+    const uint32_t with_mass = __ballot_sync(FULL_MASK, own > 0.0);
+    const uint32_t reached =
+        __ballot_sync(FULL_MASK, own > 0.0 && before_chosen + sum > target);
+    const int owner = reached != 0 ? __ffs(reached) - 1 : WARP_SIZE - 1 - __clz(with_mass);
+    double running = before_chosen + __shfl_sync(FULL_MASK, sum - own, owner);
+    const int begin = __shfl_sync(FULL_MASK, own_first, owner);
+    const int end = __shfl_sync(FULL_MASK, own_last, owner);
+    int picked = -1;
+    for (int i = begin; i < end; i += WARP_SIZE) {
+        const float value = i + lane < end ? row.values[i + lane] : 0.0f;
+        const double sum_to = warp_scan((double)value);
+        const uint32_t kept = __ballot_sync(FULL_MASK, value > 0.0f);
+        const uint32_t over =
+            __ballot_sync(FULL_MASK, value > 0.0f && running + sum_to > target);
+        if (over != 0) {
+            picked = i + __ffs(over) - 1;
+            break;
+        }
+        if (kept != 0) {
+            picked = i + WARP_SIZE - 1 - __clz(kept);
+        }
+        running += __shfl_sync(FULL_MASK, sum_to, WARP_SIZE - 1);
+    }
+    return row.start + picked;
 }
 
 // Applies bias, mask and penalties to the share of the row, in the sampler's order.
@@ -193,13 +227,22 @@ __device__ void process(Row &row, const SamplingParams &params, const uint32_t *
     __syncthreads();
 }
 
-__device__ __forceinline__ u64 best_of(Row &row, const float *values) {
-    u64 best = 0;
+// Returns the first of the largest values, as order_of; calls visit(index, value) for each.
+template <typename Visit>
+__device__ __forceinline__ u64 best_of(Row &row, const float *values, Visit visit) {
+    float best = -INFINITY;
+    int index = 4 * threadIdx.x;
     for_each(values, row.len, [&](int i, float value) {
-        const u64 order = order_of(value, row.start + i);
-        best = order > best ? order : best;
+        // NaN comes before all, as infinity does.
+        const float bounded = value < INFINITY ? value : INFINITY;
+        if (bounded > best) {
+            best = bounded;
+            index = i;
+        }
+        visit(i, value);
     });
-    return row.reduce(best, Max(), (u64)0);
+    const u64 order = index < row.len ? order_of(best, row.start + index) : 0;
+    return row.reduce(order, Max(), (u64)0);
 }
 
 // What a row reports besides its token.
@@ -276,19 +319,15 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 2)
         counts != nullptr || mask != nullptr || params.bias_end > params.bias_start;
     const bool needs_copy = is_processed || !is_greedy;
 
-    u64 best = 0;
-    for_each(raw + start, len, [&](int i, float logit) {
-        const u64 order = order_of(logit, start + i);
-        best = order > best ? order : best;
+    u64 best = best_of(row, raw + start, [&](int i, float logit) {
         if (needs_copy) {
             values[i] = logit;
         }
     });
-    best = row.reduce(best, Max(), (u64)0);
     const float raw_max = logit_of(best);
     if (!is_not_finite(best) && is_processed) {
         process(row, params, bias_ids, bias_values, mask, counts);
-        best = best_of(row, values);
+        best = best_of(row, values, [](int, float) {});
     }
     const bool is_bad = is_not_finite(best);
     if (is_bad || logit_of(best) == -INFINITY) {
@@ -302,20 +341,37 @@ extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(THREADS, 2)
         return;
     }
     int token = token_of(best);
+    const bool reports = params.num_logprobs >= 0;
+    // Who knows the token writes it.
+    bool writes = is_writer;
     if (!is_greedy) {
         const float max = logit_of(best);
         const float temperature = fmaxf(params.temperature, MIN_TEMPERATURE);
-        update_each(values, len,
-                    [&](int, float value) { return __fdiv_rn(value - max, temperature); });
-        filter(row, params, vocab_size);
-        token = pick(row, uniform(params.seed, params.output_index));
+        const auto scaled = [&](float logit) { return __fdiv_rn(logit - max, temperature); };
+        const double at = uniform(params.seed, params.output_index);
+        const bool is_filtered = has_filter(params, vocab_size);
+        if (is_filtered) {
+            update_each(values, len, [&](int, float logit) { return scaled(logit); });
+            filter(row, params, vocab_size);
+        }
+        token = pick(row, at, [&](float value) {
+            return weight_of(is_filtered ? value : scaled(value));
+        });
+        writes = token >= 0 && threadIdx.x % WARP_SIZE == 0;
+        if (reports) {
+            // The next reduction writes over what the choice was read from.
+            __syncthreads();
+            // Tokens are counted from 1 here, so that 0 is none.
+            token = (int)row.reduce((u64)(token + 1), Max(), (u64)0) - 1;
+            writes = is_writer;
+        }
     }
-    if (params.num_logprobs >= 0) {
+    if (reports) {
         const Report out = {logprobs + index, ranks + index, top_ids + (int64_t)index * max_top,
                             top_logprobs + (int64_t)index * max_top};
         report(row, out, raw, token, raw_max, min(params.num_logprobs, max_top));
     }
-    if (is_writer) {
+    if (writes) {
         token_ids[index] = token;
         status[index] = 0;
         // Saturates, so that the prompt's bit stays what it is.
