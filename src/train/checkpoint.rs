@@ -104,7 +104,7 @@ impl Progress {
 /// A run at one update.
 pub(super) struct Snapshot {
     pub(super) params: Vec<f32>,
-    /// First and second moments of all parameters.
+    /// First and second moments of all parameters; with `save_only_model` they may be empty.
     pub(super) moments: (Vec<f32>, Vec<f32>),
     pub(super) progress: Progress,
     pub(super) state: TrainerState,
@@ -241,9 +241,9 @@ pub(super) fn load(
         return Err(TrainError::Checkpoint {
             path: dir.to_owned(),
             what: format!(
-                "it was written with save_only_model: true, so that there is no {OPTIMIZER} to go \
-                 on with; set overwrite_output_dir: true to begin again, or adapter_name_or_path: \
-                 {} and another output_dir to go on from its weights",
+                "there is no {OPTIMIZER} to go on with, as after save_only_model: true; set \
+                 overwrite_output_dir: true to begin again, or adapter_name_or_path: {} and \
+                 another output_dir to go on from its weights",
                 dir.display()
             ),
         });

@@ -399,10 +399,10 @@ impl<'a> Rank<'a> {
 
     fn save(&mut self, recorder: &mut Recorder<'_>) -> Result<(), TrainError> {
         self.check_finite()?;
-        let moments = self
-            .trainable
-            .gather_moments(&self.comm)
-            .map_err(collective)?;
+        let moments = match self.setup.output.save_only_model {
+            true => Default::default(),
+            false => (self.trainable.gather_moments(&self.comm)).map_err(collective)?,
+        };
         if let Some(scaler) = &self.scaler {
             self.carried.set_scaler(scaler);
         }
