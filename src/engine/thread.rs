@@ -223,7 +223,7 @@ impl EngineThread {
             kv_dtype: self.kv_dtype,
             // Few short sequences have no more to be computed.
             max_num_tokens: (self.options.max_num_batched_tokens)
-                .min(max_num_seqs.saturating_mul(max_model_len)),
+                .min(max_num_seqs.saturating_mul(max_model_len).max(1)),
             max_num_seqs,
             graphs: self.options.graphs,
             launches_ahead: self.options.launches_ahead(),

@@ -6,7 +6,8 @@
 //! timed against each other once for each class of rows that steps of one token a sequence have,
 //! and for the largest step. Other numbers of rows take what the largest step took. FP8 products
 //! are `gemm_stream`'s up to 64 rows and `gemm_tile`'s above. `gemm_tile`'s forms with SiLU are
-//! timed against each other in the same way.
+//! timed against each other for the same classes; other numbers of rows take the form whose waves
+//! of tiles waste least.
 
 mod cublaslt;
 mod hopper;
