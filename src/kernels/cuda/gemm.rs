@@ -311,8 +311,8 @@ impl Gemm {
         Ok(choice)
     }
 
-    /// Returns the fastest form of a product with SiLU where many steps have so many rows, else
-    /// `form`.
+    /// Returns the fastest form of `gemm_tile` where that is what `form` says and many steps have
+    /// so many rows, else `form`.
     fn tuned_silu(
         &self,
         driver: &Driver,
@@ -320,21 +320,23 @@ impl Gemm {
         hopper: &Hopper,
         form: hopper::Form,
     ) -> Result<hopper::Form> {
-        let Some(class) = self.class_of(product.num_rows) else {
+        let class = match form {
+            hopper::Form::Tile(_) => self.class_of(product.num_rows),
+            _ => None,
+        };
+        let Some(class) = class else {
             return Ok(form);
         };
-        let candidates = hopper.silu_candidates(product, form);
-        if candidates.len() == 1 {
-            return Ok(form);
-        }
         let is_fp8 = usize::from(product.scales.is_some());
         let key = [class, product.n, product.k, is_fp8];
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&form) = plans.silu_forms.get(&key) {
             return Ok(form);
         }
+        let candidates = hopper.tiled_silu_forms(product.num_rows);
         let run = |form| hopper.multiply_silu(driver, product, form);
-        let (time, form) = (self.fastest(driver, candidates, run, |_| 0.0)?).unwrap_or((0.0, form));
+        let fastest = self.fastest(driver, candidates, run, |_| 0.0)?;
+        let (time, form) = fastest.unwrap_or((f32::INFINITY, form));
         tracing::debug!(
             "product with SiLU of {} x {} by 2 x {}: {:.1} µs, {form:?}",
             product.num_rows,

@@ -5,8 +5,8 @@
 //          again once the residual is added: the bits of add_rms_norm's sum (norm.cu), without its
 //          reads and writes of the product.
 //          gemm_tile_silu: W [2 N, K], gates before ups; out [num_tokens, N] =
-//          silu(x Gᵀ) · (x Uᵀ), of both products rounded to T (f16 at most 65,504); without bias and
-//          residual.
+//          silu(x Gᵀ) · (x Uᵀ), of both products rounded to T (f16 at most 65,504); without bias
+//          and residual.
 // Names:   gemm_tile_{f16,bf16}_n{128,192,224,256}, gemm_tile_silu_{f16,bf16}_n{128,192,256}:
 //          columns of a tile of 128 tokens; for silu half of them are gates, half their ups.
 //          gemm_tile_silu_{f16,bf16}_n256_c4: clusters of 4 blocks; all others' are of 2.
@@ -14,8 +14,8 @@
 //          of theirs; scales f32, x's [num_tokens] and W's [its rows]; a sum is multiplied by both
 //          before bias or SiLU. Sums keep about 14 bits on the way, as all of Hopper's FP8 products.
 // Maps:    of x, boxes of 64 × 128 elements; of W (2 N rows for silu), boxes of 64 × n / cluster.
-// Launch:  grid any multiple of the cluster, best as many as are held at once; block 384; dynamic shared
-//          memory 1,024 + stages · (16,384 + 128 n) bytes, stages = min(6, 220,000 / stage).
+// Launch:  grid any multiple of the cluster, best as many as are held at once; block 384; dynamic
+//          shared memory 1,024 + stages · (16,384 + 128 n) bytes, stages = min(6, 220,000 / stage).
 // Limits:  sm_90a. N and K multiples of 8; pointers on 16 bytes.
 // Method:  own, after the designs of CUTLASS's warp-specialised kernels: one warp brings tiles of
 //          K = 64 through a ring of stages, two warpgroups multiply 64 tokens each. The blocks of
@@ -23,8 +23,9 @@
 //          W's tile for all. Clusters take one tile after another; while x waits for its producer
 //          the first stages of W are brought. Groups of 16 tiles of tokens share W in the L2 cache.
 //          A tile's sums are rounded into registers, which frees the sums, and stored between the
-//          next tile's products: up to 17 % less time alone, none at the power limit
-//          (docs/gpu_log.md, run 25). Clusters of 4 wait less for weights where 512 rows share them.
+//          next tile's products: up to 17 % less time for one product, no less for those of whole
+//          prompts, which the GPU's power limits (docs/gpu_log.md, runs 25 and 26). In clusters of
+//          4 a block brings a quarter of W's tile, for 512 rows that would wait for it.
 #include "hopper.cuh"
 
 #ifdef HAS_HOPPER
@@ -105,7 +106,8 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
     constexpr int STAGES = Ring::STAGES;
     constexpr int OUT_COLUMNS = IS_SILU ? COLUMNS / 2 : COLUMNS;
     static_assert(OUT_COLUMNS % 32 == 0, "four lanes store an octet of columns each");
-    constexpr int PARTS = COLUMNS / 32;  // Of a tile's stores, one after each of the next one's steps.
+    // A tile's stores come in parts, one after each of the next tile's first steps.
+    constexpr int PARTS = COLUMNS / 32;
     extern __shared__ char shared[];
     __shared__ uint64_t barriers[2 * STAGES];
     const uint32_t ring = panel_address(shared_address(shared));
@@ -218,7 +220,6 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         // [2 j + half], and where its first pair is in the output.
         uint32_t held[COLUMNS / 4];
         int held_row = 0, held_column = 0;
-        bool is_held = false;
         // Stores of four octets of columns both rows, with SiLU (twice the work) one of them.
         const auto store_part = [&](int part) {
             const int octet = IS_SILU ? part / 2 * 4 : part * 4;
@@ -299,7 +300,6 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                     held[2 * octet + half] = pack<T>(pair.x, pair.y);
                 }
             }
-            is_held = true;
         };
 
         for (int tile = first_tile; tile < num_tiles; tile += num_clusters) {
@@ -308,7 +308,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                 if (part < num_steps) {
                     multiply_step(part);
                 }
-                if (is_held) {
+                if (tile != first_tile) {
                     store_part(part);
                 }
             }
@@ -317,7 +317,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
             }
             hold(place_of<CLUSTER>(tile, num_bands, num_columns));
         }
-        if (is_held) {
+        if (first_tile < num_tiles) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 store_part(part);

@@ -91,17 +91,6 @@ __device__ void filter(Row &row, const SamplingParams &params, int vocab_size) {
     }
 }
 
-// Returns the sum of a value over the lanes up to the own.
-__device__ __forceinline__ double warp_scan(double value) {
-    const int lane = threadIdx.x % WARP_SIZE;
-#pragma unroll
-    for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
-        const double other = __shfl_up_sync(FULL_MASK, value, offset);
-        value += lane >= offset ? other : 0.0;
-    }
-    return value;
-}
-
 // Turns the row's values into weights and returns the token at `uniform` of their sum, in ascending
 // order of tokens: to the threads of the warp that finds it, to all others -1.
 template <typename Weight> __device__ int pick(Row &row, double uniform, Weight weight) {

@@ -102,6 +102,17 @@ template <typename V, typename Op> __device__ __forceinline__ V warp_reduce(V va
     return value;
 }
 
+// Returns the sum of a value over the lanes up to the own.
+template <typename V> __device__ __forceinline__ V warp_scan(V value) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
+        const V other = __shfl_up_sync(FULL_MASK, value, offset);
+        value += lane >= offset ? other : V();
+    }
+    return value;
+}
+
 // One row's work: this block's share of the vocabulary and what the cluster shares.
 struct Row {
     Shared &shared;
@@ -273,11 +284,7 @@ __device__ __forceinline__ Bucket find_bucket(Row &row, u64 &target, float fract
         sum += own[i];
     }
     const u64 own_sum = sum;
-#pragma unroll
-    for (int offset = 1; offset < WARP_SIZE; offset *= 2) {
-        const u64 other = __shfl_up_sync(FULL_MASK, sum, offset);
-        sum += lane >= offset ? other : 0;
-    }
+    sum = warp_scan(sum);
     if (lane == WARP_SIZE - 1) {
         shared.warps[warp] = sum;
     }

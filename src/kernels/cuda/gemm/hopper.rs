@@ -131,18 +131,12 @@ impl Hopper {
         })
     }
 
-    /// Returns the forms that may be faster than `form` for a product with SiLU, and `form`.
-    pub(super) fn silu_candidates(&self, product: &Product, form: Form) -> Vec<Form> {
-        if !matches!(form, Form::Tile(_)) {
-            return vec![form];
-        }
+    /// Returns all forms of `gemm_tile` for so many rows with SiLU.
+    pub(super) fn tiled_silu_forms(&self, num_rows: usize) -> Vec<Form> {
         // Of fewer rows half of a cluster of four would be empty.
-        let has_quads = self.num_quads > 0 && product.num_rows > PAIR_ROWS;
-        let quads = has_quads.then_some(Form::Quads);
-        quads
-            .into_iter()
-            .chain(SILU_COLUMNS.map(Form::Tile))
-            .collect()
+        let has_quads = self.num_quads > 0 && num_rows > PAIR_ROWS;
+        let quads = has_quads.then_some(Form::Quads).into_iter();
+        quads.chain(SILU_COLUMNS.map(Form::Tile)).collect()
     }
 
     /// Returns the form for a product of FP8.
