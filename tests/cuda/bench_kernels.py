@@ -335,7 +335,7 @@ def small(kernels, ceilings):
                 f"add_rms_norm_{NAME}", [tokens], 448, x, residual, x, residual, weight, 1e-6,
                 HIDDEN),
             "rope_and_cache": lambda: kernels.launch(
-                f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out, *caches, qkv, bias, None,
+                f"rope_and_cache_{NAME}_128", [tokens], 96, q_out, *caches, qkv, bias, None,
                 None, cos, sin, positions, positions, 1e-6, HEADS, KV_HEADS, 4),
             "silu_and_mul": lambda: kernels.launch(
                 f"silu_and_mul_{NAME}", [-(-FFN // 2048), tokens], 256, act, gate_up, FFN),
@@ -419,7 +419,7 @@ def step(kernels, ceilings):
                 if is_one:
                     attend("rope_attention_decode", qkv, *turns, 1e-6)
                 else:
-                    kernels.launch(f"rope_and_cache_{NAME}_128", [tokens, 9], 128, q_out,
+                    kernels.launch(f"rope_and_cache_{NAME}_128", [tokens], 96, q_out,
                                    *batch.caches, qkv, None, *turns, 1e-6, HEADS, KV_HEADS, 4)
                     attend("attention_decode", q_out)
                 product(y, attended, o_w, "deep")

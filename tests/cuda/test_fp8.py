@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from driver import relative_error
-from test_kernels import (REPEATS, TOLERANCE, assert_steady, gemm_stream, gemm_tile, main, poisoned,
-                          random)
+from test_kernels import (NORM_SHAPES, REPEATS, TOLERANCE, assert_steady, gemm_stream, gemm_tile,
+                          main, norm_of, poisoned, random)
 
 LARGEST = 448.0
 FILES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -105,8 +105,8 @@ def test_quantize_rows(kernels, name, dtype):
 def test_norms_quantise_as_quantize_rows(kernels, name, dtype):
     if not is_hopper():
         return
-    for rows, width in [(1, 3584), (7, 64), (300, 896), (5, 18944), (3, 8192)]:
-        block = min(1024, max(32, -(-width // 8 // 32) * 32))
+    for rows, width in NORM_SHAPES:
+        suffix, block = norm_of(width, name)
         x, residual = (random(rows, width, dtype=dtype, scale=3) for _ in range(2))
         weight = random(width, dtype=dtype)
         for kind in ["", "add_"]:
@@ -116,7 +116,7 @@ def test_norms_quantise_as_quantize_rows(kernels, name, dtype):
                 elements = torch.full([rows, width], -1, dtype=torch.int8, device="cuda")
                 scales = poisoned(rows, dtype=torch.float32)
                 targets = [out] + [elements, scales] * more + [total] * (kind != "")
-                kernels.launch(f"{kind}rms_norm{'_fp8' * more}_{name}", [rows], block, *targets,
+                kernels.launch(f"{kind}rms_norm{'_fp8' * more}_{suffix}", [rows], block, *targets,
                                *inputs, 1e-6, width)
             what = f"{kind}rms_norm_fp8 {name} {rows} {width}"
             assert torch.equal(outs[0][0], outs[1][0]), f"{what}: the norm"

@@ -203,18 +203,26 @@ def test_gemm_hopper(kernels, name, dtype):
                     want, f"gemm_stream{kind} t{limit} {tokens} {n} {k}", REPEATS)
 
 
+def norm_of(width, name):
+    """The end of a norm's name, and its block."""
+    return name + "_wide" * (width > 8192), min(1024, max(32, -(-width // 8 // 32) * 32))
+
+
+NORM_SHAPES = [(1, 3584), (7, 64), (300, 896), (5, 18944), (3, 8192), (2, 8200)]
+
+
 def test_norm(kernels, name, dtype):
-    for rows, width in [(1, 3584), (7, 64), (300, 896), (5, 18944), (3, 8192)]:
-        block = min(1024, max(32, -(-width // 8 // 32) * 32))
+    for rows, width in NORM_SHAPES:
+        suffix, block = norm_of(width, name)
         x, residual = (random(rows, width, dtype=dtype, scale=3) for _ in range(2))
         weight = random(width, dtype=dtype)
         out, total = (poisoned(rows, width, dtype=dtype) for _ in range(2))
         args = (weight, 1e-6, width)
-        kernels.launch(f"rms_norm_{name}", [rows], block, out, x, *args)
+        kernels.launch(f"rms_norm_{suffix}", [rows], block, out, x, *args)
         assert_close(out, reference.rms_norm(x, weight, 1e-6), name, "rms_norm")
 
         def run():
-            kernels.launch(f"add_rms_norm_{name}", [rows], block, out, total, x, residual, *args)
+            kernels.launch(f"add_rms_norm_{suffix}", [rows], block, out, total, x, residual, *args)
 
         out.fill_(float("nan"))
         run()
@@ -293,11 +301,12 @@ def test_rope_and_cache(kernels, name, dtype):
             slots[3] = -1
         q_out = poisoned(tokens, heads, dim, dtype=dtype)
         caches = [stored.poisoned(blocks, kv_heads, 1 << shift, dim) for _ in range(2)]
-        grid = [tokens, -(-(heads + 2 * kv_heads) // 8)]
+        # More threads than heads need, and fewer.
+        block = 256 if form else 64
 
         def run():
-            kernels.launch(f"rope_and_cache_{form}{name}_{dim}", grid, 256, q_out, *caches, qkv,
-                           bias, *norms, cos, sin, positions, slots, 1e-6, heads, kv_heads, shift)
+            kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens], block, q_out, *caches,
+                           qkv, bias, *norms, cos, sin, positions, slots, 1e-6, heads, kv_heads, shift)
 
         run()
         x = qkv.double() + (bias.double() if bias is not None else 0)
@@ -481,9 +490,8 @@ def test_rope_attention_decode(kernels, name, dtype):
 
         caches = [cache.clone() for cache in batch.caches]
         q, want = (poisoned(tokens, heads * dim, dtype=dtype) for _ in range(2))
-        kernels.launch(f"rope_and_cache_{form}{name}_{dim}",
-                       [tokens, -(-(heads + 2 * kv_heads) // 8)], 256, q, *caches, qkv, None,
-                       *turns, 1e-6, heads, kv_heads, shift)
+        kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens], 96, q, *caches, qkv,
+                       None, *turns, 1e-6, heads, kv_heads, shift)
         attend("attention_decode", want, caches, q)
         out = poisoned(tokens, heads * dim, dtype=dtype)
 
@@ -658,7 +666,7 @@ def check_overlapped_chain(kernels, name, dtype, form):
             if i % 2 == 0:
                 attend("rope_attention_decode", qkv, *turns, 1e-6)
             else:
-                kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens, 2], 256, q_out,
+                kernels.launch(f"rope_and_cache_{form}{name}_{dim}", [tokens], 64, q_out,
                                *batch.caches, qkv, None, *turns, 1e-6, heads, kv_heads, 4)
                 attend("attention_decode", q_out)
             gemm("", "deep", y, attended, o_w, None, x)

@@ -439,7 +439,7 @@ attention_decode(T *out, const T *q, const Projected<T> &from, E *k_cache, E *v_
     }
     Angles<D> angles;
     if constexpr (IS_PROJECTED) {
-        load_angles<D>(angles, from.cos, from.sin, from.positions[token]);
+        load_angles(angles, from.cos, from.sin, from.positions[token]);
     }
     release_consumer();
     wait_for_producer();

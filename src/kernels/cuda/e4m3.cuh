@@ -65,16 +65,16 @@ __device__ __forceinline__ void store_e4m3(uint8_t *target, const float (&values
 }
 
 // Quantises one row with the whole block, a thread the vectors threadIdx.x + i · blockDim.x. All
-// pointers are to the row or its scale.
-template <typename T>
+// pointers are to the row or its scale. MAX_VECTORS stay in registers, more are read twice.
+template <typename T, int MAX_VECTORS = MAX_ROW_VECTORS>
 __device__ __forceinline__ void quantize_row(uint8_t *out, float *scale_out, const T *x,
                                              int width) {
     const int num_vectors = width / 8;
-    const int rest = threadIdx.x + MAX_ROW_VECTORS * blockDim.x;
-    float values[MAX_ROW_VECTORS][8];
+    const int rest = threadIdx.x + MAX_VECTORS * blockDim.x;
+    float values[MAX_VECTORS][8];
     float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < MAX_ROW_VECTORS; i++) {
+    for (int i = 0; i < MAX_VECTORS; i++) {
         const int vector = threadIdx.x + i * blockDim.x;
         if (vector < num_vectors) {
             load_vector(values[i], x, vector);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void quantize_row(uint8_t *out, float *scale_out, con
         *scale_out = scale;
     }
 #pragma unroll
-    for (int i = 0; i < MAX_ROW_VECTORS; i++) {
+    for (int i = 0; i < MAX_VECTORS; i++) {
         const int vector = threadIdx.x + i * blockDim.x;
         if (vector < num_vectors) {
             store_e4m3(out + 8 * vector, values[i], inverse);

@@ -16,6 +16,9 @@ use super::{Gpu, Quantization};
 pub(super) const ROW_MULTIPLE: usize = 8;
 pub(super) const COLUMN_MULTIPLE: usize = 16;
 
+/// Columns that a norm has one vector a thread for.
+const MAX_NORM_WIDTH: usize = 8192;
+
 /// Where the scales of a product's operands lie.
 #[derive(Clone, Copy)]
 pub(super) struct Scales {
@@ -130,8 +133,13 @@ impl Gpu {
         let mut outputs = vec![Arg::Pointer(x)];
         let is_fp8 =
             self.quantization == Quantization::Fp8 && shape[1].is_multiple_of(COLUMN_MULTIPLE);
+        let wide = if shape[1] > MAX_NORM_WIDTH {
+            "_wide"
+        } else {
+            ""
+        };
         if !is_fp8 {
-            return Ok((format!("{name}_{}", self.type_name), outputs));
+            return Ok((format!("{name}_{}{wide}", self.type_name), outputs));
         }
         // Norms of a group's sums do not quantise, and they come after the largest step.
         self.activations
@@ -143,7 +151,7 @@ impl Gpu {
             shape,
             quantized,
         });
-        Ok((format!("{name}_fp8_{}", self.type_name), outputs))
+        Ok((format!("{name}_fp8_{}{wide}", self.type_name), outputs))
     }
 
     /// Returns what this layer's last norm has quantised.

@@ -13,6 +13,8 @@ use super::{DType, Gpu};
 
 /// Rows (token, head) of a tile of `attention_prefill`.
 const PREFILL_TILE_ROWS: usize = 128;
+/// Heads that a thread of `rope_and_cache` reads at once.
+const HEADS_OF_A_THREAD: usize = 3;
 /// Tokens of a box that `attention_prefill_wgmma` copies of the cache.
 const PREFILL_BOX_TOKENS: usize = 16;
 /// Pairs of blocks copied by one launch: those of `BlockPairs` in elementwise.cu.
@@ -248,7 +250,9 @@ impl Gpu {
         kernel_args
             .extend([num_heads as i32, args.num_kv_heads as i32, kv.block_shift()].map(Arg::I32));
         let name = format!("rope_and_cache{}_{}_{head_dim}", kv.form(), self.type_name);
-        let geometry = Geometry::new([num_tokens, all_heads.div_ceil(4), 1], 128);
+        let num_threads = all_heads.div_ceil(HEADS_OF_A_THREAD) * head_dim / 16;
+        let block = num_threads.next_multiple_of(32).min(256);
+        let geometry = Geometry::new([num_tokens, 1, 1], block);
         self.driver.launch(&name, geometry, &kernel_args)?;
         Ok(tensor)
     }

@@ -40,7 +40,7 @@ project(Queries<T, D, HEADS> &queries, const Projected<T> &from, const Angles<D>
         const int head = row < group_size ? kv_head * group_size + row
                                           : num_heads + kv_head + (row - group_size) * num_kv_heads;
         if (row < num_rows) {
-            load_head<T, D>(heads[i], source + head * D);
+            load_head(heads[i], source + head * D);
         }
     }
     const int slot = has_newest ? from.slot_mapping[token] : -1;
@@ -56,14 +56,14 @@ project(Queries<T, D, HEADS> &queries, const Projected<T> &from, const Angles<D>
         if (row <= group_size) {
             const T *norm = row < group_size ? from.q_norm : from.k_norm;
             if (norm != nullptr) {
-                norm_head<T, D>(heads[i], norm, from.eps);
+                norm_head(heads[i], norm, from.eps);
             }
-            turn_head<D>(heads[i], angles);
+            turn_head(heads[i], angles);
         }
         if (row < group_size) {
-            store_head<T, D>(queries[row], heads[i]);
+            store_head(queries[row], heads[i]);
         } else if (slot >= 0) {
-            store_head<E, D>((row == group_size ? k_cache : v_cache) + place, heads[i]);
+            store_head((row == group_size ? k_cache : v_cache) + place, heads[i]);
         }
     }
     __syncthreads();

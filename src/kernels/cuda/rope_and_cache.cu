@@ -11,10 +11,13 @@
 //          and no value; its position must still be one of the tables'.
 // Names:   rope_and_cache_{f16,bf16}_{64,128}, rope_and_cache_fp8_{f16,bf16}_{64,128}.
 // Form:    half-split (Llama, Qwen): element i turns with element i + D / 2.
-// Launch:  grid (tokens, ⌈(num_heads + 2 num_kv_heads) / (block / 32)⌉), block a multiple of 32:
-//          one warp for each head.
+// Launch:  grid (tokens), block any multiple of 32: D / 16 lanes take a head, and best three heads
+//          one after another.
 // Source:  own; formulas as src/kernels/cpu/kv.rs.
 #include "rope.cuh"
+
+// Heads that a thread reads before it turns the first, which all have the same angles.
+constexpr int HEADS = 3;
 
 template <typename T, typename E, int D>
 __device__ __forceinline__ void
@@ -22,48 +25,61 @@ rope_and_cache(T *q_out, E *k_cache, E *v_cache, const T *qkv, const T *bias, co
                const T *k_norm, const float *cos, const float *sin, const int *positions,
                const int *slot_mapping, float eps, int num_heads, int num_kv_heads,
                int block_shift) {
-    const int head = blockIdx.y * (blockDim.x / WARP_SIZE) + threadIdx.x / WARP_SIZE;
+    constexpr int LANES = D / 16;
+    const int stride = blockDim.x / LANES;
     const int64_t token = blockIdx.x;
     const int num_all_heads = num_heads + 2 * num_kv_heads;
     wait_for_producer();
     release_consumer();
-    if (head >= num_all_heads) {
-        return;
-    }
-    Head<D> elements;
-    load_head<T, D>(elements, qkv + (token * num_all_heads + head) * D);
-    if (bias != nullptr) {
-        Head<D> biases;
-        load_head<T, D>(biases, bias + head * D);
-#pragma unroll
-        for (int i = 0; i < Head<D>::PAIRS; i++) {
-            elements.first[i] += biases.first[i];
-            elements.second[i] += biases.second[i];
-        }
-    }
-    const bool is_value = head >= num_heads + num_kv_heads;
-    if (!is_value) {
-        const T *norm = head < num_heads ? q_norm : k_norm;
-        if (norm != nullptr) {
-            norm_head<T, D>(elements, norm, eps);
-        }
-        Angles<D> angles;
-        load_angles<D>(angles, cos, sin, positions[token]);
-        turn_head<D>(elements, angles);
-    }
-    if (head < num_heads) {
-        store_head<T, D>(q_out + (token * num_heads + head) * D, elements);
-        return;
-    }
+    const T *source = qkv + token * num_all_heads * D;
     const int slot = slot_mapping[token];
-    if (slot < 0) {
-        return;
-    }
-    const int kv_head = head - num_heads - (is_value ? num_kv_heads : 0);
+    Angles<D, LANES> angles;
+    load_angles(angles, cos, sin, positions[token]);
     const int64_t block = slot >> block_shift;
     const int64_t offset = slot & ((1 << block_shift) - 1);
-    const int64_t row = ((block * num_kv_heads + kv_head) << block_shift) + offset;
-    store_head<E, D>((is_value ? v_cache : k_cache) + row * D, elements);
+    // All lanes of a warp go the same way, for the norm.
+    for (int base = 0; base < num_all_heads; base += HEADS * stride) {
+        const int first = base + threadIdx.x / LANES;
+        Head<D, LANES> heads[HEADS];
+#pragma unroll
+        for (int i = 0; i < HEADS; i++) {
+            load_head(heads[i], source + min(first + i * stride, num_all_heads - 1) * D);
+        }
+#pragma unroll
+        for (int i = 0; i < HEADS; i++) {
+            const int head = min(first + i * stride, num_all_heads - 1);
+            if (bias != nullptr) {
+                Head<D, LANES> biases;
+                load_head(biases, bias + head * D);
+#pragma unroll
+                for (int k = 0; k < Head<D, LANES>::PAIRS; k++) {
+                    heads[i].first[k] += biases.first[k];
+                    heads[i].second[k] += biases.second[k];
+                }
+            }
+            const bool is_value = head >= num_heads + num_kv_heads;
+            if (q_norm != nullptr) {
+                Head<D, LANES> normed = heads[i];
+                norm_head(normed, head < num_heads ? q_norm : k_norm, eps);
+                if (!is_value) {
+                    heads[i] = normed;
+                }
+            }
+            if (!is_value) {
+                turn_head(heads[i], angles);
+            }
+            if (first + i * stride >= num_all_heads) {
+                continue;
+            }
+            if (head < num_heads) {
+                store_head(q_out + (token * num_heads + head) * D, heads[i]);
+            } else if (slot >= 0) {
+                const int kv_head = head - num_heads - (is_value ? num_kv_heads : 0);
+                const int64_t row = ((block * num_kv_heads + kv_head) << block_shift) + offset;
+                store_head((is_value ? v_cache : k_cache) + row * D, heads[i]);
+            }
+        }
+    }
 }
 
 #define ENTRY(T, E, SUFFIX, D)                                                                     \
