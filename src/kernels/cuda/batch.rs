@@ -69,8 +69,10 @@ pub(in crate::kernels) struct Staged {
     pub(super) num_decodes: usize,
     /// Query tokens of all others.
     pub(super) num_prefill_tokens: usize,
-    /// Sequences of more than one token.
+    /// Sequences of more than one token, all from `prefills_begin` to before `prefills_end`.
     pub(super) num_prefills: usize,
+    pub(super) prefills_begin: usize,
+    pub(super) prefills_end: usize,
     pub(super) num_splits: usize,
     pub(super) max_position: usize,
     pub(super) ids: Address,
@@ -145,7 +147,7 @@ impl Stage {
             len: 0,
             base: self.device.address(),
         };
-        let lens = batch
+        let mut lens = batch
             .cu_seqlens_q
             .windows(2)
             .map(|pair| (pair[1] - pair[0]) as usize);
@@ -162,7 +164,9 @@ impl Stage {
             num_logits_rows,
             num_decodes,
             num_prefill_tokens: lens.clone().filter(|&len| len > 1).sum(),
-            num_prefills: lens.filter(|&len| len > 1).count(),
+            num_prefills: lens.clone().filter(|&len| len > 1).count(),
+            prefills_begin: lens.clone().position(|len| len > 1).unwrap_or(0),
+            prefills_end: lens.rposition(|len| len > 1).map_or(0, |last| last + 1),
             num_splits,
             max_position: batch.positions.iter().copied().max().unwrap_or(0) as usize,
             ids: writer.put(step.input_ids, num_tokens, 0)?,

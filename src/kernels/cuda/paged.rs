@@ -382,11 +382,13 @@ impl Gpu {
         };
         let mut args = vec![Arg::Pointer(out), Arg::Pointer(q)];
         args.extend(cache);
+        // The kernels look through all sequences that they are told of for each tile.
+        let first = 4 * staged.prefills_begin as Address;
         let tables = [
-            staged.cu_seqlens_q,
-            staged.context_lens,
+            staged.cu_seqlens_q + first,
+            staged.context_lens + first,
             staged.block_tables,
-            staged.cu_blocks,
+            staged.cu_blocks + first,
         ];
         args.extend(tables.map(Arg::Pointer));
         if kv.maps.is_some() {
@@ -395,7 +397,7 @@ impl Gpu {
         args.push(Arg::F32(scale * std::f32::consts::LOG2_E));
         // Sequences of one token are attention_decode's.
         let numbers = [
-            staged.num_sequences as i32,
+            (staged.prefills_end - staged.prefills_begin) as i32,
             2,
             num_heads as i32,
             kv.num_kv_heads as i32,
