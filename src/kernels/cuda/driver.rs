@@ -272,27 +272,6 @@ impl Driver {
         self.synchronize()
     }
 
-    /// Returns how long the GPU takes for what `work` launches, milliseconds.
-    ///
-    /// # Errors
-    /// Those of `work`, or when the GPU has faulted.
-    pub(super) fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
-        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let events = [result::event::create(flags), result::event::create(flags)];
-        let [start, end] = events.map(|event| told("make an event", event));
-        let (start, end) = (start?, end?);
-        // SAFETY: both events were just made and are destroyed once, after the wait.
-        unsafe {
-            told("time", result::event::record(start, self.stream))?;
-            let done = work();
-            told("time", result::event::record(end, self.stream))?;
-            told("time", result::event::synchronize(end))?;
-            let time = told("time", result::event::elapsed(start, end));
-            let _ = (result::event::destroy(start), result::event::destroy(end));
-            done.and(time)
-        }
-    }
-
     /// Copies `values` to `target` in stream order. The caller keeps them until the stream has
     /// come there if they are pinned; other memory is copied before the call returns.
     ///

@@ -3,11 +3,11 @@
 //! Where few rows of x wait for the weights `gemm_small` is ahead: up to 8 rows throughout, up to
 //! 16 for the widest and the narrowest products (measured on an H200 with Qwen2.5-7B's shapes,
 //! docs/gpu_log.md). Above, cuBLASLt's algorithms and, on Hopper, `gemm_stream` or `gemm_tile` are
-//! timed against each other once for each class of rows that steps of one token a sequence have,
-//! and for the largest step. Other numbers of rows take what the largest step took. FP8 products
+//! timed against each other once for each class of rows that steps of one token a sequence have.
+//! More rows are cuBLASLt's, whose algorithms are timed for the largest step. FP8 products
 //! are `gemm_stream`'s up to 64 rows and `gemm_tile`'s above. `gemm_tile`'s forms with SiLU are
-//! timed against each other for the same classes; other numbers of rows take the form whose waves
-//! of tiles waste least.
+//! timed against each other for the classes; more rows take the form whose waves of tiles waste
+//! least.
 
 mod cublaslt;
 mod hopper;
@@ -20,12 +20,13 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Result};
 
 use super::driver::{Address, Arg, Driver};
+use super::event::Span;
 use super::fp8::Scales;
 use cublaslt::{Algorithm, Library, Plan};
 use hopper::{Hopper, MAX_STREAM_ROWS};
 
-/// How often an algorithm is timed.
-const TRIALS: usize = 3;
+/// How often an algorithm is timed; the first half is not counted.
+const TRIALS: usize = 6;
 /// What `gemm_stream` saves in a step beside its own time: it begins while the kernel before it
 /// runs, and lets the one after it begin. The products of a step of 32 tokens through cuBLASLt cost
 /// 3.2 µs more each (on an H100, docs/gpu_log.md).
@@ -239,14 +240,9 @@ impl Gemm {
         key: Key,
         tuned: &mut HashMap<Key, Choice>,
     ) -> Result<Planned> {
-        let [rows, shape @ ..] = key;
-        let [n, k, bias, is_f32] = shape;
-        let Some(class) = self.class_of(rows) else {
-            let largest = tuned.get(&[self.max_rows, n, k, bias, is_f32]);
-            return match (largest, &self.hopper) {
-                (Some(Choice::Own(_)), Some(hopper)) => Ok(Planned::Own(hopper.tile_of(product))),
-                _ => Ok(Planned::Library(Plan::new(&self.library, product)?.0)),
-            };
+        let [num_rows, n, k, bias, is_f32] = key;
+        let Some(class) = self.class_of(num_rows) else {
+            return Ok(Planned::Library(Plan::new(&self.library, product)?.0));
         };
         let choice = match tuned.entry([class, n, k, bias, is_f32]) {
             Entry::Occupied(choice) => *choice.get(),
@@ -311,8 +307,8 @@ impl Gemm {
         Ok(choice)
     }
 
-    /// Returns the fastest form of `gemm_tile` where that is what `form` says and many steps have
-    /// so many rows, else `form`.
+    /// Returns the fastest form of `gemm_tile` where that is what `form` says and steps of one token
+    /// a sequence have so many rows, else `form`.
     fn tuned_silu(
         &self,
         driver: &Driver,
@@ -321,7 +317,9 @@ impl Gemm {
         form: hopper::Form,
     ) -> Result<hopper::Form> {
         let class = match form {
-            hopper::Form::Tile(_) => self.class_of(product.num_rows),
+            hopper::Form::Tile(_) if product.num_rows <= MAX_TUNED_ROWS => {
+                self.class_of(product.num_rows)
+            }
             _ => None,
         };
         let Some(class) = class else {
@@ -351,7 +349,8 @@ impl Gemm {
     /// Times choices and returns the fastest with its milliseconds, less what it has `saved`
     /// beside them; none if none can run.
     ///
-    /// They take turns: a GPU that has just begun to work runs at a higher clock.
+    /// They take turns without a pause, as in steps: a GPU that has just begun to work runs at a
+    /// higher clock.
     fn fastest<C: Copy>(
         &self,
         driver: &Driver,
@@ -360,15 +359,24 @@ impl Gemm {
         saved: impl Fn(C) -> f32,
     ) -> Result<Option<(f32, C)>> {
         choices.retain(|&choice| run(choice).is_ok());
-        let mut fastest: Option<(f32, C)> = None;
+        let mut rounds = Vec::with_capacity(TRIALS);
         for _ in 0..TRIALS {
-            for &choice in &choices {
+            let timed = |&choice| {
                 // Weights must come from memory, as in a step.
                 self.library.flush_cache(driver)?;
-                let time = driver.time(|| run(choice))? - saved(choice);
-                if fastest.is_none_or(|(least, _)| time < least) {
-                    fastest = Some((time, choice));
-                }
+                Span::of(driver, || run(choice))
+            };
+            rounds.push(choices.iter().map(timed).collect::<Result<Vec<_>>>()?);
+        }
+        let mut fastest: Option<(f32, C)> = None;
+        for (index, &choice) in choices.iter().enumerate() {
+            let counted = rounds[TRIALS / 2..].iter();
+            let times = counted.map(|spans| spans[index].milliseconds(driver));
+            let mut times = times.collect::<Result<Vec<_>>>()?;
+            times.sort_by(f32::total_cmp);
+            let time = times[times.len() / 2] - saved(choice);
+            if fastest.is_none_or(|(least, _)| time < least) {
+                fastest = Some((time, choice));
             }
         }
         Ok(fastest)

@@ -12,6 +12,7 @@
 mod activations;
 mod batch;
 mod driver;
+mod event;
 mod fp8;
 mod gemm;
 mod memory;

@@ -11,8 +11,8 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::super::{Draw, DrawOutcome, Drawn, MAX_TOP_LOGPROBS as MAX_TOP};
 use super::Gpu;
 use super::driver::{Address, Arg, Driver, Geometry, OVERLAPPING};
+use super::event::Event;
 use super::memory::{Buffer, Pinned};
-use super::turns::Event;
 
 /// Words of `SamplingParams` in sampler.cu.
 const PARAMS_WORDS: usize = 18;
