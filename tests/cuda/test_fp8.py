@@ -129,18 +129,13 @@ def test_norms_quantise_as_quantize_rows(kernels, name, dtype):
 
 def product_cases():
     """(kernel's launcher, its label, whether it has SiLU, tokens, n, k, repeats)"""
-    # Columns and blocks of a cluster.
-    silu_forms = [(128, 2), (192, 2), (256, 2), (256, 4)]
-    plain_forms = [(128, 2), (192, 2), (224, 2), (256, 2)]
     for tokens, n, k in [(300, 1000, 528), (1, 8, 16), (256, 4608, 3584), (2100, 1160, 256),
                          (129, 512, 18944), (65, 3584, 3584)]:
         for is_silu in [False, True]:
-            for columns, cluster in silu_forms if is_silu else plain_forms:
-                def tile(kernels, name, out, x, w, bias, scales, is_silu=is_silu, columns=columns,
-                         cluster=cluster):
-                    gemm_tile(kernels, name, columns, out, x, w, bias, is_silu, scales,
-                              cluster=cluster)
-                yield tile, f"gemm_tile n{columns} c{cluster}", is_silu, tokens, n, k, 5
+            for columns in [128, 192, 256] if is_silu else [128, 192, 224, 256]:
+                def tile(kernels, name, out, x, w, bias, scales, is_silu=is_silu, columns=columns):
+                    gemm_tile(kernels, name, columns, out, x, w, bias, is_silu, scales)
+                yield tile, f"gemm_tile n{columns}", is_silu, tokens, n, k, 5
     for limit, is_silu in itertools.product([16, 32, 64], [False, True]):
         for tokens, n, k, blocks in [(limit, 1000, 528, None), (limit // 2 + 1, 4608, 3584, None),
                                      (1, 8, 16, None), (limit, 520, 18944, 264),

@@ -112,16 +112,14 @@ def tile_bytes(columns):
 
 
 def gemm_tile(kernels, name, columns, out, x, w, bias=None, is_silu=False, scales=(),
-              residual=None, cluster=2):
-    """Launches gemm_tile for whole tensors; `scales` of x and w for a name with fp8. Of clusters of 4
-    fewer fit than are launched: the last ones come later, which is slower and no less right."""
+              residual=None):
+    """Launches gemm_tile for whole tensors; `scales` of x and w for a name with fp8."""
     (tokens, k), n = x.shape, out.shape[1]
-    blocks = torch.cuda.get_device_properties(0).multi_processor_count // cluster * cluster
-    args = [matrix_map(x, 128), matrix_map(w, columns // cluster), out]
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count // 2 * 2
+    args = [matrix_map(x, 128), matrix_map(w, columns // 2), out]
     args += [] if is_silu else [bias, residual]
-    form = f"n{columns}" if cluster == 2 else f"n{columns}_c{cluster}"
-    kernels.launch(f"gemm_tile{'_silu' * is_silu}_{name}_{form}", [blocks], 384, *args, *scales,
-                   tokens, n, k, shared_bytes=tile_bytes(columns))
+    kernels.launch(f"gemm_tile{'_silu' * is_silu}_{name}_n{columns}", [blocks], 384, *args,
+                   *scales, tokens, n, k, shared_bytes=tile_bytes(columns))
 
 
 def gemm_stream(kernels, name, limit, out, x, w, bias=None, kind="", blocks=None, scales=()):
@@ -179,13 +177,10 @@ def test_gemm_hopper(kernels, name, dtype):
             bias = None if is_silu else random(n, dtype=dtype)
             if bias is not None:
                 want = want + bias.double()
-            silu_forms = [(128, 2), (192, 2), (256, 2), (256, 4)]
-            forms = silu_forms if is_silu else [(128, 2), (192, 2), (224, 2), (256, 2)]
-            for columns, cluster in forms:
+            for columns in [128, 192, 256] if is_silu else [128, 192, 224, 256]:
                 out = poisoned(tokens, n, dtype=dtype)
-                product(out, lambda: gemm_tile(kernels, name, columns, out, x, w, bias, is_silu,
-                                               cluster=cluster), want,
-                        f"gemm_tile n{columns} c{cluster} {'silu ' * is_silu}{tokens} {n} {k}", 5)
+                product(out, lambda: gemm_tile(kernels, name, columns, out, x, w, bias, is_silu),
+                        want, f"gemm_tile n{columns} {'silu ' * is_silu}{tokens} {n} {k}", 5)
                 if not is_silu:
                     residual, total = random(tokens, n, dtype=dtype), torch.empty_like(out)
                     gemm_tile(kernels, name, columns, total, x, w, bias, residual=residual)

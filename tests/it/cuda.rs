@@ -53,7 +53,7 @@ pub(crate) fn some_tokens(many: usize) -> usize {
 
 pub(crate) fn on_gpu(dtype: Dtype) -> EngineOptions {
     EngineOptions {
-        max_num_batched_tokens: many_or_few(options().max_num_batched_tokens, 320),
+        max_num_batched_tokens: many_or_few(options().max_num_batched_tokens, 256),
         device: DeviceChoice::Cuda(0),
         dtype,
         kv_cache_dtype: KvCacheDtype::Auto,

@@ -184,12 +184,27 @@ impl Driver {
             bail!("no CUDA kernel {name} for this dtype, head size or group");
         };
         let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::as_ptr).collect();
-        let mut overlap = launch_attribute(
-            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        );
-        overlap.value.programmaticStreamSerializationAllowed = 1;
-        let has_overlap = self.compiled_for >= OVERLAPPING;
-        let config = self.launch_config(geometry, has_overlap.then_some(&mut overlap));
+        // SAFETY: a plain C structure whose every bit pattern is valid.
+        let mut value: sys::CUlaunchAttributeValue = unsafe { MaybeUninit::zeroed().assume_init() };
+        value.programmaticStreamSerializationAllowed = 1;
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value,
+        };
+        let [x, y, z] = geometry.grid.map(|blocks| blocks as u32);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: geometry.block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: geometry.shared_bytes,
+            hStream: self.stream,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.compiled_for >= OVERLAPPING),
+        };
         // SAFETY: `args` are the entry point's parameters in order (each caller's duty), and the
         // structures live until the call returns.
         let launched = unsafe {
@@ -201,57 +216,6 @@ impl Driver {
             )
         };
         told(name, launched.result())
-    }
-
-    /// Returns how many clusters of `size` blocks of the kernel `name`, launched so, the GPU holds
-    /// at once.
-    ///
-    /// # Errors
-    /// When there is no such kernel or no such launch.
-    pub(super) fn max_clusters(
-        &self,
-        name: &str,
-        size: usize,
-        geometry: Geometry,
-    ) -> Result<usize> {
-        let Some(&function) = self.functions.get(name) else {
-            bail!("no CUDA kernel {name}");
-        };
-        let mut cluster =
-            launch_attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
-        cluster.value.clusterDim.x = size as u32;
-        cluster.value.clusterDim.y = 1;
-        cluster.value.clusterDim.z = 1;
-        let config = self.launch_config(geometry, Some(&mut cluster));
-        let mut num_clusters = 0;
-        // SAFETY: the function is one of a loaded module; the structures live until the call
-        // returns.
-        let counted = unsafe {
-            sys::cuOccupancyMaxActiveClusters(&raw mut num_clusters, function, &raw const config)
-        };
-        told(name, counted.result())?;
-        Ok(num_clusters as usize)
-    }
-
-    fn launch_config(
-        &self,
-        geometry: Geometry,
-        attribute: Option<&mut sys::CUlaunchAttribute>,
-    ) -> sys::CUlaunchConfig {
-        let [x, y, z] = geometry.grid.map(|blocks| blocks as u32);
-        let num_attributes = u32::from(attribute.is_some());
-        sys::CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: geometry.block as u32,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: geometry.shared_bytes,
-            hStream: self.stream,
-            attrs: attribute.map_or(ptr::null_mut(), ptr::from_mut),
-            numAttrs: num_attributes,
-        }
     }
 
     /// Waits until everything in the stream has run.
@@ -445,16 +409,6 @@ impl Driver {
         told(name, unsafe {
             result::function::set_function_attribute(function, attribute, num_bytes as i32)
         })
-    }
-}
-
-/// Returns an attribute of a launch whose value is all zeros.
-fn launch_attribute(id: sys::CUlaunchAttributeID) -> sys::CUlaunchAttribute {
-    sys::CUlaunchAttribute {
-        id,
-        pad: [0; 4],
-        // SAFETY: a plain C structure whose every bit pattern is valid.
-        value: unsafe { MaybeUninit::zeroed().assume_init() },
     }
 }
 

@@ -331,7 +331,7 @@ impl Gemm {
         if let Some(&form) = plans.silu_forms.get(&key) {
             return Ok(form);
         }
-        let candidates = hopper.tiled_silu_forms(product.num_rows);
+        let candidates = Hopper::tiled_silu_forms();
         let run = |form| hopper.multiply_silu(driver, product, form);
         let fastest = self.fastest(driver, candidates, run, |_| 0.0)?;
         let (time, form) = fastest.unwrap_or((f32::INFINITY, form));

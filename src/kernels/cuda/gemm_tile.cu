@@ -9,30 +9,29 @@
 //          and residual.
 // Names:   gemm_tile_{f16,bf16}_n{128,192,224,256}, gemm_tile_silu_{f16,bf16}_n{128,192,256}:
 //          columns of a tile of 128 tokens; for silu half of them are gates, half their ups.
-//          gemm_tile_silu_{f16,bf16}_n256_c4: clusters of 4 blocks; all others' are of 2.
 // FP8:     gemm_tile{,_silu}_fp8_{f16,bf16}_n{…}: x and W E4M3, seen as pairs, so that K here is half
 //          of theirs; scales f32, x's [num_tokens] and W's [its rows]; a sum is multiplied by both
 //          before bias or SiLU. Sums keep about 14 bits on the way, as all of Hopper's FP8 products.
-// Maps:    of x, boxes of 64 × 128 elements; of W (2 N rows for silu), boxes of 64 × n / cluster.
-// Launch:  grid any multiple of the cluster, best as many as are held at once; block 384; dynamic
-//          shared memory 1,024 + stages · (16,384 + 128 n) bytes, stages = min(6, 220,000 / stage).
+// Maps:    of x, boxes of 64 × 128 elements; of W (2 N rows for silu), boxes of 64 × n / 2.
+// Launch:  any even grid, best one block a multiprocessor; clusters of 2; block 384; dynamic shared
+//          memory 1,024 + stages · (16,384 + 128 n) bytes, stages = min(6, 220,000 / stage).
 // Limits:  sm_90a. N and K multiples of 8; pointers on 16 bytes.
 // Method:  own, after the designs of CUTLASS's warp-specialised kernels: one warp brings tiles of
-//          K = 64 through a ring of stages, two warpgroups multiply 64 tokens each. The blocks of
-//          a cluster take tokens one after the other and the same columns: each brings its part of
-//          W's tile for all. Clusters take one tile after another; while x waits for its producer
+//          K = 64 through a ring of stages, two warpgroups multiply 64 tokens each. The two blocks
+//          of a cluster take tokens one after the other and the same columns: each brings half of
+//          W's tile for both. Blocks take one tile after another; while x waits for its producer
 //          the first stages of W are brought. Groups of 16 tiles of tokens share W in the L2 cache.
 //          A tile's sums are rounded into registers, which frees the sums, and stored between the
 //          next tile's products: up to 17 % less time for one product, no less for those of whole
-//          prompts, which the GPU's power limits (docs/gpu_log.md, runs 25 and 26). In clusters of
-//          4 a block brings a quarter of W's tile, for 512 rows that would wait for it.
+//          prompts, which the GPU's power limits (docs/gpu_log.md, runs 25 and 26). Lost: clusters
+//          of 4 (runs 25 and 27), prefetching into L2 (run 25).
 #include "hopper.cuh"
 
 #ifdef HAS_HOPPER
 
 constexpr int TILE_TOKENS = 128;
 constexpr int STEP = PANEL_COLUMNS;  // Elements of K of a stage.
-constexpr int GROUP = 16;            // Tiles of tokens that are taken together.
+constexpr int GROUP = 8;             // Pairs of tiles of tokens that are taken together.
 constexpr int WARPGROUPS = 3;        // Two multiply, the last one brings.
 
 template <int COLUMNS> struct Ring {
@@ -42,18 +41,16 @@ template <int COLUMNS> struct Ring {
     static constexpr int STAGES = 220000 / STAGE_BYTES < 6 ? 220000 / STAGE_BYTES : 6;
 };
 
-// What a cluster takes at a time: a tile of tokens for each block, and which columns.
+// Tile `index` of the cluster: a pair of tiles of tokens, and which columns.
 struct Place {
-    int band;
+    int pair;
     int column;
 };
-template <int CLUSTER>
-__device__ __forceinline__ Place place_of(int index, int num_bands, int num_columns) {
-    constexpr int BANDS = GROUP / CLUSTER;
-    const int group = index / (BANDS * num_columns);
-    const int first = group * BANDS;
-    const int size = min(BANDS, num_bands - first);
-    const int rest = index - group * BANDS * num_columns;
+__device__ __forceinline__ Place place_of(int index, int num_pairs, int num_columns) {
+    const int group = index / (GROUP * num_columns);
+    const int first = group * GROUP;
+    const int size = min(GROUP, num_pairs - first);
+    const int rest = index - group * GROUP * num_columns;
     return {first + rest % size, rest / size};
 }
 
@@ -98,7 +95,7 @@ template <typename T> __device__ __forceinline__ uint32_t silu_pair(uint32_t gat
                    __fdividef(up.y * gate.y, 1.0f + __expf(-gate.y)));
 }
 
-template <typename In, typename T, int COLUMNS, bool IS_SILU, int CLUSTER>
+template <typename In, typename T, int COLUMNS, bool IS_SILU>
 __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMap &w_map, T *out,
                                           const T *bias, const T *residual, Scales scales,
                                           int num_tokens, int n, int k) {
@@ -121,45 +118,40 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         prefetch_map(w_map);
         for (int stage = 0; stage < STAGES; stage++) {
             init_barrier(full + 8 * stage, 1);
-            init_barrier(empty + 8 * stage, 2 * CLUSTER);  // Two warpgroups of each block.
+            init_barrier(empty + 8 * stage, 4);  // Two warpgroups of each block.
         }
         fence_barrier_init();
     }
     __syncthreads();
     sync_cluster();
 
-    constexpr int BAND_TOKENS = CLUSTER * TILE_TOKENS;
-    const int num_bands = (num_tokens + BAND_TOKENS - 1) / BAND_TOKENS;
+    const int num_pairs = (num_tokens + 2 * TILE_TOKENS - 1) / (2 * TILE_TOKENS);
     const int num_columns = (n + OUT_COLUMNS - 1) / OUT_COLUMNS;
-    const int num_tiles = num_bands * num_columns;
+    const int num_tiles = num_pairs * num_columns;
     const int num_steps = (k + STEP - 1) / STEP;
-    const int first_tile = blockIdx.x / CLUSTER;
-    const int num_clusters = gridDim.x / CLUSTER;
+    const int first_tile = blockIdx.x / 2;
+    const int num_clusters = gridDim.x / 2;
     Turn<STAGES> turn;
 
     if (warpgroup == WARPGROUPS - 1) {
         give_registers<40>();
         if (threadIdx.x == WARPGROUP_SIZE * (WARPGROUPS - 1)) {
             const auto bring_w = [&](const Place &place, int step) {
-                constexpr int PART = COLUMNS / CLUSTER;
-                constexpr int HALF = CLUSTER / 2;  // So many blocks bring gates, as many their ups.
-                const int row = IS_SILU ? rank / HALF * n + place.column * OUT_COLUMNS +
-                                              rank % HALF * PART
-                                        : place.column * COLUMNS + rank * PART;
+                const int row = IS_SILU ? rank * n + place.column * OUT_COLUMNS
+                                        : place.column * COLUMNS + rank * (COLUMNS / 2);
                 const uint32_t target = ring + turn.stage * Ring::STAGE_BYTES + Ring::X_BYTES +
-                                        rank * (Ring::W_BYTES / CLUSTER);
+                                        rank * (Ring::W_BYTES / 2);
                 arrive_expecting(full + 8 * turn.stage, Ring::STAGE_BYTES);
-                copy_box_to_all(target, w_map, full + 8 * turn.stage, step * STEP, row,
-                                (1 << CLUSTER) - 1);
+                copy_box_to_all(target, w_map, full + 8 * turn.stage, step * STEP, row, 3);
             };
             const auto bring_x = [&](const Place &place, int step) {
-                const int row = place.band * BAND_TOKENS + rank * TILE_TOKENS;
+                const int row = (2 * place.pair + rank) * TILE_TOKENS;
                 copy_box(ring + turn.stage * Ring::STAGE_BYTES, x_map, full + 8 * turn.stage,
                          step * STEP, row, EVICT_NORMAL);
             };
             // The first stages of W before x is there.
             const int ahead = first_tile < num_tiles ? min(STAGES, num_steps) : 0;
-            const Place first = place_of<CLUSTER>(first_tile, num_bands, num_columns);
+            const Place first = place_of(first_tile, num_pairs, num_columns);
             for (int step = 0; step < ahead; step++, turn.next()) {
                 bring_w(first, step);
             }
@@ -170,7 +162,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                 bring_x(first, step);
             }
             for (int tile = first_tile; tile < num_tiles; tile += num_clusters) {
-                const Place place = place_of<CLUSTER>(tile, num_bands, num_columns);
+                const Place place = place_of(tile, num_pairs, num_columns);
                 for (int step = tile == first_tile ? ahead : 0; step < num_steps;
                      step++, turn.next()) {
                     wait_barrier(empty + 8 * turn.stage, turn.parity ^ 1);
@@ -187,7 +179,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         const int warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
         const int quarter = lane % 4;
         // One thread tells each block of the cluster that a stage may be filled again.
-        const int told_rank = lane == 0 && warp < CLUSTER ? warp : -1;
+        const int told_rank = lane == 0 && warp < 2 ? warp : -1;
         const auto release = [&](int stage) {
             if (told_rank >= 0) {
                 arrive_at(empty + 8 * stage, told_rank);
@@ -254,8 +246,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
         };
         // Scales, adds the bias and rounds.
         const auto hold = [&](const Place &place) {
-            held_row = place.band * BAND_TOKENS + rank * TILE_TOKENS + warpgroup * 64 + warp * 16 +
-                       lane / 4;
+            held_row = (2 * place.pair + rank) * TILE_TOKENS + warpgroup * 64 + warp * 16 + lane / 4;
             held_column = place.column * OUT_COLUMNS;
             float x_scales[2];
             uint32_t biases[COLUMNS / 8];
@@ -315,7 +306,7 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
             for (int step = PARTS; step < num_steps; step++) {
                 multiply_step(step);
             }
-            hold(place_of<CLUSTER>(tile, num_bands, num_columns));
+            hold(place_of(tile, num_pairs, num_columns));
         }
         if (first_tile < num_tiles) {
 #pragma unroll
@@ -334,40 +325,38 @@ __device__ __forceinline__ void gemm_tile(const TensorMap &x_map, const TensorMa
                                         const __grid_constant__ TensorMap w, T *out,               \
                                         const T *bias, const T *residual, int num_tokens, int n,   \
                                         int k) {                                                   \
-        gemm_tile<T, T, COLUMNS, false, 2>(x, w, out, bias, residual, {}, num_tokens, n, k);       \
+        gemm_tile<T, T, COLUMNS, false>(x, w, out, bias, residual, {}, num_tokens, n, k);          \
     }                                                                                              \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
         gemm_tile_fp8_##SUFFIX##_n##COLUMNS(                                                       \
             const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
             const T *bias, const T *residual, const float *x_scales, const float *w_scales,        \
             int num_tokens, int n, int k) {                                                        \
-        gemm_tile<E4m3Pair, T, COLUMNS, false, 2>(x, w, out, bias, residual, {x_scales, w_scales}, \
-                                                  num_tokens, n, k);                               \
+        gemm_tile<E4m3Pair, T, COLUMNS, false>(x, w, out, bias, residual, {x_scales, w_scales},    \
+                                               num_tokens, n, k);                                  \
     }
-#define ENTRY_SILU(T, SUFFIX, FORM, COLUMNS, CLUSTER)                                              \
-    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)           \
-        gemm_tile_silu_##SUFFIX##_##FORM(const __grid_constant__ TensorMap x,                      \
-                                         const __grid_constant__ TensorMap w, T *out,              \
-                                         int num_tokens, int n, int k) {                           \
-        gemm_tile<T, T, COLUMNS, true, CLUSTER>(x, w, out, nullptr, nullptr, {}, num_tokens, n,    \
-                                                k);                                                \
+#define ENTRY_SILU(T, SUFFIX, COLUMNS)                                                             \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
+        gemm_tile_silu_##SUFFIX##_n##COLUMNS(const __grid_constant__ TensorMap x,                  \
+                                             const __grid_constant__ TensorMap w, T *out,          \
+                                             int num_tokens, int n, int k) {                       \
+        gemm_tile<T, T, COLUMNS, true>(x, w, out, nullptr, nullptr, {}, num_tokens, n, k);         \
     }                                                                                              \
-    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)           \
-        gemm_tile_silu_fp8_##SUFFIX##_##FORM(                                                      \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)                 \
+        gemm_tile_silu_fp8_##SUFFIX##_n##COLUMNS(                                                  \
             const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, T *out,      \
             const float *x_scales, const float *w_scales, int num_tokens, int n, int k) {          \
-        gemm_tile<E4m3Pair, T, COLUMNS, true, CLUSTER>(x, w, out, nullptr, nullptr,                \
-                                                       {x_scales, w_scales}, num_tokens, n, k);    \
+        gemm_tile<E4m3Pair, T, COLUMNS, true>(x, w, out, nullptr, nullptr, {x_scales, w_scales},   \
+                                              num_tokens, n, k);                                   \
     }
 #define ENTRIES(T, SUFFIX)                                                                         \
     ENTRY(T, SUFFIX, 128)                                                                          \
     ENTRY(T, SUFFIX, 192)                                                                          \
     ENTRY(T, SUFFIX, 224)                                                                          \
     ENTRY(T, SUFFIX, 256)                                                                          \
-    ENTRY_SILU(T, SUFFIX, n128, 128, 2)                                                            \
-    ENTRY_SILU(T, SUFFIX, n192, 192, 2)                                                            \
-    ENTRY_SILU(T, SUFFIX, n256, 256, 2)                                                            \
-    ENTRY_SILU(T, SUFFIX, n256_c4, 256, 4)
+    ENTRY_SILU(T, SUFFIX, 128)                                                                     \
+    ENTRY_SILU(T, SUFFIX, 192)                                                                     \
+    ENTRY_SILU(T, SUFFIX, 256)
 
 ENTRIES(__half, f16)
 ENTRIES(__nv_bfloat16, bf16)

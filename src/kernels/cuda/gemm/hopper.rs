@@ -1,7 +1,7 @@
 //! `gemm_stream` and `gemm_tile`: products through Hopper's tensor copies and warpgroups, of the
 //! computing type and of FP8.
 
-use candle_core::{DType, Result, bail};
+use candle_core::{DType, Result};
 
 use super::super::driver::{Arg, Driver, Geometry};
 use super::super::memory::Buffer;
@@ -12,14 +12,8 @@ use super::{MAX_TUNED_ROWS, Product};
 /// Columns of `gemm_tile`'s tiles, and those whose halves also make whole octets for SiLU.
 const TILE_COLUMNS: [usize; 4] = [128, 192, 224, 256];
 const SILU_COLUMNS: [usize; 3] = [128, 192, 256];
-/// Columns of the tiles that clusters of four blocks take, with SiLU.
-const QUAD_COLUMNS: usize = 256;
-/// Rows of x of a tile.
-const TILE_ROWS: usize = 128;
 /// Rows of x that the two blocks of a cluster take.
-const PAIR_ROWS: usize = 2 * TILE_ROWS;
-/// Threads of a block of `gemm_tile`.
-const TILE_THREADS: usize = 384;
+const PAIR_ROWS: usize = 256;
 /// What a tile costs beside its products, in columns; estimated from times on an H200.
 const TILE_OVERHEAD: usize = 24;
 /// Fewer rows leave too much of a pair of tiles empty (measured: from 192 on ahead of cuBLASLt).
@@ -37,10 +31,8 @@ const TILE_RING_BYTES: usize = 220_000;
 /// How one of these kernels is launched.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) enum Form {
-    /// `gemm_tile` with so many columns, in clusters of two blocks.
+    /// `gemm_tile` with so many columns.
     Tile(usize),
-    /// `gemm_tile` with SiLU in clusters of four.
-    Quads,
     /// `gemm_stream`.
     Stream,
 }
@@ -49,9 +41,6 @@ pub(in super::super) enum Form {
 pub(super) struct Hopper {
     dtype: DType,
     num_multiprocessors: usize,
-    /// Clusters of four blocks that the GPU holds at once: its multiprocessors come in groups that
-    /// four do not divide.
-    num_quads: usize,
     /// Sums that a block leaves for another one, and whether they are there.
     partial: Buffer,
     flags: Buffer,
@@ -71,7 +60,6 @@ impl Hopper {
                     driver.allow_shared(&kernel, tile_bytes(columns))?;
                 }
             }
-            driver.allow_shared(&quad_kernel(&name), tile_bytes(QUAD_COLUMNS))?;
             for rows in STREAM_ROWS {
                 for kernel in [
                     format!("gemm_stream_{name}_t{rows}"),
@@ -83,16 +71,10 @@ impl Hopper {
             }
         }
         let num_blocks = driver.num_multiprocessors;
-        let quads = tile_geometry(num_blocks / 4 * 4, QUAD_COLUMNS);
-        let num_quads = match num_blocks {
-            ..4 => 0,
-            _ => driver.max_clusters(&quad_kernel(name), 4, quads)?,
-        };
         let max_sums = num_blocks * MAX_STREAM_ROWS * STREAM_STEP;
         Ok(Some(Self {
             dtype,
             num_multiprocessors: num_blocks,
-            num_quads,
             partial: driver.allocate(max_sums * size_of::<f32>())?,
             flags: driver.allocate_zeroed(num_blocks * size_of::<u32>())?,
         }))
@@ -136,12 +118,9 @@ impl Hopper {
         })
     }
 
-    /// Returns all forms of `gemm_tile` for so many rows with SiLU.
-    pub(super) fn tiled_silu_forms(&self, num_rows: usize) -> Vec<Form> {
-        // Of fewer rows half of a cluster of four would be empty.
-        let has_quads = self.num_quads > 0 && num_rows > PAIR_ROWS;
-        let quads = has_quads.then_some(Form::Quads).into_iter();
-        quads.chain(SILU_COLUMNS.map(Form::Tile)).collect()
+    /// Returns all forms of `gemm_tile` with SiLU.
+    pub(super) fn tiled_silu_forms() -> Vec<Form> {
+        SILU_COLUMNS.map(Form::Tile).to_vec()
     }
 
     /// Returns the form for a product of FP8.
@@ -172,11 +151,9 @@ impl Hopper {
                 operands.push(Arg::Pointer(product.residual.unwrap_or(0)));
                 operands.extend(scale_args(product));
                 let kernel = format!("gemm_tile_{name}_n{columns}");
-                let tiles = self.pairs(columns, weight_rows);
-                launch_tiles(driver, product, &kernel, tiles, &operands)?;
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)?;
                 Ok(product.residual.is_some())
             }
-            Form::Quads => bail!("clusters of four blocks have products with SiLU alone"),
             Form::Stream => {
                 operands.extend(scale_args(product));
                 let rows = stream_rows(product.num_rows);
@@ -206,17 +183,7 @@ impl Hopper {
         match form {
             Form::Tile(columns) => {
                 let kernel = format!("gemm_tile_silu_{name}_n{columns}");
-                let tiles = self.pairs(columns, weight_rows);
-                launch_tiles(driver, product, &kernel, tiles, &operands)
-            }
-            Form::Quads => {
-                let tiles = Tiles {
-                    columns: QUAD_COLUMNS,
-                    cluster: 4,
-                    num_clusters: self.num_quads,
-                    weight_rows,
-                };
-                launch_tiles(driver, product, &quad_kernel(&name), tiles, &operands)
+                self.launch_tile(driver, product, &kernel, columns, weight_rows, &operands)
             }
             Form::Stream => {
                 let kernel = format!("gemm_stream_silu_{name}_t{}", stream_rows(product.num_rows));
@@ -233,14 +200,26 @@ impl Hopper {
         }
     }
 
-    /// Returns how `gemm_tile` is launched in clusters of two.
-    fn pairs(&self, columns: usize, weight_rows: usize) -> Tiles {
-        Tiles {
-            columns,
-            cluster: 2,
-            num_clusters: self.num_multiprocessors / 2,
-            weight_rows,
-        }
+    fn launch_tile(
+        &self,
+        driver: &Driver,
+        product: &Product,
+        kernel: &str,
+        columns: usize,
+        weight_rows: usize,
+        operands: &[Arg],
+    ) -> Result<()> {
+        let x = rows_map(driver, product, PAIR_ROWS / 2)?;
+        let weight = weight_map(driver, product, weight_rows, columns / 2)?;
+        let mut args = vec![Arg::map(&x), Arg::map(&weight), Arg::Pointer(product.out)];
+        args.extend(operands);
+        args.extend(product.sizes());
+        let geometry = Geometry {
+            grid: [self.num_multiprocessors / 2 * 2, 1, 1],
+            block: 384,
+            shared_bytes: tile_bytes(columns),
+        };
+        driver.launch(kernel, geometry, &args)
     }
 
     fn launch_stream(
@@ -266,47 +245,6 @@ impl Hopper {
         };
         driver.launch(kernel, geometry, &args)
     }
-}
-
-/// How a product is shared out among clusters of blocks.
-struct Tiles {
-    /// Of W, of a tile.
-    columns: usize,
-    /// Blocks of a cluster.
-    cluster: usize,
-    num_clusters: usize,
-    /// Of W, with SiLU those of gates and ups.
-    weight_rows: usize,
-}
-
-fn launch_tiles(
-    driver: &Driver,
-    product: &Product,
-    kernel: &str,
-    tiles: Tiles,
-    operands: &[Arg],
-) -> Result<()> {
-    let x = rows_map(driver, product, TILE_ROWS)?;
-    let box_rows = tiles.columns / tiles.cluster;
-    let weight = weight_map(driver, product, tiles.weight_rows, box_rows)?;
-    let mut args = vec![Arg::map(&x), Arg::map(&weight), Arg::Pointer(product.out)];
-    args.extend(operands);
-    args.extend(product.sizes());
-    let geometry = tile_geometry(tiles.num_clusters * tiles.cluster, tiles.columns);
-    driver.launch(kernel, geometry, &args)
-}
-
-fn tile_geometry(num_blocks: usize, columns: usize) -> Geometry {
-    Geometry {
-        grid: [num_blocks, 1, 1],
-        block: TILE_THREADS,
-        shared_bytes: tile_bytes(columns),
-    }
-}
-
-/// Returns the kernel of [`Form::Quads`] for the types that `name` says.
-fn quad_kernel(name: &str) -> String {
-    format!("gemm_tile_silu_{name}_n{QUAD_COLUMNS}_c4")
 }
 
 /// Describes x in boxes of `box_rows` rows.

@@ -9,7 +9,7 @@ use super::device::{config, max_shared_bytes};
 use super::module::{FUNCTIONS, Function};
 use super::profile::timed;
 use super::registry::Handle;
-use super::status::{Out, Outcome, Status, answer, put};
+use super::status::{Outcome, Status, answer};
 use super::stream::{Fault, Stream, Work};
 
 /// What a kernel moves its stream's clock by, nanoseconds.
@@ -39,45 +39,6 @@ struct LaunchAttribute {
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: kernels begin while their predecessor
 /// ends. Here they wait for it, as they may.
 const PROGRAMMATIC_SERIALIZATION: c_int = 6;
-
-/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`: blocks of a cluster, three numbers of 32 bits.
-const CLUSTER_DIMENSION: c_int = 4;
-
-/// # Safety
-/// The configuration's array must be as long as it says.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn cuOccupancyMaxActiveClusters(
-    num_clusters: Out<'_, c_int>,
-    function: Handle,
-    launch: Option<&LaunchConfig>,
-) -> Status {
-    answer(FUNCTIONS.get(function).and_then(|function| {
-        let launch = launch.ok_or(Status::INVALID_VALUE)?;
-        check(launch, &function)?;
-        let kernel = function.kernel();
-        let [x, y, z] = kernel.cluster.unwrap_or([1; 3]).map(u64::from);
-        for i in 0..launch.num_attributes as usize {
-            // SAFETY: the caller's array is that long.
-            let attribute = unsafe { &*launch.attributes.add(i) };
-            if attribute.id != CLUSTER_DIMENSION {
-                return Err(Status::NOT_SUPPORTED);
-            }
-            // Kernels say themselves what their clusters are.
-            if attribute.value[..2] != [x | y << 32, z] {
-                return Err(Status::INVALID_CLUSTER_SIZE);
-            }
-        }
-        let launch = ptx::Launch {
-            grid: launch.grid,
-            block: launch.block,
-            shared_bytes: launch.shared_bytes,
-            params: &[],
-            num_multiprocessors: config().num_multiprocessors,
-        };
-        let most = ptx::max_resident_clusters(kernel, &launch);
-        put(num_clusters, most as c_int)
-    }))
-}
 
 /// # Safety
 /// `params` must have a pointer to each of the kernel's parameters.

@@ -69,7 +69,7 @@ pub(super) fn run(kernel: &Kernel, launch: &Launch<'_>) -> Result<u64, String> {
         num_clusters: (0..3)
             .map(|axis| u64::from(launch.grid[axis] / dims[axis]))
             .product(),
-        max_resident: max_resident_clusters(kernel, launch).max(1),
+        max_resident: max_resident_clusters(kernel, launch, dims),
         next: AtomicU64::new(0),
         count: AtomicU64::new(0),
         failure: OnceLock::new(),
@@ -234,7 +234,7 @@ fn check(kernel: &Kernel, launch: &Launch<'_>, cluster: [u32; 3]) -> Result<(), 
 }
 
 /// Returns how many clusters the GPU holds.
-pub(super) fn max_resident_clusters(kernel: &Kernel, launch: &Launch<'_>) -> usize {
+fn max_resident_clusters(kernel: &Kernel, launch: &Launch<'_>, cluster: [u32; 3]) -> usize {
     let shared = kernel.program.dynamic_shared_start + launch.shared_bytes + RESERVED_BYTES;
     let num_threads: u32 = launch.block.iter().product();
     let per_multiprocessor = MAX_BLOCKS
@@ -242,8 +242,7 @@ pub(super) fn max_resident_clusters(kernel: &Kernel, launch: &Launch<'_>) -> usi
         .min(MAX_THREADS / num_threads)
         .max(1);
     let num_blocks = launch.num_multiprocessors.max(1) * per_multiprocessor;
-    let cluster = kernel.cluster.unwrap_or([1; 3]);
-    (num_blocks / cluster.iter().product::<u32>()) as usize
+    (num_blocks / cluster.iter().product::<u32>()).max(1) as usize
 }
 
 /// Begins a cluster.

@@ -118,11 +118,6 @@ pub fn run_counting(kernel: &Kernel, launch: &Launch<'_>) -> Result<u64, String>
     grid::run(kernel, launch)
 }
 
-/// Returns how many clusters of a launch the GPU holds at a time.
-pub fn max_resident_clusters(kernel: &Kernel, launch: &Launch<'_>) -> usize {
-    grid::max_resident_clusters(kernel, launch)
-}
-
 /// Checks that the processor has the vector instructions that handlers are compiled for.
 fn check_processor() -> Result<(), String> {
     #[cfg(target_arch = "x86_64")]
