@@ -20,7 +20,6 @@ import torch
 
 import reference
 from driver import relative_error
-from test_kernels import norm_of
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"f16": 1e-3, "bf16": 6e-3}
@@ -121,8 +120,7 @@ class Norm(Operation):
         self.sum = self.residual if in_place else [torch.empty_like(x) for x in self.x]
         x, out, total = sum_in_order(parts), *(torch.empty_like(residual) for _ in range(2))
         with torch.cuda.device(0):
-            suffix, one_row = norm_of(width, type_name)
-            ranks.kernels[0].launch(f"add_rms_norm_{suffix}", [rows], one_row, out, total, x,
+            ranks.kernels[0].launch(f"add_rms_norm_{type_name}_wide", [rows], block, out, total, x,
                                     residual, weight, EPS, width)
         error = relative_error(out, reference.rms_norm(total, weight, EPS))
         assert error < TOLERANCE[type_name], f"add_rms_norm itself: {error}"

@@ -114,6 +114,24 @@ fn three_ranks_share_nine_heads() {
     assert_ranks_answer_as_one(SHAPES[2], 3);
 }
 
+/// Rows of more elements than eight a thread, as Qwen2.5-14B's.
+#[test]
+fn two_ranks_sum_wide_rows() {
+    if !has_gpus(2) {
+        return;
+    }
+    let shape = Shape {
+        hidden: 4608,
+        ..SHAPES[0]
+    };
+    let folder = shape.write();
+    let ask = |engine: &EngineHandle| run(engine, &prompt(20, 1), greedy(4));
+    let want = ask(&start(folder.path(), &on_gpu(Dtype::Float16)));
+    let engine = start(folder.path(), &split(2, CollectiveChoice::Fastest));
+    assert_all_near("two ranks", &[ask(&engine)], &[want], F16_TOLERANCE);
+    end(&engine);
+}
+
 /// Set in the process that [`in_own_process`] starts, and how that one ends when all is well: not
 /// as one that found no test of the name.
 const OWN_PROCESS: &str = "INFOLD_TEST_OWN_PROCESS";

@@ -1,6 +1,7 @@
 // all_reduce, all_reduce_two_shot: out = Σ over ranks of x, the same bits on all ranks;
 // all_reduce_add_rms_norm, all_reduce_two_shot_add_rms_norm: sum = residual + Σ x,
-// out = rms_norm(sum) · weight, bit for bit what add_rms_norm (norm.cu) makes of Σ x.
+// out = rms_norm(sum) · weight, bit for bit what add_rms_norm_wide (norm.cu) makes of Σ x in blocks of
+// as many threads.
 //
 // Shapes:  x, out: num_vectors · 8 elements, any shape; the norms: x, residual, out, sum
 //          [rows, width], weight [width]; type T, row-major. All are this rank's own and may lie
@@ -13,7 +14,7 @@
 //          all_reduce_pushed_add_rms_norm_…: one shot of what gemm_small_push has sent already.
 // Launch:  grid at most MAX_BLOCKS and no more blocks than the GPU holds at once, the same on all
 //          ranks. Reductions: any block up to 512. Norms: grid up to rows, block a multiple of
-//          32, at most 512 and at least width / 32 (the bits are add_rms_norm's of that block).
+//          32, at most 512 and at least width / 32.
 // Slot:    slot_bytes at least: one shot ranks · bytes of x; two shots 2 · bytes + 16 · ranks, the
 //          norms 2 · bytes + ranks · bytes of a row.
 // Limits:  num_vectors at least 1; two shots: num_vectors (the norms: rows) at least ranks. width

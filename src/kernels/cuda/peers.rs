@@ -30,6 +30,10 @@ const TIMEOUT_NS: u64 = 4_000_000_000;
 const INTERRUPTED: u32 = u32::MAX;
 /// Blocks of a collective at most: all of them must be on the GPU at once.
 const MAX_BLOCKS: usize = 128;
+/// Threads of a block of a reduction, at most.
+const MAX_THREADS: usize = 512;
+/// Columns of a norm after a sum, at most: four vectors of eight a thread.
+const MAX_NORM_WIDTH: usize = 32 * MAX_THREADS;
 
 /// The parameter of that name in `peers.cuh`.
 #[repr(C)]
@@ -221,7 +225,7 @@ impl Gpu {
             let block = match num_vectors {
                 ..=16_384 => 128,
                 16_385..=32_768 => 256,
-                _ => 512,
+                _ => MAX_THREADS,
             };
             let shots = self.shots(16 * num_vectors, num_vectors, false);
             let name = format!("all_reduce{shots}_{}_r{}", self.type_name, peers.world_size);
@@ -262,10 +266,10 @@ impl Gpu {
         let x = self.address("x", x, self.dtype)?;
         let residual = self.address("residual", residual, self.dtype)?;
         let weight = self.address("the norm's weight", weight, self.dtype)?;
-        let block = norm_geometry(1, width).block;
-        if block > 512 {
-            bail!("a norm over {width} elements does not fit the collectives' blocks");
+        if width > MAX_NORM_WIDTH {
+            bail!("a norm of {width} elements after a sum over ranks; at most {MAX_NORM_WIDTH}");
         }
+        let block = norm_geometry(1, width).block.min(MAX_THREADS);
         let most = MAX_BYTES / (2 * width);
         for first in (0..num_rows).step_by(most) {
             let rows = most.min(num_rows - first);
