@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::kernels::drawn_id;
+use crate::kernels::{MAX_STEP_BIASES, drawn_id};
 
 use super::EngineOptions;
 use super::batch::{LogitsUse, StepInput};
@@ -334,6 +334,7 @@ impl EngineCore {
         if !self.ranks.draws_on_device() {
             return Ok(());
         }
+        let mut num_biases = 0;
         for (draw, logits_use) in input.draws.iter_mut().zip(&input.logits_uses) {
             let LogitsUse::Sample { id, output_index } = *logits_use else {
                 continue;
@@ -341,17 +342,30 @@ impl EngineCore {
             let Some(active) = self.active.get_mut(&id) else {
                 continue;
             };
-            if active.sampler.has_penalty() && active.penalty_slot.is_none() {
-                // Without a free one the engine draws this token itself.
-                active.penalty_slot = self.free_penalty_slots.pop();
-                if let Some(slot) = active.penalty_slot {
-                    let (prompt, drawn) = active.sampler.seen_tokens();
-                    self.ranks.mark_tokens(slot, &prompt, &drawn)?;
+            let Some(mut device_draw) = active.sampler.device_draw(output_index) else {
+                continue;
+            };
+            if num_biases + device_draw.biases.len() > MAX_STEP_BIASES {
+                // The engine draws this token itself, of which the slot would not hear.
+                self.free_penalty_slots.extend(active.penalty_slot.take());
+                continue;
+            }
+            if active.sampler.has_penalty() {
+                if active.penalty_slot.is_none() {
+                    active.penalty_slot = self.free_penalty_slots.pop();
+                    if let Some(slot) = active.penalty_slot {
+                        let (prompt, drawn) = active.sampler.seen_tokens();
+                        self.ranks.mark_tokens(slot, &prompt, &drawn)?;
+                    }
+                }
+                device_draw.penalty_slot = active.penalty_slot;
+                if device_draw.penalty_slot.is_none() {
+                    // Without a free one the engine draws this token itself.
+                    continue;
                 }
             }
-            *draw = active
-                .sampler
-                .device_draw(output_index, active.penalty_slot);
+            num_biases += device_draw.biases.len();
+            *draw = Some(device_draw);
         }
         Ok(())
     }

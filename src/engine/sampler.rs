@@ -145,16 +145,12 @@ impl SequenceSampler {
         Ok(Sampled { token_id, logprobs })
     }
 
-    /// Returns how the device draws output token number `output_index`, with the penalty slot that
-    /// it keeps for this sequence; none where it cannot, so that [`Self::sample`] must.
-    pub(super) fn device_draw(
-        &self,
-        output_index: usize,
-        penalty_slot: Option<usize>,
-    ) -> Option<Draw> {
+    /// Returns how the device draws output token number `output_index`, without the penalty slot
+    /// that it needs if [`Self::has_penalty`]; none where it cannot, so that [`Self::sample`] must.
+    pub(super) fn device_draw(&self, output_index: usize) -> Option<Draw> {
         let params = &self.params;
         let too_many_logprobs = params.logprobs.is_some_and(|num| num > MAX_TOP_LOGPROBS);
-        if too_many_logprobs || (self.has_penalty() && penalty_slot.is_none()) {
+        if too_many_logprobs {
             return None;
         }
         let holds_back = output_index < params.min_tokens;
@@ -167,13 +163,9 @@ impl SequenceSampler {
             .iter()
             .map(|&token_id| (token_id, select::DROPPED))
             .collect();
-        biases.extend(
-            params
-                .logit_bias
-                .iter()
-                .filter(|(id, _)| !held_back.contains(id)),
-        );
-        biases.sort_unstable_by_key(|&(token_id, _)| token_id);
+        biases.extend(&params.logit_bias);
+        // Of equals the first stays, which holds back.
+        biases.sort_by_key(|&(token_id, _)| token_id);
         biases.dedup_by_key(|&mut (token_id, _)| token_id);
         Some(Draw {
             temperature: params.temperature,
@@ -186,7 +178,7 @@ impl SequenceSampler {
             presence_penalty: params.presence_penalty,
             seed: self.seed,
             output_index: output_index as u64,
-            penalty_slot,
+            penalty_slot: None,
             num_logprobs: params.logprobs,
             biases,
         })

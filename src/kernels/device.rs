@@ -159,6 +159,9 @@ pub const NO_SLOT: u32 = u32::MAX;
 /// Most alternatives that a [`Draw`] can report: vLLM's `--max-logprobs`.
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
+/// The most biases of all draws of one step.
+pub const MAX_STEP_BIASES: usize = 1 << 16;
+
 impl Kernels {
     /// Opens a GPU. Weights and activations are of `options.dtype`; one thread
     /// expands block formats while weights are loaded.

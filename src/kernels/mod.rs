@@ -45,8 +45,8 @@ use std::sync::Arc;
 pub use collectives::{CollectiveChoice, Collectives, Interrupt, NcclGroup};
 pub use cpu::{SimdLevel, keep_freed_memory};
 pub use device::{
-    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_TOP_LOGPROBS, NO_SLOT, PendingDraws,
-    Quantization, Staged, drawn_id, vocab_part_len,
+    DeviceOptions, Draw, DrawOutcome, Drawn, Graph, MAX_STEP_BIASES, MAX_TOP_LOGPROBS, NO_SLOT,
+    PendingDraws, Quantization, Staged, drawn_id, vocab_part_len,
 };
 pub use paged::{AttentionBatch, KvBlocks, RopeAndCache};
 pub use training::{Dropout, LinearPart, LowRank, RopeArgs, VarlenArgs};

@@ -9,7 +9,7 @@ use infold::engine::{
     AsyncScheduling, DeviceChoice, Dtype, EngineHandle, EngineOptions, FinishReason, Graphs,
     KvCacheDtype, SamplingParams,
 };
-use infold::kernels::Kernels;
+use infold::kernels::{Kernels, MAX_STEP_BIASES};
 
 use crate::random_models::{SHAPES, Shape, VOCAB_SIZE};
 use crate::tiny_engine::{Answer, collect, greedy, options, run, run_together, start, submit};
@@ -542,6 +542,29 @@ fn more_penalties_than_slots_are_drawn_by_the_engine() {
     let want = run_alone(&engine, &penalized);
     let got = run_together(&engine, &prompts(), &penalized);
     assert_all_near("penalties", &got, &want, BATCH_TOLERANCE);
+}
+
+#[test]
+fn more_biases_than_a_step_takes_are_drawn_by_the_engine() {
+    if !has_gpu() {
+        return;
+    }
+    let folder = SHAPES[0].write();
+    let engine = start(folder.path(), &on_gpu(Dtype::Float16));
+    let biased = SamplingParams {
+        logit_bias: (0..VOCAB_SIZE as u32)
+            .map(|id| (id, (id % 7) as f32 / 4.0))
+            .collect(),
+        repetition_penalty: 1.3,
+        ..greedy(4)
+    };
+    let num_sequences = MAX_STEP_BIASES / VOCAB_SIZE + 2;
+    let prompts: Vec<_> = (0..num_sequences).map(|salt| prompt(3, salt)).collect();
+    let got = run_together(&engine, &prompts, &biased);
+    for index in [0, num_sequences - 1] {
+        let want = run(&engine, &prompts[index], biased.clone());
+        assert_all_near("biases", &got[index..=index], &[want], BATCH_TOLERANCE);
+    }
 }
 
 #[test]

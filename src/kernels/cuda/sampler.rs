@@ -8,7 +8,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::super::{Draw, DrawOutcome, Drawn, MAX_TOP_LOGPROBS as MAX_TOP};
+use super::super::{
+    Draw, DrawOutcome, Drawn, MAX_STEP_BIASES as MAX_BIASES, MAX_TOP_LOGPROBS as MAX_TOP,
+};
 use super::Gpu;
 use super::driver::{Address, Arg, Driver, Geometry, OVERLAPPING};
 use super::event::Event;
@@ -16,8 +18,6 @@ use super::memory::{Buffer, Pinned};
 
 /// Words of `SamplingParams` in sampler.cu.
 const PARAMS_WORDS: usize = 18;
-/// Biases of all rows of a step.
-const MAX_BIASES: usize = 1 << 16;
 /// A row's `top_k` that makes `sample` leave it alone.
 const SKIPPED: u32 = u32::MAX;
 /// Bit 15 of a count marks the prompt; the rest counts.
