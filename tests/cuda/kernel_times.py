@@ -5,9 +5,9 @@
 
 A step ends with a kernel whose name begins with --end. --steps takes those of LOW to HIGH milliseconds
 alone: prompts, say, or decodes of one batch. Kernels that were launched early count the time that they
-wait for their predecessor. Needs a GPU, a C++ compiler, and CUPTI, of the CUDA toolkit in CUDA_HOME
-(/usr/local/cuda) or of the Python package nvidia-cuda-cupti. Another program's lines may be read with
---trace FILE. Standard library only.
+wait for their predecessor. Of one process, on as many GPUs as it likes, each with steps of its own. Needs a
+C++ compiler and the CUDA toolkit in CUDA_HOME (/usr/local/cuda) with its CUPTI; for want of that the Python
+package nvidia-cuda-cupti. --trace FILE reads lines that kernel_trace.cpp has written. Standard library only.
 """
 
 import argparse
@@ -29,12 +29,11 @@ def cupti_folders():
     package = importlib.util.find_spec("nvidia")
     for place in package.submodule_search_locations if package else []:
         roots += [Path(place) / "cu13", Path(place) / "cuda_cupti"]
-    headers = [root / "include" for root in roots if (root / "include" / "cupti.h").exists()]
-    libraries = sorted(path for root in roots for folder in ["lib", "lib64"]
-                       for path in (root / folder).glob("libcupti.so.[0-9]*"))
-    if not headers or not libraries:
-        sys.exit(f"CUPTI's cupti.h and libcupti.so are in none of {', '.join(map(str, roots))}")
-    return headers + [cuda / "include"], libraries[0]
+    for root in roots:
+        libraries = [path for folder in ["lib", "lib64"] for path in (root / folder).glob("libcupti.so.[0-9]*")]
+        if libraries and (root / "include" / "cupti.h").exists():
+            return [root / "include", cuda / "include"], libraries[0]
+    sys.exit(f"none of {', '.join(map(str, roots))} has include/cupti.h and a libcupti.so.N")
 
 
 def trace(command, folder):
@@ -50,21 +49,22 @@ def trace(command, folder):
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         sys.exit(f"{command[0]} ended with {done.returncode}")
+    if not lines.exists():
+        sys.exit(f"{command[0]} did not start CUDA")
     return lines
 
 
 def read_steps(lines, end):
-    """Returns the steps, lists of (start, end, name) in µs."""
+    """Returns the steps of all GPUs, lists of (start, end, name) in µs."""
     kernels = []
     for line in lines.read_text().splitlines():
-        start, stop, name = line.split(" ", 2)
-        kernels.append((int(start) / 1e3, int(stop) / 1e3, re.sub(r"\(.*", "", name)))
-    steps, step = [], []
-    for kernel in sorted(kernels):
-        step.append(kernel)
+        gpu, start, stop, name = line.split(" ", 3)
+        kernels.append((int(gpu), int(start) / 1e3, int(stop) / 1e3, re.sub(r"\(.*", "", name)))
+    steps, open_steps = [], collections.defaultdict(list)
+    for gpu, *kernel in sorted(kernels):
+        open_steps[gpu].append(kernel)
         if kernel[2].startswith(end):
-            steps.append(step)
-            step = []
+            steps.append(open_steps.pop(gpu))
     return steps
 
 
@@ -79,14 +79,15 @@ def print_table(steps):
             times[name].append(stop - start)
     print("| kernel | µs a step | times a step | median µs |\n|---|---:|---:|---:|")
     for name, each in sorted(times.items(), key=lambda item: -sum(item[1])):
-        print(f"| {name[-60:]} | {sum(each) / len(steps):,.0f} | {len(each) / len(steps):.1f} | "
+        print(f"| {name[:60]} | {sum(each) / len(steps):,.0f} | {len(each) / len(steps):.1f} | "
               f"{statistics.median(each):,.1f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=float, nargs=2, default=[0, float("inf")], metavar=("LOW", "HIGH"))
-    parser.add_argument("--end", default="sample", help="how the last kernel of a step begins")
+    parser.add_argument("--steps", type=float, nargs=2, default=[0, float("inf")], metavar=("LOW", "HIGH"),
+                        help="milliseconds of the steps that count (all)")
+    parser.add_argument("--end", default="sample", help="how the last kernel of a step begins (sample)")
     parser.add_argument("--trace", type=Path, help="a file of lines, in place of a command")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args()

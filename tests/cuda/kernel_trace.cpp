@@ -1,12 +1,14 @@
 // A library that CUDA loads into any program (CUDA_INJECTION64_PATH): writes a line for each kernel,
-// "start end name" with nanoseconds, to the file that KERNEL_TRACE names. kernel_times.py builds it and
-// reads the lines. Kernels of replayed graphs are there one by one. Source: CUPTI's activity API.
+// "gpu start end name" with nanoseconds, to the file that KERNEL_TRACE names, which one process may write.
+// kernel_times.py builds it and reads the lines. Kernels of replayed graphs are there one by one. Source:
+// CUPTI's activity API.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
 
 #include <cupti.h>
+#include <cxxabi.h>
 
 namespace {
 
@@ -27,8 +29,13 @@ void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t *buffer, size_t, size_t v
            cuptiActivityGetNextRecord(buffer, valid_size, &record) == CUPTI_SUCCESS) {
         if (record->kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
             const auto *kernel = reinterpret_cast<const CUpti_ActivityKernel9 *>(record);
-            fprintf(file, "%llu %llu %s\n", static_cast<unsigned long long>(kernel->start),
-                    static_cast<unsigned long long>(kernel->end), kernel->name);
+            const char *name = kernel->name;
+            char *readable = abi::__cxa_demangle(name, nullptr, nullptr, nullptr);
+            fprintf(file, "%u %llu %llu %s\n", kernel->deviceId,
+                    static_cast<unsigned long long>(kernel->start),
+                    static_cast<unsigned long long>(kernel->end),
+                    readable != nullptr ? readable : name);
+            free(readable);
         }
     }
     free(buffer);

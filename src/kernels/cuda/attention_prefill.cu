@@ -6,7 +6,8 @@
 //          fp8 in the name the caches of E4M3, whose products are those of T.
 //          cu_seqlens_q i32 [sequences + 1], context_lens i32 [sequences] (this step's tokens
 //          included, which are the last ones), block_tables i32 ragged, cu_blocks i32
-//          [sequences + 1]: as AttentionBatch. Query token i of a sequence stands at position
+//          [sequences + 1]: as AttentionBatch, or a range of its sequences, whose first entries then
+//          need not be 0. Query token i of a sequence stands at position
 //          context_len − query_len + i and sees keys 0 to there.
 //          Sequences of fewer than min_query_len query tokens are left alone: 2 leaves decodes to
 //          attention_decode, 1 takes all; padding (0) is always left.

@@ -55,13 +55,12 @@ __device__ __forceinline__ float block_max(float value) {
 
 __device__ __forceinline__ void store_e4m3(uint8_t *target, const float (&values)[8],
                                            float inverse) {
-    uint32_t words[2];
+    float scaled[8];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        words[i] = pack_e4m3(values[4 * i] * inverse, values[4 * i + 1] * inverse) |
-                   pack_e4m3(values[4 * i + 2] * inverse, values[4 * i + 3] * inverse) << 16;
+    for (int i = 0; i < 8; i++) {
+        scaled[i] = values[i] * inverse;
     }
-    *reinterpret_cast<uint2 *>(target) = make_uint2(words[0], words[1]);
+    *reinterpret_cast<uint2 *>(target) = pack8_e4m3(scaled);
 }
 
 // Quantises one row with the whole block, a thread the vectors threadIdx.x + i · blockDim.x. All

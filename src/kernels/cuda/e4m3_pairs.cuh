@@ -44,6 +44,17 @@ __device__ __forceinline__ uint32_t pack_e4m3(float first, float second) {
 #endif
 }
 
+// Eight elements.
+__device__ __forceinline__ uint2 pack8_e4m3(const float (&values)[8]) {
+    uint32_t words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        words[i] = pack_e4m3(values[4 * i], values[4 * i + 1]) |
+                   pack_e4m3(values[4 * i + 2], values[4 * i + 3]) << 16;
+    }
+    return make_uint2(words[0], words[1]);
+}
+
 // The two elements in the low 16 bits as a pair of T, exactly.
 template <typename T> __device__ __forceinline__ uint32_t from_e4m3(uint32_t pair);
 template <> __device__ __forceinline__ uint32_t from_e4m3<__half>(uint32_t pair) {

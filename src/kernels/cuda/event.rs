@@ -1,4 +1,5 @@
-//! Places in the stream: to wait for, and to measure between.
+//! Places in the stream: uploads, downloads and the sampler wait for them, products are timed
+//! between two.
 
 use candle_core::Result;
 use cudarc::driver::{result, sys};
@@ -24,7 +25,7 @@ impl Event {
 
     /// Puts the event behind everything that is in the stream now.
     pub(super) fn record(&self, driver: &Driver) -> Result<()> {
-        // SAFETY: made by `new`; the stream lives as long as the driver.
+        // SAFETY: made by `with_flags`; the stream lives as long as the driver.
         told("record an event", unsafe {
             result::event::record(self.0, driver.stream())
         })
@@ -36,7 +37,7 @@ impl Event {
     /// When a kernel has faulted: the GPU cannot be used any more.
     pub(super) fn wait(&self, driver: &Driver) -> Result<()> {
         driver.bind()?;
-        // SAFETY: made by `new`.
+        // SAFETY: made by `with_flags`.
         told("wait for the GPU", unsafe {
             result::event::synchronize(self.0)
         })
@@ -45,7 +46,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once; the driver waits with it until it has come.
+        // SAFETY: made by `with_flags`, destroyed once; the driver waits with it until it has come.
         let _ = unsafe { result::event::destroy(self.0) };
     }
 }

@@ -10,14 +10,11 @@ use candle_core::{Result, Tensor};
 use super::activations::Lifetime;
 use super::driver::{Address, Arg, Driver, Geometry};
 use super::weights::GpuMatrix;
-use super::{Gpu, Quantization};
+use super::{Gpu, Quantization, norm_form};
 
 /// What an FP8 product divides evenly: rows of a weight, and columns, which begin on 16 bytes.
 pub(super) const ROW_MULTIPLE: usize = 8;
 pub(super) const COLUMN_MULTIPLE: usize = 16;
-
-/// Columns that a norm has one vector a thread for.
-const MAX_NORM_WIDTH: usize = 8192;
 
 /// Where the scales of a product's operands lie.
 #[derive(Clone, Copy)]
@@ -133,11 +130,7 @@ impl Gpu {
         let mut outputs = vec![Arg::Pointer(x)];
         let is_fp8 =
             self.quantization == Quantization::Fp8 && shape[1].is_multiple_of(COLUMN_MULTIPLE);
-        let wide = if shape[1] > MAX_NORM_WIDTH {
-            "_wide"
-        } else {
-            ""
-        };
+        let wide = norm_form(shape[1]);
         if !is_fp8 {
             return Ok((format!("{name}_{}{wide}", self.type_name), outputs));
         }

@@ -586,8 +586,20 @@ pub(super) fn choose_collectives(
     }
 }
 
-/// One block a row, which holds the row in registers.
+/// Threads of a norm's block, at most.
+const MAX_NORM_THREADS: usize = 1024;
+
+/// One block a row, which holds the row in registers: eight elements a thread, of a
+/// [`norm_form`] up to 32.
 fn norm_geometry(num_rows: usize, width: usize) -> Geometry {
-    let block = width.div_ceil(8).next_multiple_of(32).min(1024);
+    let block = width.div_ceil(8).next_multiple_of(32).min(MAX_NORM_THREADS);
     Geometry::new([num_rows, 1, 1], block)
+}
+
+/// Returns the end of a norm's name: the entry points without one have one vector a thread.
+fn norm_form(width: usize) -> &'static str {
+    match width.div_ceil(8) {
+        ..=MAX_NORM_THREADS => "",
+        _ => "_wide",
+    }
 }

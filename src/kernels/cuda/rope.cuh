@@ -44,13 +44,7 @@ __device__ __forceinline__ void store_elements(T *target, const float (&values)[
     }
 }
 __device__ __forceinline__ void store_elements(E4m3 *target, const float (&values)[8]) {
-    uint32_t words[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        words[i] = pack_e4m3(values[4 * i], values[4 * i + 1]) |
-                   pack_e4m3(values[4 * i + 2], values[4 * i + 3]) << 16;
-    }
-    *reinterpret_cast<uint2 *>(target) = make_uint2(words[0], words[1]);
+    *reinterpret_cast<uint2 *>(target) = pack8_e4m3(values);
 }
 
 template <typename T, int D, int LANES>

@@ -98,7 +98,7 @@ impl Hopper {
     }
 
     /// Returns the form of `gemm_tile` whose waves of tiles waste least.
-    pub(super) fn tile_of(&self, product: &Product) -> Form {
+    fn tile_of(&self, product: &Product) -> Form {
         let cost = |columns| self.tiles_cost(product.num_rows, product.n, columns, columns);
         Form::Tile(cheapest(&TILE_COLUMNS, cost))
     }
@@ -141,7 +141,7 @@ impl Hopper {
     }
 
     /// Computes `x Wᵀ + bias`, and returns whether the residual was added; a form of
-    /// [`Self::candidate`], [`Self::tile_of`] or [`Self::fp8_form`].
+    /// [`Self::candidate`] or [`Self::fp8_form`].
     pub(super) fn multiply(&self, driver: &Driver, product: &Product, form: Form) -> Result<bool> {
         let name = self.type_names(product)?;
         let weight_rows = product.n;
