@@ -156,6 +156,17 @@ impl BlockManager {
             .count()
     }
 
+    /// Returns whether the cached blocks of `prefix` were all filled by steps before this one.
+    ///
+    /// # Panics
+    /// If the cache does not know all of `prefix`.
+    pub(super) fn are_computed(&self, prefix: &[BlockHash]) -> bool {
+        prefix.iter().all(|hash| {
+            let cached = self.blocks[self.cached[hash] as usize].cached.as_deref();
+            cached.is_none_or(|cached| cached.step < self.step)
+        })
+    }
+
     /// Returns the cached block after `parent` that begins like `token_ids` for longest, with the
     /// length of that beginning. Blocks that only this step fills have nothing to copy yet.
     pub(super) fn longest_beginning(

@@ -6,9 +6,9 @@
 //! waits to be computed again. The policy is vLLM V1's (`vllm/v1/core/sched/scheduler.py`).
 //!
 //! A step writes the keys and values of all its tokens, layer by layer, before any token attends
-//! to them. So a block enters the prefix cache when the tokens that fill it are scheduled, and a
-//! later sequence of the same step shares it already: the choices of one request compute their
-//! prompt once.
+//! to them, but for sequences of one token. So a block enters the prefix cache when the tokens that
+//! fill it are scheduled, and a later sequence of the same step shares it already if it has more than
+//! one token to compute, else in the next step: the choices of one request compute their prompt once.
 //!
 //! Steps run in the order of their launches, so what is launched counts as computed. A step may
 //! be launched before the one before it is read: the token that a sequence draws there is then
@@ -79,6 +79,15 @@ pub(super) enum AddError {
         min_output_len: usize,
         max_model_len: usize,
     },
+}
+
+/// Why a waiting sequence stays in the queue for this step.
+struct NotNow;
+
+impl From<OutOfBlocks> for NotNow {
+    fn from(_: OutOfBlocks) -> Self {
+        Self
+    }
 }
 
 /// Lower is served first. Arrival numbers are unique, so keys are too.
@@ -325,7 +334,9 @@ impl Scheduler {
                 break;
             }
             let sequence = known(&mut self.sequences, id);
-            let num_tokens = self.config.chunk_len(sequence, budget);
+            let num_tokens = self
+                .config
+                .chunk_len(sequence.num_uncomputed_tokens(), budget);
             if num_tokens == 0 {
                 index += 1;
                 continue;
@@ -370,12 +381,16 @@ impl Scheduler {
     ///
     /// A cached block that begins as the rest of the tokens does lends its beginning by a copy,
     /// so that of a known prompt little more than the last token is computed.
+    ///
+    /// # Errors
+    /// [`NotNow`] when blocks are missing, or one token would attend to blocks that this step
+    /// fills: single tokens read the cache while the step's others are still being written.
     fn admit(
         &mut self,
         id: SequenceId,
         budget: usize,
         copies: &mut Vec<BlockCopy>,
-    ) -> Result<usize, OutOfBlocks> {
+    ) -> Result<usize, NotNow> {
         let block_size = self.config.block_size;
         let sequence = known(&mut self.sequences, id);
         // The step that preempts a sequence admits nobody, and before the next one is scheduled
@@ -404,19 +419,24 @@ impl Scheduler {
         } else {
             None
         };
-        self.blocks.allocate(
-            &sequence.block_hashes[..num_cached_blocks],
-            sequence.token_ids.len(),
-            &mut sequence.block_table,
-        )?;
+        let prefix = &sequence.block_hashes[..num_cached_blocks];
+        let num_copied = beginning.map_or(0, |(_, len)| len);
+        let num_computed = num_cached_blocks * block_size + num_copied;
+        let num_tokens = self
+            .config
+            .chunk_len(sequence.token_ids.len() - num_computed, budget);
+        if num_tokens == 1 && !self.blocks.are_computed(prefix) {
+            return Err(NotNow);
+        }
+        self.blocks
+            .allocate(prefix, sequence.token_ids.len(), &mut sequence.block_table)?;
         sequence.status = SequenceStatus::Running;
-        sequence.num_computed_tokens = num_cached_blocks * block_size;
-        if let Some((source, len)) = beginning {
+        sequence.num_computed_tokens = num_computed;
+        if let Some((source, _)) = beginning {
             // The source may have been evicted just now, even for this very table: what it holds
             // is overwritten by the step at the earliest, after the copies.
             let target = sequence.block_table[num_cached_blocks];
             copies.push(BlockCopy { source, target });
-            sequence.num_computed_tokens += len;
         }
         if sequence.num_preemptions == 0 {
             sequence.num_cached_tokens = sequence.num_computed_tokens;
@@ -426,9 +446,12 @@ impl Scheduler {
                 self.counters.prefix_cache_hits += sequence.num_cached_tokens as u64;
             }
         }
-        let num_tokens = self.config.chunk_len(sequence, budget);
-        let start = sequence.num_computed_tokens;
-        register_filled(&mut self.blocks, sequence, start, start + num_tokens);
+        register_filled(
+            &mut self.blocks,
+            sequence,
+            num_computed,
+            num_computed + num_tokens,
+        );
         Ok(num_tokens)
     }
 
@@ -481,13 +504,14 @@ impl Scheduler {
 }
 
 impl SchedulerConfig {
-    /// Returns how many of a sequence's tokens a step with `budget` tokens left computes.
-    fn chunk_len(&self, sequence: &Sequence, budget: usize) -> usize {
+    /// Returns how many of a sequence's tokens that are to be computed a step with `budget` tokens
+    /// left takes.
+    fn chunk_len(&self, num_uncomputed: usize, budget: usize) -> usize {
         let limit = match self.long_prefill_token_threshold {
             0 => budget,
             threshold => budget.min(threshold),
         };
-        sequence.num_uncomputed_tokens().min(limit)
+        num_uncomputed.min(limit)
     }
 }
 

@@ -164,6 +164,26 @@ fn sequences_of_one_step_compute_their_common_prefix_once() {
 }
 
 #[test]
+fn one_token_waits_for_the_step_that_fills_its_prefix() {
+    let mut scheduler = Scheduler::new(config());
+    for id in 1..=3 {
+        scheduler.add(id, request(&prompt(100, 9), 2)).unwrap();
+    }
+    assert_eq!(step(&mut scheduler).0, [(1, 9)]);
+    assert_eq!(step(&mut scheduler).0, [(1, 1), (2, 1), (3, 1)]);
+    // So does a longer rest of which the step has room for one token.
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_num_batched_tokens: 11,
+        ..config()
+    });
+    for id in 1..=2 {
+        scheduler.add(id, request(&prompt(100, 10), 2)).unwrap();
+    }
+    assert_eq!(step(&mut scheduler).0, [(1, 10)]);
+    assert_eq!(step(&mut scheduler).0, [(1, 1), (2, 2)]);
+}
+
+#[test]
 fn block_whose_step_was_taken_back_is_not_found() {
     let mut scheduler = Scheduler::new(SchedulerConfig {
         num_blocks: 4,
