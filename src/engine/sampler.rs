@@ -54,6 +54,11 @@ pub(super) enum SampleError {
     /// logits are `-inf`.
     #[error("no token is left to draw: each one is forbidden or has probability 0")]
     NothingLeft,
+    /// The tokenizer knows a token that the model's head has no row for.
+    #[error(
+        "token {token_id} of the prompt has no logprob: the model has logits of {vocab_size} tokens"
+    )]
+    UnknownToken { token_id: u32, vocab_size: usize },
 }
 
 /// A drawn token.
@@ -292,15 +297,19 @@ impl SequenceSampler {
 /// logits `[vocab_size]`. Of equal tokens the lower id comes first.
 ///
 /// # Errors
-/// [`SampleError`] when the row has a NaN or `+inf`, or nothing but `-inf`.
-///
-/// # Panics
-/// If the row does not reach to `token_id`.
+/// [`SampleError`] when the row has a NaN or `+inf`, or nothing but `-inf`, or does not reach to
+/// `token_id`.
 pub(super) fn token_logprobs(
     logits: &[f32],
     token_id: u32,
     num_top: usize,
 ) -> Result<TokenLogprobs, SampleError> {
+    if token_id as usize >= logits.len() {
+        return Err(SampleError::UnknownToken {
+            token_id,
+            vocab_size: logits.len(),
+        });
+    }
     largest_logit(logits)?;
     Ok(finite_logprobs(logits, token_id, num_top))
 }

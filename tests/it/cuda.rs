@@ -359,6 +359,10 @@ fn a_seed_draws_the_tokens_that_it_draws_on_the_cpu() {
             ..plain.clone()
         },
         SamplingParams {
+            top_k: u32::MAX,
+            ..plain.clone()
+        },
+        SamplingParams {
             frequency_penalty: 0.5,
             typical_p: 0.9,
             ..plain

@@ -321,6 +321,11 @@ fn equal_logprobs_are_ordered_by_id_and_share_the_last_rank() {
     let all = token_logprobs(&[1.0, 2.0], 0, 99).unwrap();
     assert_eq!(all.top.len(), 2);
     assert!(token_logprobs(&[1.0], 0, 0).unwrap().top.is_empty());
+    let unknown = SampleError::UnknownToken {
+        token_id: 2,
+        vocab_size: 2,
+    };
+    assert_eq!(token_logprobs(&[1.0, 2.0], 2, 1), Err(unknown));
 }
 
 #[test]

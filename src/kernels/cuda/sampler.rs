@@ -348,7 +348,7 @@ fn pack(draws: &[Option<Draw>], words: &mut [u32]) -> Result<usize> {
         let num_logprobs = draw.num_logprobs.map_or(-1, |num| num.min(MAX_TOP) as i32);
         row.copy_from_slice(&[
             draw.temperature.to_bits(),
-            draw.top_k,
+            draw.top_k.min(SKIPPED - 1),
             draw.top_p.to_bits(),
             draw.min_p.to_bits(),
             draw.typical_p.to_bits(),
