@@ -131,7 +131,7 @@ def tile(kernels, ceilings):
             if is_silu:
                 half = torch.empty(tokens, n // 2, dtype=DTYPE, device="cuda")
                 extra = median_us([lambda: kernels.launch(
-                    f"silu_and_mul_{NAME}", [-(-FFN // 2048), tokens], 256, half, out, FFN)] * 5)
+                    f"silu_and_mul_{NAME}", [tokens, -(-FFN // 2048)], 256, half, out, FFN)] * 5)
                 head += f" (+ {extra:.0f})"
             cells = []
             for columns in [128, 192, 256] if is_silu else [128, 192, 224, 256]:
@@ -338,7 +338,7 @@ def small(kernels, ceilings):
                 f"rope_and_cache_{NAME}_128", [tokens], 96, q_out, *caches, qkv, bias, None,
                 None, cos, sin, positions, positions, 1e-6, HEADS, KV_HEADS, 4),
             "silu_and_mul": lambda: kernels.launch(
-                f"silu_and_mul_{NAME}", [-(-FFN // 2048), tokens], 256, act, gate_up, FFN),
+                f"silu_and_mul_{NAME}", [tokens, -(-FFN // 2048)], 256, act, gate_up, FFN),
             "torch rms_norm": lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-6),
         }
         for key, run in runs.items():

@@ -228,7 +228,7 @@ def test_norm(kernels, name, dtype):
 
 def test_elementwise(kernels, name, dtype):
     for rows, width in [(1, 18944), (33, 1000), (256, 4864)]:
-        grid = [-(-width // 2048), rows]
+        grid = [rows, -(-width // 2048)]
         gate_up = random(rows, 2 * width, dtype=dtype, scale=2)
         out = poisoned(rows, width, dtype=dtype)
         kernels.launch(f"silu_and_mul_{name}", grid, 256, out, gate_up, width)

@@ -1,13 +1,13 @@
 // silu_and_mul, embedding, gather_rows, copy_blocks: what moves data and little else.
 //
 // silu_and_mul   out[r][c] = silu(gate_up[r][c]) · gate_up[r][width + c]
-//                gate_up [rows, 2 width], out [rows, width]; grid (⌈width / (8 block)⌉, rows).
+//                gate_up [rows, 2 width], out [rows, width]; grid (rows, ⌈width / (8 block)⌉).
 // embedding      out[r] = table[ids[r] − first_id], zeros where the id is not in the table's
 //                num_ids ids (ranks that share a vocabulary add their results); ids i32 [rows],
-//                table [num_ids, width], out [rows, width]; grid (⌈width / (8 block)⌉, rows).
+//                table [num_ids, width], out [rows, width]; grid (rows, ⌈width / (8 block)⌉).
 //                An id below 0 is drawn[-1 - id]: what row -1 - id of the step before drew (u32).
 // gather_rows    out[r] = x[rows[r]], zeros where rows[r] < 0 (a bucket's padding); rows i32;
-//                grid (⌈width / (8 block)⌉, rows).
+//                grid (rows, ⌈width / (8 block)⌉).
 // copy_blocks    Copies whole blocks of the KV cache, pairs i32 [n ≤ 128][source, target], by value.
 //                No target may be another pair's source or target. A cache's layers lie
 //                layer_stride bytes apart, its blocks block_bytes apart.
@@ -21,13 +21,13 @@
 
 template <typename T>
 __device__ __forceinline__ void silu_and_mul(T *out, const T *gate_up, int width) {
-    const int column = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
+    const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     wait_for_producer();
     release_consumer();
     if (column >= width) {
         return;
     }
-    const T *row = gate_up + (int64_t)blockIdx.y * 2 * width + column;
+    const T *row = gate_up + (int64_t)blockIdx.x * 2 * width + column;
     float gates[8], ups[8];
     unpack8<T>(load16(row), gates);
     unpack8<T>(load16(row + width), ups);
@@ -35,19 +35,19 @@ __device__ __forceinline__ void silu_and_mul(T *out, const T *gate_up, int width
     for (int i = 0; i < 8; i++) {
         ups[i] *= gates[i] / (1.0f + __expf(-gates[i]));
     }
-    store16(out + (int64_t)blockIdx.y * width + column, pack8<T>(ups));
+    store16(out + (int64_t)blockIdx.x * width + column, pack8<T>(ups));
 }
 
 template <typename T>
 __device__ __forceinline__ void copy_row(T *out, const T *table, int64_t row, int64_t num_rows,
                                          int width) {
-    const int column = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
+    const int column = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (column >= width) {
         return;
     }
     const bool is_there = row >= 0 && row < num_rows;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
-    store16(out + (int64_t)blockIdx.y * width + column,
+    store16(out + (int64_t)blockIdx.x * width + column,
             is_there ? load16(table + row * width + column) : zeros);
 }
 
@@ -79,7 +79,7 @@ extern "C" __global__ void copy_blocks(uint4 *cache, const __grid_constant__ Blo
                                                   int num_ids, int width) {                        \
         wait_for_producer();                                                                       \
         release_consumer();                                                                        \
-        const int id = ids[blockIdx.y];                                                            \
+        const int id = ids[blockIdx.x];                                                            \
         const int64_t token = id < 0 ? (int64_t)drawn[-1 - id] : (int64_t)id;                      \
         copy_row(out, table, token - first_id, num_ids, width);                                    \
     }                                                                                              \
@@ -87,7 +87,7 @@ extern "C" __global__ void copy_blocks(uint4 *cache, const __grid_constant__ Blo
                                                     int num_rows, int width) {                     \
         wait_for_producer();                                                                       \
         release_consumer();                                                                        \
-        copy_row(out, x, rows[blockIdx.y], num_rows, width);                                       \
+        copy_row(out, x, rows[blockIdx.x], num_rows, width);                                       \
     }
 
 ENTRY(__half, f16)

@@ -504,7 +504,7 @@ impl Gpu {
     /// Launches a kernel whose threads take 8 columns of a row each.
     fn by_columns(&self, name: &str, width: usize, num_rows: usize, args: &[Arg]) -> Result<()> {
         let block = (width / 8).next_multiple_of(32).min(256);
-        let grid = [width.div_ceil(8 * block), num_rows, 1];
+        let grid = [num_rows, width.div_ceil(8 * block), 1];
         let name = format!("{name}_{}", self.type_name);
         self.driver.launch(&name, Geometry::new(grid, block), args)
     }
