@@ -57,6 +57,10 @@ struct Block {
     next: u32,
 }
 
+/// Of the blocks that follow a prefix so many are looked at for a common beginning: after a system
+/// prompt there may be as many as conversations.
+const MAX_BEGINNINGS: usize = 64;
+
 /// What the prefix cache knows of a block.
 #[derive(Debug, Clone)]
 struct CachedBlock {
@@ -178,7 +182,9 @@ impl BlockManager {
             let pairs = cached.token_ids.iter().zip(token_ids);
             pairs.take_while(|(ours, theirs)| ours == theirs).count()
         };
-        let candidates = self.children.get(&parent)?.iter().filter_map(|&block| {
+        let children = self.children.get(&parent)?;
+        let newest = &children[children.len().saturating_sub(MAX_BEGINNINGS)..];
+        let candidates = newest.iter().filter_map(|&block| {
             let cached = self.blocks[block as usize].cached.as_deref()?;
             (cached.step < self.step).then(|| (block, common(cached)))
         });

@@ -34,6 +34,7 @@ struct ActiveSequence {
     /// How many alternatives each prompt token is reported with, when asked for.
     num_prompt_logprobs: Option<usize>,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    num_prompt_tokens: usize,
     submitted_at: Instant,
     /// When it first left the waiting queue.
     started_at: Option<Instant>,
@@ -192,8 +193,12 @@ impl EngineCore {
             sampler,
             penalty_slot: None,
             num_prompt_logprobs: params.prompt_logprobs,
-            // The first prompt token has nothing before it, so its entry stays.
-            prompt_logprobs: vec![None; request.prompt_token_ids.len()],
+            prompt_logprobs: match params.prompt_logprobs {
+                // The first prompt token has nothing before it, so its entry stays.
+                Some(_) => vec![None; request.prompt_token_ids.len()],
+                None => Vec::new(),
+            },
+            num_prompt_tokens: request.prompt_token_ids.len(),
             submitted_at,
             started_at: None,
         };
@@ -372,7 +377,7 @@ impl EngineCore {
 
     fn prompt_len(&self, id: SequenceId) -> usize {
         let active = self.active.get(&id);
-        active.map_or(0, |active| active.prompt_logprobs.len())
+        active.map_or(0, |active| active.num_prompt_tokens)
     }
 
     fn note_starts(&mut self, batch: &ScheduledBatch) {

@@ -279,8 +279,9 @@ impl ModelRunner {
             Work::Logits(hidden) => self.read_on_cpu(&hidden, &input, &mut on_row)?,
             Work::StagedLogits(hidden, batch) => {
                 let num_rows = input.logits_rows.len();
-                for start in (0..num_rows).step_by(self.config.max_num_seqs) {
-                    let rows = start..(start + self.config.max_num_seqs).min(num_rows);
+                let chunk = self.config.max_num_seqs.min(LOGITS_CHUNK);
+                for start in (0..num_rows).step_by(chunk) {
+                    let rows = start..(start + chunk).min(num_rows);
                     let selected = hidden.narrow(0, start, rows.len())?;
                     let logits = self.logits(&selected, &batch)?;
                     self.read_rows(&logits, rows, &input, &mut on_row)?;
