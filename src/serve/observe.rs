@@ -20,7 +20,7 @@ use super::state::AppState;
 /// Header that carries a request id in both directions.
 const REQUEST_ID: &str = "x-request-id";
 /// Longest request id that is taken from a client.
-const MAX_REQUEST_ID_LEN: usize = 256;
+pub(super) const MAX_REQUEST_ID_LEN: usize = 256;
 
 /// What handlers tell the access log.
 #[derive(Debug, Default)]

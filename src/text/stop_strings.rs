@@ -6,6 +6,7 @@
 //! complete at the same byte the one that starts first, as when vLLM checks after every character.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use aho_corasick::Anchored;
 use aho_corasick::automaton::{Automaton, StateID};
@@ -31,8 +32,9 @@ pub struct StopOutcome {
     pub stopped: Option<usize>,
 }
 
-/// The stop strings of one sequence and the text held back for them.
-#[derive(Debug)]
+/// The stop strings of one sequence and the text held back for them. A clone shares what was
+/// prepared, which may take megabytes.
+#[derive(Debug, Clone)]
 pub struct StopStrings {
     matcher: Option<Matcher>,
     include: IncludeStopString,
@@ -109,11 +111,11 @@ struct Found {
     len: usize,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Matcher {
-    automaton: NFA,
+    automaton: Arc<NFA>,
     /// Bytes of the longest stop string prefix that the text ends with, for each state.
-    depths: HashMap<StateID, usize>,
+    depths: Arc<HashMap<StateID, usize>>,
     start: StateID,
     state: StateID,
 }
@@ -134,8 +136,8 @@ impl Matcher {
             }
         }
         Ok(Self {
-            automaton,
-            depths,
+            automaton: Arc::new(automaton),
+            depths: Arc::new(depths),
             start,
             state: start,
         })
@@ -197,6 +199,15 @@ mod tests {
         }
         emitted.push(stop_strings.finish());
         (emitted, None)
+    }
+
+    #[test]
+    fn clones_hold_back_text_of_their_own() {
+        let mut one = StopStrings::new(vec!["ab".to_owned()], IncludeStopString::No).unwrap();
+        let mut other = one.clone();
+        assert_eq!(one.push("xa").emit, "x");
+        assert_eq!(other.push("b").stopped, None);
+        assert_eq!(one.push("b").stopped, Some(0));
     }
 
     #[test]

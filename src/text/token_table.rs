@@ -31,6 +31,8 @@ pub(super) struct TokenTable {
     /// Token `id` is `bytes[ends[id - 1]..ends[id]]`.
     ends: Vec<u32>,
     special: Vec<bool>,
+    /// Bytes of the longest token.
+    longest: usize,
 }
 
 impl TokenTable {
@@ -44,17 +46,25 @@ impl TokenTable {
             bytes: Vec::new(),
             ends: Vec::new(),
             special: Vec::new(),
+            longest: 0,
         };
         for token in tokens {
             let token = token.as_deref().unwrap_or("");
+            let start = table.bytes.len();
             match encoding {
                 TokenEncoding::ByteLevel => push_byte_level(&mut table.bytes, token),
                 TokenEncoding::SentencePiece => push_sentencepiece(&mut table.bytes, token),
             }
             table.ends.push(table.bytes.len() as u32);
+            table.longest = table.longest.max(table.bytes.len() - start);
             table.special.push(!token.is_empty() && is_special(token));
         }
         table
+    }
+
+    /// Returns the bytes of the longest token.
+    pub(super) fn longest(&self) -> usize {
+        self.longest
     }
 
     pub(super) fn len(&self) -> usize {

@@ -176,6 +176,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// Returns the bytes of the longest token.
+    pub fn longest_token(&self) -> usize {
+        self.table.longest()
+    }
+
     /// Returns the number of ids: the largest plus one.
     pub fn vocab_size(&self) -> usize {
         self.table.len()

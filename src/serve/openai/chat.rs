@@ -13,7 +13,7 @@ use super::super::error::ApiError;
 use super::super::observe::RequestRecord;
 use super::super::state::AppState;
 use super::choice::{ChoiceUpdate, Delta, DrawnToken, FinishedChoice, collect, merge};
-use super::convert::{Generation, check_model, encode, fit_context};
+use super::convert::{Generation, check_model, encode_prompt, fit_context};
 use super::responses::{
     AnswerMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs,
     Usage,
@@ -83,7 +83,7 @@ impl Chat {
             Some(true) => AddSpecialTokens::Yes,
             _ => AddSpecialTokens::No,
         };
-        let token_ids = encode(state, &text, add)?;
+        let token_ids = encode_prompt(state, &checked, &text, add)?;
         let prompt = fit_context(state, &checked, token_ids, Some(text), None)?;
         let begins_turn = template.add_generation_prompt.unwrap_or(true);
         let last = chat.messages.last();

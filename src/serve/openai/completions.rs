@@ -16,7 +16,7 @@ use super::super::observe::RequestRecord;
 use super::super::state::AppState;
 use super::choice::{ChoiceUpdate, Delta, DrawnToken, FinishedChoice, PromptInfo, collect, merge};
 use super::convert::{
-    Generation, PreparedPrompt, check_model, check_token_ids, encode, fit_context,
+    Generation, PreparedPrompt, check_model, check_token_ids, encode_prompt, fit_context,
 };
 use super::responses::{Completion, CompletionChoice, CompletionLogprobs, Usage};
 use super::stream::{event_stream, push_event};
@@ -238,7 +238,7 @@ fn prepare_prompts(
     let fallback = Some(DEFAULT_MAX_TOKENS);
     let prepare = |prompt: OnePrompt| match prompt {
         OnePrompt::Text(text) => {
-            let token_ids = encode(state, &text, add)?;
+            let token_ids = encode_prompt(state, checked, &text, add)?;
             fit_context(state, checked, token_ids, Some(text), fallback)
         }
         OnePrompt::TokenIds(ids) => {

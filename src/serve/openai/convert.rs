@@ -18,7 +18,7 @@ use super::super::state::{AppState, unix_seconds};
 use super::choice::{Choice, ChoiceText, EndingToken};
 use super::logprobs::{LogprobWriter, TokenSpelling};
 use super::types::{SamplingFields, TruncationSide};
-use super::validate::{Checked, Truncation};
+use super::validate::{Checked, Truncation, check_room};
 
 /// A request ready for the engine.
 pub(super) struct Generation {
@@ -132,6 +132,8 @@ impl Generation {
     ) -> Result<Vec<Choice>, ApiError> {
         let mut choices = Vec::new();
         let stop: Arc<[String]> = self.checked.stop.clone().into();
+        let stop_strings = StopStrings::new(stop.to_vec(), self.output.include_stop)
+            .map_err(|error| text_error("stop", &error))?;
         for prompt in &self.prompts {
             let first = choices.len();
             let requests = (0..self.checked.best_of)
@@ -148,7 +150,7 @@ impl Generation {
                     index,
                     state: Arc::clone(state),
                     tokens: Some(tokens),
-                    text: self.choice_text(state, prompt, &stop)?,
+                    text: self.choice_text(state, prompt, &stop, stop_strings.clone()),
                     timer: RequestTimer::start(engine),
                     record: Arc::clone(record),
                     finish_after_prompt: None,
@@ -182,28 +184,28 @@ impl Generation {
         state: &AppState,
         prompt: &PreparedPrompt,
         stop: &Arc<[String]>,
-    ) -> Result<ChoiceText, ApiError> {
+        stop_strings: StopStrings,
+    ) -> ChoiceText {
         let OutputOptions {
             skip_special_tokens,
             include_stop,
             ..
         } = self.output;
         let tokenizer = &state.tokenizer;
-        Ok(ChoiceText {
+        ChoiceText {
             detokenizer: Detokenizer::after_prompt(
                 tokenizer,
                 &prompt.token_ids,
                 skip_special_tokens,
             ),
-            stop_strings: StopStrings::new(stop.to_vec(), include_stop)
-                .map_err(|error| text_error("stop", &error))?,
+            stop_strings,
             stop: Arc::clone(stop),
             num_unchecked_tokens: self.checked.params.min_tokens,
             ending_token: match include_stop {
                 IncludeStopString::Yes => EndingToken::Kept,
                 IncludeStopString::No => EndingToken::LeftOut,
             },
-        })
+        }
     }
 
     /// Returns what writes this request's logprobs.
@@ -295,13 +297,37 @@ pub(in crate::serve) fn encode(
         .map_err(|error| text_error("prompt", &error))
 }
 
+/// Encodes the text of a prompt, unless it is too long whatever its tokens are.
+///
+/// # Errors
+/// Such a text, if it is not to be cut, and those of [`encode`].
+pub(super) fn encode_prompt(
+    state: &AppState,
+    checked: &Checked,
+    text: &str,
+    add: AddSpecialTokens,
+) -> Result<Vec<u32>, ApiError> {
+    let max_model_len = state.engine.info().max_model_len;
+    let most = max_model_len.saturating_mul(state.tokenizer.longest_token());
+    if checked.truncation.is_none() && text.len() > most {
+        let message = format!(
+            "This model's maximum context length is {max_model_len} tokens. However, your prompt \
+             has {} bytes, and so many tokens have at most {most}. Please reduce the length of the \
+             input prompt.",
+            text.len()
+        );
+        return Err(ApiError::invalid("input_text", message));
+    }
+    encode(state, text, add)
+}
+
 /// Cuts a prompt if asked to and bounds its output by the context.
 ///
 /// `asked` is the number of output tokens the request names, `fallback` the endpoint's default;
 /// without either the rest of the context is used.
 ///
 /// # Errors
-/// An empty prompt, or one that leaves no room.
+/// An empty prompt, or one that leaves no room, or not for `min_tokens`.
 pub(super) fn fit_context(
     state: &AppState,
     checked: &Checked,
@@ -342,11 +368,13 @@ pub(super) fn fit_context(
     let room = max_model_len - num_prompt_tokens;
     let wanted = asked.or(defaults.max_tokens).unwrap_or(room);
     let cap = defaults.max_tokens_cap.unwrap_or(room);
+    let max_tokens = wanted.min(cap).min(room);
+    check_room(checked.params.min_tokens, max_tokens)?;
     let text = text.unwrap_or_else(|| state.tokenizer.decode(&token_ids, SkipSpecialTokens::No));
     Ok(PreparedPrompt {
         token_ids,
         text,
-        max_tokens: wanted.min(cap).min(room),
+        max_tokens,
     })
 }
 

@@ -6,6 +6,7 @@
 use crate::engine::SamplingParams;
 
 use super::super::error::ApiError;
+use super::super::observe::MAX_REQUEST_ID_LEN;
 use super::super::state::AppState;
 use super::types::{SamplingFields, StreamOptions, TruncationSide};
 use super::unions::RefusedFields;
@@ -66,11 +67,25 @@ pub(super) struct EndpointFields {
     pub(super) prompt_logprobs: Option<i64>,
 }
 
+/// Checks the least number of tokens to generate against the most.
+///
+/// # Errors
+/// It is larger.
+pub(super) fn check_room(min_tokens: usize, max_tokens: usize) -> Result<(), ApiError> {
+    if min_tokens <= max_tokens {
+        return Ok(());
+    }
+    let message = format!(
+        "min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}."
+    );
+    Err(ApiError::invalid("min_tokens", message))
+}
+
 /// Refuses the first field that this server does not serve.
 ///
 /// # Errors
 /// The field, by name.
-pub(super) fn check_refused(refused: &RefusedFields) -> Result<(), ApiError> {
+pub(in crate::serve) fn check_refused(refused: &RefusedFields) -> Result<(), ApiError> {
     match refused.0.first().map(String::as_str) {
         None => Ok(()),
         Some("suffix") => Err(ApiError::invalid(
@@ -93,14 +108,17 @@ pub(super) fn check_sampling(
     let stream = check_stream(fields, endpoint, state)?;
     let max_tokens = check_max_tokens(endpoint)?;
     let mut params = sampling_params(fields, endpoint, state)?;
-    if let Some(max_tokens) = max_tokens
-        && params.min_tokens > max_tokens
+    if let Some(max_tokens) = max_tokens {
+        check_room(params.min_tokens, max_tokens)?;
+    }
+    if let Some(id) = &fields.request_id
+        && id.len() > MAX_REQUEST_ID_LEN
     {
         let message = format!(
-            "min_tokens must be less than or equal to max_tokens={max_tokens}, got {}.",
-            params.min_tokens
+            "request_id must have at most {MAX_REQUEST_ID_LEN} bytes, got {}.",
+            id.len()
         );
-        return Err(ApiError::invalid("min_tokens", message));
+        return Err(ApiError::invalid("request_id", message));
     }
     let (n, best_of) = check_choices(fields, &params, stream)?;
     if best_of > n {

@@ -297,6 +297,20 @@ async fn sampling_values_out_of_range() {
 }
 
 #[tokio::test]
+async fn what_cannot_fit_is_refused_before_it_costs_anything() {
+    let long = "x".repeat(512 * 13 + 1);
+    insta::assert_snapshot!(completion_error(json!({"prompt": long})).await, @"400 BadRequestError input_text: This model's maximum context length is 512 tokens. However, your prompt has 6657 bytes, and so many tokens have at most 6656. Please reduce the length of the input prompt.");
+    let id = "x".repeat(257);
+    insta::assert_snapshot!(chat_error(json!({"request_id": id})).await, @"400 BadRequestError request_id: request_id must have at most 256 bytes, got 257.");
+    insta::assert_snapshot!(completion_error(json!({"min_tokens": 17})).await, @"400 BadRequestError min_tokens: min_tokens must be less than or equal to max_tokens=16, got 17.");
+    let error = chat_error(json!({"min_tokens": 512})).await;
+    assert!(
+        error.contains("min_tokens must be less than or equal to max_tokens="),
+        "{error}"
+    );
+}
+
+#[tokio::test]
 async fn more_than_the_limits_allow() {
     let stop: Vec<String> = (0..10_000).map(|index| format!("stop {index}")).collect();
     insta::assert_snapshot!(chat_error(json!({"stop": stop})).await, @"400 BadRequestError stop: stop must have at most 256 strings, got 10000.");
