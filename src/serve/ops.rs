@@ -15,8 +15,8 @@ use crate::text::{AddSpecialTokens, SkipSpecialTokens};
 use super::body::{off_workers, parse, read_json_body};
 use super::error::ApiError;
 use super::openai::{
-    DetokenizeRequest, TemplateFields, TokenizeRequest, check_model, check_token_ids, encode,
-    render_chat,
+    DetokenizeRequest, RefusedFields, TemplateFields, TokenizeRequest, check_model, check_refused,
+    check_token_ids, encode, render_chat,
 };
 use super::state::AppState;
 
@@ -170,6 +170,7 @@ pub(super) async fn tokenize(
         let (text, add_by_default) = match (&request.prompt, &request.messages) {
             (Some(prompt), None) => (prompt.clone(), true),
             (None, Some(messages)) => {
+                check_refused(&parse::<RefusedFields>(&body)?)?;
                 let template: TemplateFields = parse(&body)?;
                 (render_chat(&state, messages, &template)?, false)
             }

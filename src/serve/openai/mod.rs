@@ -28,3 +28,5 @@ pub(super) use types::{
     ChatFields, CompletionFields, DetokenizeRequest, SamplingFields, TemplateFields,
     TokenizeRequest,
 };
+pub(super) use unions::RefusedFields;
+pub(super) use validate::check_refused;

@@ -129,15 +129,21 @@ fn template_message(
     Ok(Value::Object(object))
 }
 
-/// Turns a call's arguments from JSON text into JSON, the form that templates iterate over.
+/// Turns a call's arguments from JSON text into JSON, the form that templates iterate over: none
+/// where they are missing or no JSON, so that a chat can go on after such a call, as in vLLM.
 fn with_parsed_arguments(call: &Value) -> Value {
     let mut call = call.clone();
-    if let Some(arguments) = call.pointer_mut("/function/arguments")
-        && let Some(parsed) = arguments
-            .as_str()
-            .and_then(|text| serde_json::from_str(text).ok())
-    {
-        *arguments = parsed;
+    if let Some(Value::Object(function)) = call.get_mut("function") {
+        let given = function.remove("arguments").unwrap_or_default();
+        let parsed = match given {
+            Value::String(text) => serde_json::from_str(&text).unwrap_or_default(),
+            given => given,
+        };
+        let arguments = match parsed {
+            Value::Object(_) | Value::Array(_) => parsed,
+            _ => json!({}),
+        };
+        function.insert("arguments".to_owned(), arguments);
     }
     call
 }
@@ -154,4 +160,25 @@ fn check_parts(index: usize, parts: &[ContentPart]) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_that_are_no_json_are_none() {
+        let arguments_of = |function: Value| {
+            let call = with_parsed_arguments(&json!({"id": "1", "function": function}));
+            assert_eq!(call["id"], "1");
+            call["function"]["arguments"].clone()
+        };
+        let given = |arguments: Value| arguments_of(json!({"name": "f", "arguments": arguments}));
+        assert_eq!(given(json!("{\"a\": 1}")), json!({"a": 1}));
+        assert_eq!(given(json!({"a": 1})), json!({"a": 1}));
+        for bad in [json!(""), json!("{bad"), json!("3"), Value::Null] {
+            assert_eq!(given(bad), json!({}));
+        }
+        assert_eq!(arguments_of(json!({"name": "f"})), json!({}));
+    }
 }

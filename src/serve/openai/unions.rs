@@ -305,7 +305,7 @@ impl<'de> Deserialize<'de> for PromptElement {
 /// They are refused and not skipped: an answer that silently ignores `tools` or
 /// `response_format` looks like a failure of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct RefusedFields(pub(super) Vec<String>);
+pub(in crate::serve) struct RefusedFields(pub(super) Vec<String>);
 
 /// Fields that are refused whatever they hold, unless it is null.
 const REFUSED: [&str; 36] = [

@@ -61,6 +61,15 @@ async fn texts_and_chats_are_tokenized_and_back() {
 }
 
 #[tokio::test]
+async fn tokenize_refuses_what_a_chat_refuses() {
+    let server = TestServer::answering("Yo");
+    let tools = json!([{"type": "function", "function": {"name": "now"}}]);
+    let chat = json!({"messages": [{"role": "user", "content": "x"}], "tools": tools});
+    let reply = server.post("/tokenize", chat).await.json();
+    assert_eq!(reply["error"]["param"], "tools");
+}
+
+#[tokio::test]
 async fn keys_guard_v1_only() {
     let server = TestServer::with_flags("--api-key one two", |request| answer(request, "Yo"));
     let with_key = |key: &str| {
