@@ -53,9 +53,36 @@ impl Planner {
             names.extend(other.filter(|other| !has_other(other)).map(str::to_owned));
         }
         for name in names {
+            self.drop_earlier(&name, module, &tensor);
             self.set_origin(&name, adapter, module, part, &tensor);
         }
         Ok(())
+    }
+
+    /// Forgets what earlier adapters made of a tensor that this one replaces: PEFT merges one
+    /// adapter after the other, so that the replacement overwrites it. The other tensor of a tied
+    /// pair keeps it where it still fits: only an adapter on that tensor alone can have made it.
+    fn drop_earlier(&mut self, name: &str, module: &str, tensor: &StoredTensor) {
+        let index = self.adapter;
+        let Some(recipe) = self.recipes.get_mut(name) else {
+            return;
+        };
+        let own = name.rsplit_once('.').map_or(name, |(own, _)| own);
+        let is_kept = own != module && recipe.info.shape == tensor.shape;
+        let num_deltas = recipe.deltas.len();
+        (recipe.deltas).retain(|delta| is_kept || delta.adapter == index);
+        let rows = recipe.token_rows.take_if(|(adapter, owner)| {
+            // Rows of the embedding are put in a tied head too.
+            *adapter != index && !(is_kept && owner == own)
+        });
+        if num_deltas != recipe.deltas.len() || rows.is_some() {
+            self.warnings.push(format!(
+                "{}: {} replaces {name} whole, what earlier adapters trained of it is lost; put \
+                 this adapter before them to keep it",
+                self.dir.display(),
+                tensor.name
+            ));
+        }
     }
 
     /// PEFT writes some replacements twice; that is one replacement only if they are equal.

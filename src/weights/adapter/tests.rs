@@ -132,6 +132,73 @@ fn modules_saved_whole_that_are_not_in_the_file_are_a_fault() {
 }
 
 #[test]
+fn a_replacement_overwrites_what_earlier_adapters_trained() {
+    const HEAD: &str = "lm_head.weight";
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    let plan_in_row = |base: &str, adapters: &[&str], accumulate: &str| {
+        let adapters = adapters
+            .iter()
+            .map(|name| serde_json::json!({"dir": format!("{name}/adapter"), "weight": 1.0}));
+        plan_of(&serde_json::json!({
+            "base": base, "adapters": adapters.collect::<Vec<_>>(), "accumulate": accumulate,
+        }))
+        .unwrap()
+    };
+    for (base, earlier, replacing, name) in [
+        // The replacement has more rows than the earlier delta.
+        (
+            "tiny-llama",
+            "lm_head_lora_untied",
+            "resized_vocab_modules_to_save_untied",
+            HEAD,
+        ),
+        (
+            "tiny-qwen2-untied",
+            "embedding_lora_untied",
+            "modules_to_save_both_untied",
+            EMBEDDING,
+        ),
+        (
+            "tiny-qwen2-untied",
+            "newer_trainable_tokens_untied",
+            "modules_to_save_both_untied",
+            EMBEDDING,
+        ),
+    ] {
+        for accumulate in ["fp32", "llamafactory"] {
+            let alone = plan_in_row(base, &[replacing], accumulate);
+            let row = plan_in_row(base, &[earlier, replacing], accumulate);
+            let wanted = alone.tensor(name).unwrap();
+            let found = row.tensor(name).unwrap();
+            assert_eq!(found.shape, wanted.shape, "{earlier} {accumulate}");
+            assert!(found.data == wanted.data, "{earlier} {accumulate}");
+            let is_told = |plan: &MergedCheckpoint| {
+                let mut warnings = plan.warnings().iter();
+                warnings.any(|warning| warning.contains(&format!("replaces {name} whole")))
+            };
+            assert!(is_told(&row) && !is_told(&alone), "{:?}", row.warnings());
+        }
+    }
+}
+
+#[test]
+fn what_later_adapters_train_is_put_on_a_replacement() {
+    let plan_of = |adapters: Value| {
+        let case = serde_json::json!({"base": "tiny-qwen2-untied", "adapters": adapters});
+        plan_of(&case).unwrap()
+    };
+    let adapter = |name| serde_json::json!({"dir": format!("{name}/adapter"), "weight": 1.0});
+    let replacing = adapter("modules_to_save_both_untied");
+    let embedding = |plan: &MergedCheckpoint| plan.tensor("model.embed_tokens.weight").unwrap();
+    let alone = embedding(&plan_of(serde_json::json!([replacing])));
+    for later in ["embedding_lora_untied", "newer_trainable_tokens_untied"] {
+        let row = plan_of(serde_json::json!([replacing, adapter(later)]));
+        assert!(embedding(&row).data != alone.data, "{later}");
+        assert!(!(row.warnings().iter()).any(|warning| warning.contains("whole")));
+    }
+}
+
+#[test]
 fn trained_biases_that_are_not_in_the_file_are_told() {
     for (name, is_told) in [("bias_lora_only_lost", true), ("bias_all_bf16", false)] {
         let case = cases().into_iter().find(|case| case["case"] == name);
