@@ -4,7 +4,7 @@
 //! unchanged; a key that would change the result and is not built is refused, one that is not
 //! known is an error that names the nearest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -98,14 +98,15 @@ impl Settings {
     pub(super) fn read(arguments: &[String]) -> anyhow::Result<Self> {
         let mut settings = Self::default();
         for (i, argument) in arguments.iter().enumerate() {
+            let is_file = [".yaml", ".yml", ".json"]
+                .iter()
+                .any(|end| argument.ends_with(end));
+            // Directories of runs are named by their settings: runs/lr=1e-4/merge.yaml.
+            if i == 0 && is_file && (!argument.contains('=') || Path::new(argument).is_file()) {
+                settings.read_file(argument)?;
+                continue;
+            }
             let Some((key, value)) = argument.split_once('=') else {
-                let is_file = [".yaml", ".yml", ".json"]
-                    .iter()
-                    .any(|end| argument.ends_with(end));
-                if i == 0 && is_file {
-                    settings.read_file(argument)?;
-                    continue;
-                }
                 bail!(
                     "expected a settings file (.yaml, .yml, .json) or key=value, got {argument:?}"
                 );
@@ -198,7 +199,8 @@ impl Settings {
                 bail!("export_hub_model_id is not built: merge first, then upload the directory with huggingface_hub");
             }
             "resize_vocab" | "add_tokens" | "add_special_tokens" => self.warnings.push(format!(
-                "{key} has no effect: the size of the vocabulary and its tokenizer come from the adapter"
+                "{key} has no effect: the size of the vocabulary comes from the adapter, and the tokenizer \
+                 where the adapter's has more tokens than the base's"
             )),
             _ if is_known(key) => {}
             _ => return Err(unknown(key)),
@@ -306,6 +308,21 @@ mod tests {
         assert_eq!(settings.adapters, ["saves/a", "saves/b"]);
         assert_eq!(settings.max_shard_size, Some(2_000_000_000));
         assert_eq!(settings.output, Some("other".into()));
+    }
+
+    #[test]
+    fn a_file_whose_path_has_an_equals_sign_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("lr=1e-4");
+        std::fs::create_dir(&run).unwrap();
+        let path = run.join("merge.yaml");
+        std::fs::write(&path, "model: m").unwrap();
+        let settings = read(&[path.to_str().unwrap(), "output=merge.yaml"]).unwrap();
+        assert_eq!(settings.model.as_deref(), Some("m"));
+        assert_eq!(settings.output, Some("merge.yaml".into()));
+        // Without such a file it stays a key with a value.
+        let settings = read(&["output=no/such/file.yaml"]).unwrap();
+        assert_eq!(settings.output, Some("no/such/file.yaml".into()));
     }
 
     #[test]
