@@ -16,13 +16,15 @@ use crate::weights::MergedCheckpoint;
 
 const CONFIG: &str = "config.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// Files that make a tokenizer.
 const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.json",
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_MAP,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -39,6 +41,8 @@ pub(super) struct Companions {
     pub(super) changes: Vec<String>,
     /// Where the tokenizer comes from.
     pub(super) tokenizer_dir: PathBuf,
+    /// The end-of-sequence token, where it is not the one that `tokenizer_dir` names.
+    pub(super) eos_token_id: Option<u32>,
 }
 
 impl Companions {
@@ -51,6 +55,7 @@ impl Companions {
             files: read_companions(merged.base().path())?,
             changes: Vec::new(),
             tokenizer_dir: merged.base().path().to_owned(),
+            eos_token_id: None,
         };
         companions.take_grown_tokenizer(merged)?;
         for (key, value) in merged.config_changes() {
@@ -109,7 +114,29 @@ impl Companions {
 
     /// Returns `generation_config.json`, if there is one.
     pub(super) fn generation_config(&self) -> anyhow::Result<Option<Value>> {
-        self.json("generation_config.json")
+        self.json(GENERATION_CONFIG)
+    }
+
+    /// Has engines stop at a token of the vocabulary, where the files name others. No file is made;
+    /// without a `generation_config.json` transformers asks `config.json`.
+    pub(super) fn set_eos_token(&mut self, word: &str, id: u32) -> anyhow::Result<()> {
+        self.eos_token_id = Some(id);
+        for name in [TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP] {
+            let Some(file) = self.json(name)? else {
+                continue;
+            };
+            if let Some(token) = with_content(&file["eos_token"], word) {
+                self.set(name, "eos_token", &token)?;
+            }
+        }
+        let name = match self.files.contains_key(GENERATION_CONFIG) {
+            true => GENERATION_CONFIG,
+            false => CONFIG,
+        };
+        if let Some(ids) = (self.json(name)?).and_then(|file| with_id(&file["eos_token_id"], id)) {
+            self.set(name, "eos_token_id", &ids)?;
+        }
+        Ok(())
     }
 
     /// A vocabulary that grew in training is described by the tokenizer beside the adapter.
@@ -201,6 +228,36 @@ impl Companions {
     }
 }
 
+/// Returns a special token, a text or an object, with this content; nothing where it has it.
+fn with_content(token: &Value, content: &str) -> Option<Value> {
+    match token {
+        Value::String(found) if found == content => None,
+        Value::Object(fields) if fields.get("content").is_some_and(|found| found == content) => {
+            None
+        }
+        Value::Object(fields) => {
+            let mut fields = fields.clone();
+            fields.insert("content".to_owned(), content.into());
+            Some(fields.into())
+        }
+        _ => Some(content.into()),
+    }
+}
+
+/// Returns an id, or a list of them, with `id` before the others; nothing where it is among them.
+fn with_id(ids: &Value, id: u32) -> Option<Value> {
+    match ids {
+        Value::Array(found) if found.iter().any(|found| *found == id) => None,
+        Value::Array(found) => {
+            let ids = std::iter::once(id.into()).chain(found.iter().cloned());
+            Some(ids.collect())
+        }
+        Value::Number(found) if found.as_u64() == Some(id.into()) => None,
+        Value::Number(_) => Some(json!([id, ids])),
+        _ => Some(id.into()),
+    }
+}
+
 /// Reads every file of a model directory that is neither weights nor the trace of a training.
 fn read_companions(dir: &Path) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
@@ -263,6 +320,7 @@ mod tests {
                 .collect(),
             changes: Vec::new(),
             tokenizer_dir: PathBuf::new(),
+            eos_token_id: None,
         }
     }
 
@@ -318,6 +376,29 @@ mod tests {
         let mut named = companions(&[(TOKENIZER_CONFIG, list)]);
         named.complete_chat_template().unwrap();
         assert_eq!(named.files[CHAT_TEMPLATE], b"d");
+    }
+
+    #[test]
+    fn an_end_of_sequence_token_comes_first_and_only_once() {
+        for (found, wanted) in [
+            (json!(5), Some(json!([7, 5]))),
+            (json!([5, 6]), Some(json!([7, 5, 6]))),
+            (json!([]), Some(json!([7]))),
+            (Value::Null, Some(json!(7))),
+            (json!(7), None),
+            (json!([5, 7]), None),
+        ] {
+            assert_eq!(with_id(&found, 7), wanted, "{found}");
+        }
+    }
+
+    #[test]
+    fn without_generation_settings_the_configuration_names_the_end_of_sequence_token() {
+        let mut companions = companions(&[(CONFIG, r#"{"eos_token_id": 5}"#)]);
+        companions.set_eos_token("<end>", 7).unwrap();
+        assert_eq!(companions.files.len(), 1);
+        let found = companions.json(CONFIG).unwrap().unwrap();
+        assert_eq!(found["eos_token_id"], json!([7, 5]));
     }
 
     #[test]

@@ -41,6 +41,7 @@ pub(super) fn plan(
     if let Some(template) = companions.chat_template() {
         vocabulary.chat_template = Some(template.to_owned());
     }
+    vocabulary.eos = companions.eos_token_id.or(vocabulary.eos);
     let files = types.iter().map(|file_type| {
         let options = GgufOptions {
             file_type: *file_type,

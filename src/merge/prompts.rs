@@ -4,6 +4,9 @@
 //! a guess by the model's tokens. Sample conversations then go through all three, so that a model
 //! that would be served with other prompts than it was trained on is noticed before it is served.
 
+#[cfg(test)]
+mod tests;
+
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -14,7 +17,7 @@ use super::default_system::{default_system_of, set_default_system};
 use super::modelfile::{ModelfileInput, ModelfileStyle, modelfile};
 use super::prompt_check::{PromptCheckInput, PromptReport, check_prompts};
 use crate::text::{
-    ChatTemplate, TEMPLATE_RECORD_FILE, TemplateRecord, Tokenizer, TrainingTemplate,
+    ChatTemplate, NamedToken, TEMPLATE_RECORD_FILE, TemplateRecord, Tokenizer, TrainingTemplate,
     fallback_template, fallback_template_for_architecture,
 };
 use crate::weights::{Adapter, MergedCheckpoint, ModelSource};
@@ -87,16 +90,19 @@ pub(super) fn complete(
         );
         return Ok(None);
     };
+    let named_tokens = match certainty {
+        Certainty::Known => replace_eos(companions, &template, &tokenizer)?,
+        Certainty::Guessed => tokenizer.named_tokens().to_vec(),
+    };
     let wished = wished_system(companions, options, &template, certainty)?;
     if let (Some(chat_template), Some(system)) = (companions.chat_template(), wished) {
-        let changed =
-            set_default_system(&template, chat_template, tokenizer.named_tokens(), &system)?;
+        let changed = set_default_system(&template, chat_template, &named_tokens, &system)?;
         companions.set_chat_template(&changed.chat_template)?;
         template = changed.template;
     }
     let chat_template = companions
         .chat_template()
-        .map(|source| ChatTemplate::compile(source, tokenizer.named_tokens()))
+        .map(|source| ChatTemplate::compile(source, &named_tokens))
         .transpose()
         .context("compile the chat template")?;
     if let (Certainty::Guessed, Some(chat_template), None) =
@@ -193,6 +199,37 @@ fn record_of(adapter: &Path) -> anyhow::Result<Option<TemplateRecord>> {
     Ok(Some(
         record.with_context(|| format!("parse {}", path.display()))?,
     ))
+}
+
+/// Makes the template's word the end-of-sequence token where it replaces the tokenizer's, as
+/// LLaMA-Factory's export does: engines stop at the token that the files name, and the trained
+/// model ends its answers with the template's. Returns the named tokens of the exported tokenizer.
+fn replace_eos(
+    companions: &mut Companions,
+    template: &TrainingTemplate,
+    tokenizer: &Tokenizer,
+) -> anyhow::Result<Vec<NamedToken>> {
+    let mut named_tokens = tokenizer.named_tokens().to_vec();
+    let Some(word) = template.replaced_eos() else {
+        return Ok(named_tokens);
+    };
+    let Some(id) = tokenizer.token_id(word) else {
+        tracing::warn!(
+            "the end-of-sequence token stays as it is: template {} ends answers with {word}, which \
+             is no token of {}; --template names the template of the training",
+            template.name(),
+            companions.tokenizer_dir.display()
+        );
+        return Ok(named_tokens);
+    };
+    companions.set_eos_token(word, id)?;
+    named_tokens.retain(|token| token.name != "eos_token");
+    named_tokens.push(NamedToken {
+        name: "eos_token".to_owned(),
+        content: word.to_owned(),
+        id: Some(id),
+    });
+    Ok(named_tokens)
 }
 
 /// Gives a model without a chat template one; returns the system prompt that the chat template is

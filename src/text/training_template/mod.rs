@@ -162,13 +162,18 @@ impl TrainingTemplate {
     /// Returns the text of the end-of-sequence token that training uses: the first stop word where
     /// the template replaces the tokenizer's own, else that one, else `<|endoftext|>`.
     pub fn eos_token<'a>(&self, tokenizer: &'a Tokenizer) -> Cow<'a, str> {
-        match (self.replaces_eos, self.stop_words.first()) {
-            (true, Some(word)) => Cow::Borrowed(word),
-            _ => match tokenizer.eos_token() {
-                Some(token) => Cow::Borrowed(&token.content),
-                None => Cow::Borrowed("<|endoftext|>"),
-            },
+        match (self.replaced_eos(), tokenizer.eos_token()) {
+            (Some(word), _) => Cow::Borrowed(word),
+            (None, Some(token)) => Cow::Borrowed(&token.content),
+            (None, None) => Cow::Borrowed("<|endoftext|>"),
         }
+    }
+
+    /// Returns the word that the template puts in the place of the tokenizer's end-of-sequence
+    /// token; nothing for a template that uses the tokenizer's own.
+    pub fn replaced_eos(&self) -> Option<&'static str> {
+        let word = self.stop_words.first().copied();
+        word.filter(|_| self.replaces_eos)
     }
 
     /// Returns the slots around a part of a conversation, for a program that writes templates of
