@@ -61,6 +61,7 @@ Keys (all of LLaMA-Factory's are known; these matter most):
   save_steps             Write a checkpoint every so many updates [default: 500]
   plot_loss              Draw training_loss.png [default: false]
   overwrite_output_dir   Start anew where an earlier run was [default: false, resume]
+  resume_from_checkpoint  Go on from the newest checkpoint (true), none (false) or a path
 
 Keys of infold:
   dry_run                Print the plan and stop [default: false]

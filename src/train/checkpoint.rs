@@ -231,9 +231,9 @@ pub(super) fn load(
             path: dir.to_owned(),
             what: format!(
                 "{MANIFEST} is missing, so that this is no checkpoint of infold; name one of an \
-                 output directory ({PREFIX}N), or set overwrite_output_dir: true; \
-                 adapter_name_or_path goes on from the weights of an adapter that another program \
-                 trained"
+                 output directory ({PREFIX}N), or set overwrite_output_dir: true without \
+                 resume_from_checkpoint; adapter_name_or_path goes on from the weights of an \
+                 adapter that another program trained"
             ),
         });
     }
@@ -242,8 +242,8 @@ pub(super) fn load(
             path: dir.to_owned(),
             what: format!(
                 "there is no {OPTIMIZER} to go on with, as after save_only_model: true; set \
-                 overwrite_output_dir: true to begin again, or adapter_name_or_path: {} and \
-                 another output_dir to go on from its weights",
+                 overwrite_output_dir: true without resume_from_checkpoint to begin again, or \
+                 adapter_name_or_path: {} and another output_dir to go on from its weights",
                 dir.display()
             ),
         });

@@ -50,7 +50,7 @@ pub use checkpoint::{checkpoint_dir, list_checkpoints};
 pub use collate::{Layout, collate};
 pub use config::{
     BatchConfig, Cadence, ConfigError, DataConfig, LoraConfig, LrSchedulerType, ModelSource,
-    OptimizerConfig, OutputConfig, Packing, Precision, ScheduleConfig, TrainConfig,
+    OptimizerConfig, OutputConfig, Packing, Precision, Resume, ScheduleConfig, TrainConfig,
 };
 pub use dataset::{
     DataError, DataRequest, DatasetReport, DropReason, Dropped, LoadedData, RowId, load_data,

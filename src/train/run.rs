@@ -1,9 +1,12 @@
 //! `infold train`: from the command line to an adapter.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::num::NonZero;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
@@ -11,9 +14,9 @@ use anyhow::{Context, bail};
 use super::console::Console;
 use super::manifest::manifest_of;
 use super::{
-    AdapterFiles, BatchPlace, Cadence, Duration, Evaluation, Layout, OutputPlan, Packing, Prepared,
-    Ranks, RunLength, Sampler, Start, TrainArgs, TrainBatch, TrainConfig, TrainSetup, collate,
-    describe_example, list_checkpoints, prepare, train,
+    AdapterFiles, BatchPlace, Cadence, Duration, Evaluation, Layout, OutputConfig, OutputPlan,
+    Packing, Prepared, Ranks, Resume, RunLength, Sampler, Start, TrainArgs, TrainBatch,
+    TrainConfig, TrainSetup, collate, describe_example, list_checkpoints, prepare, train,
 };
 use crate::kernels::keep_freed_memory;
 use crate::models::ModelConfig;
@@ -141,38 +144,82 @@ fn print_plan(
 /// Decides whether the run begins anew or goes on, and says so.
 fn choose_start(config: &TrainConfig, total_updates: u64) -> anyhow::Result<Start> {
     let output = &config.output;
-    let checkpoints = list_checkpoints(&output.output_dir);
-    if let Some(dir) = &output.resume_from_checkpoint {
-        tracing::info!("resuming from {}", dir.display());
-        return Ok(Start::Checkpoint(dir.clone()));
-    }
-    if output.overwrite_output_dir {
-        for (_, dir) in checkpoints {
+    let newest = list_checkpoints(&output.output_dir).pop();
+    match (&output.resume_from_checkpoint, newest) {
+        (Resume::From(dir), _) => {
+            tracing::info!("resuming from {}", dir.display());
+            return Ok(Start::Checkpoint(dir.clone()));
+        }
+        (Resume::Newest, Some((step, dir))) => {
             tracing::info!(
-                "{} goes when training begins (overwrite_output_dir)",
+                "resuming at step {step} of {total_updates} from {} (resume_from_checkpoint: \
+                 true){}",
+                dir.display(),
+                if output.overwrite_output_dir {
+                    "; overwrite_output_dir has no effect"
+                } else {
+                    ""
+                }
+            );
+            return Ok(Start::Checkpoint(dir));
+        }
+        (Resume::Newest, None) => bail!(
+            "resume_from_checkpoint is true, but output_dir {} holds no checkpoint to go on from: \
+             leave the key out to start anew, or set it to the path of a checkpoint-N",
+            output.output_dir.display()
+        ),
+        (Resume::Automatic, Some((step, dir))) if !output.overwrite_output_dir => {
+            tracing::info!(
+                "resuming at step {step} of {total_updates} because {} is there; \
+                 overwrite_output_dir starts anew",
                 dir.display()
             );
+            return Ok(Start::Checkpoint(dir));
         }
-    } else if let Some((step, dir)) = checkpoints.into_iter().next_back() {
-        tracing::info!(
-            "resuming at step {step} of {total_updates} because {} is there; overwrite_output_dir \
-             starts anew",
-            dir.display()
-        );
-        return Ok(Start::Checkpoint(dir));
-    } else if let Some(name) =
-        (WEIGHTS_FILES.iter()).find(|name| output.output_dir.join(name).is_file())
-    {
-        bail!(
-            "Output directory already exists and is not empty: {} holds {name} and no checkpoint \
-             to go on from. Please set `overwrite_output_dir`, or choose another output_dir",
-            output.output_dir.display()
-        );
+        (Resume::Automatic | Resume::Never, _) => check_replaceable(output)?,
     }
     Ok(match config.model.adapter_name_or_path.last() {
         Some(adapter) if !config.model.create_new_adapter => Start::Adapter(adapter.into()),
         _ => Start::Fresh,
     })
+}
+
+/// Refuses an output directory whose content a run from the start would replace unasked.
+fn check_replaceable(output: &OutputConfig) -> anyhow::Result<()> {
+    let dir = output.output_dir.display();
+    let newest = list_checkpoints(&output.output_dir).pop();
+    let weights = (WEIGHTS_FILES.iter()).find(|name| output.output_dir.join(name).is_file());
+    match (output.overwrite_output_dir, newest, weights) {
+        (true, ..) | (false, None, None) => Ok(()),
+        (false, Some((_, checkpoint)), _) => bail!(
+            "Output directory already exists and is not empty: {} is there, and \
+             resume_from_checkpoint is false. Leave the key out to go on from it, set \
+             `overwrite_output_dir` to remove it, or choose another output_dir",
+            checkpoint.display()
+        ),
+        (false, None, Some(name)) => bail!(
+            "Output directory already exists and is not empty: {dir} holds {name} and no \
+             checkpoint to go on from. Please set `overwrite_output_dir`, or choose another \
+             output_dir"
+        ),
+    }
+}
+
+/// Returns the checkpoints that a run removes when it begins, and says so: a later run would
+/// otherwise take one of them for its own. A run that goes on from a checkpoint removes none.
+fn replaced(output: &OutputConfig, start: &Start) -> Vec<PathBuf> {
+    if !output.overwrite_output_dir || matches!(start, Start::Checkpoint(_)) {
+        return Vec::new();
+    }
+    let checkpoints = list_checkpoints(&output.output_dir).into_iter();
+    let dirs: Vec<PathBuf> = checkpoints.map(|(_, dir)| dir).collect();
+    for dir in &dirs {
+        tracing::info!(
+            "{} goes when training begins (overwrite_output_dir)",
+            dir.display()
+        );
+    }
+    dirs
 }
 
 /// Collects what goes beside the adapter's weights: the tokenizer, and what the prompts were.
@@ -278,7 +325,7 @@ impl Job<'_> {
             max_tokens_per_pass: config.max_tokens_per_pass(),
             batches: &batches,
             evaluation,
-            output: self.output_plan(total, per_epoch),
+            output: self.output_plan((total, per_epoch), &start),
             ranks: self.ranks(),
             files,
             manifest: manifest_of(self.config, self.prepared),
@@ -319,17 +366,11 @@ impl Job<'_> {
         collate(&self.prepared.eval, &indices, self.layout)
     }
 
-    fn output_plan(&self, total: u64, per_epoch: u64) -> OutputPlan {
+    fn output_plan(&self, (total, per_epoch): (u64, u64), start: &Start) -> OutputPlan {
         let output = &self.config.output;
         OutputPlan {
             output_dir: output.output_dir.clone(),
-            // A later run would otherwise take one of them for its own.
-            replaced: match (&output.resume_from_checkpoint, output.overwrite_output_dir) {
-                (None, true) => (list_checkpoints(&output.output_dir).into_iter())
-                    .map(|(_, dir)| dir)
-                    .collect(),
-                _ => Vec::new(),
-            },
+            replaced: replaced(output, start),
             logging_steps: output
                 .logging
                 .interval(total, per_epoch)

@@ -30,7 +30,7 @@ pub use error::ConfigError;
 #[cfg(test)]
 pub(super) use keys::is_known;
 pub use optimization::{BatchConfig, OptimizerConfig, Precision};
-pub use output::{Cadence, OutputConfig};
+pub use output::{Cadence, OutputConfig, Resume};
 pub use schedule::{LrSchedulerType, ScheduleConfig};
 pub(super) use settings::Settings;
 

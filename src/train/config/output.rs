@@ -30,6 +30,19 @@ impl Cadence {
     }
 }
 
+/// Where a run goes on from (`resume_from_checkpoint`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    /// Not given: the newest checkpoint of `output_dir`, unless it is overwritten or has none.
+    Automatic,
+    /// `true`: the newest checkpoint of `output_dir`, which must have one.
+    Newest,
+    /// `false`: no checkpoint.
+    Never,
+    /// This checkpoint.
+    From(PathBuf),
+}
+
 /// Logging, saving, evaluation and resuming.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OutputConfig {
@@ -37,8 +50,8 @@ pub struct OutputConfig {
     pub output_dir: PathBuf,
     /// Whether an earlier run there is ignored.
     pub overwrite_output_dir: bool,
-    /// The checkpoint to go on from, a path; absent means the last one of `output_dir`.
-    pub resume_from_checkpoint: Option<PathBuf>,
+    /// The checkpoint to go on from.
+    pub resume_from_checkpoint: Resume,
     /// When the loss is logged.
     pub logging: Cadence,
     /// Whether the first update is logged too.
@@ -193,11 +206,16 @@ fn cadence(
     }
 }
 
-/// Reads a path; false means none, and true the last checkpoint, which is the default.
-fn resume(settings: &Settings) -> Result<Option<PathBuf>, ConfigError> {
-    let text = settings.opt_text("resume_from_checkpoint")?;
-    let is_switch = |text: &str| matches!(text.to_lowercase().as_str(), "true" | "false");
-    Ok(text.filter(|text| !is_switch(text)).map(PathBuf::from))
+/// Reads a path or a truth value; LLaMA-Factory's YAML reader takes yes, no, on and off as such.
+fn resume(settings: &Settings) -> Result<Resume, ConfigError> {
+    let Some(text) = settings.opt_text("resume_from_checkpoint")? else {
+        return Ok(Resume::Automatic);
+    };
+    Ok(match text.to_lowercase().as_str() {
+        "true" | "yes" | "on" => Resume::Newest,
+        "false" | "no" | "off" => Resume::Never,
+        _ => Resume::From(PathBuf::from(text)),
+    })
 }
 
 fn tensorboard(settings: &Settings) -> Result<bool, ConfigError> {

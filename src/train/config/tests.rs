@@ -80,7 +80,7 @@ fn a_usual_yaml_file_is_read() {
     assert_eq!(config.schedule.learning_rate, 1e-4);
     assert_eq!(config.schedule.warmup_ratio, 0.1);
     assert_eq!(config.output.eval, Cadence::Updates(500));
-    assert_eq!(config.output.resume_from_checkpoint, None);
+    assert_eq!(config.output.resume_from_checkpoint, Resume::Automatic);
     assert!(!config.output.tensorboard);
     assert_eq!(config.recompute, None);
     assert_eq!(config.data.packing, Packing::Packed);
@@ -310,6 +310,19 @@ fn no_key_stands_in_two_tables() {
     keys.sort_unstable();
     keys.dedup();
     assert_eq!(keys.len(), count);
+}
+
+#[test]
+fn resume_from_checkpoint_is_a_truth_value_or_a_path() {
+    let resume = |more: &[&str]| with(more).unwrap().output.resume_from_checkpoint;
+    assert_eq!(resume(&[]), Resume::Automatic);
+    assert_eq!(resume(&["resume_from_checkpoint=null"]), Resume::Automatic);
+    assert_eq!(resume(&["--resume_from_checkpoint", "True"]), Resume::Newest);
+    assert_eq!(resume(&["resume_from_checkpoint=False"]), Resume::Never);
+    assert_eq!(
+        resume(&["resume_from_checkpoint=out/checkpoint-4"]),
+        Resume::From(PathBuf::from("out/checkpoint-4"))
+    );
 }
 
 #[test]
