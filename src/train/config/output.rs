@@ -119,9 +119,7 @@ impl OutputConfig {
             logging,
             logging_first_step: settings.bool("logging_first_step", false)?,
             save: cadence(settings, "save_strategy", "save_steps", 500.0, "steps")?,
-            save_total_limit: settings
-                .opt_whole("save_total_limit", 1)?
-                .map(|limit| limit as usize),
+            save_total_limit: save_total_limit(settings)?,
             save_only_model: settings.bool("save_only_model", false)?,
             do_eval: eval != Cadence::Never || settings.bool("do_eval", false)?,
             eval,
@@ -216,6 +214,19 @@ fn resume(settings: &Settings) -> Result<Resume, ConfigError> {
         "false" | "no" | "off" => Resume::Never,
         _ => Resume::From(PathBuf::from(text)),
     })
+}
+
+/// Reads a limit; as in Hugging Face's trainer, zero or less is none.
+fn save_total_limit(settings: &Settings) -> Result<Option<usize>, ConfigError> {
+    let key = "save_total_limit";
+    match settings.opt_f64(key)? {
+        Some(limit) if limit.fract() != 0.0 || limit >= 9e15 => {
+            Err(settings.invalid(key, "a whole number, 0 for no limit"))
+        }
+        limit => Ok(limit
+            .filter(|limit| *limit > 0.0)
+            .map(|limit| limit as usize)),
+    }
 }
 
 fn tensorboard(settings: &Settings) -> Result<bool, ConfigError> {

@@ -27,7 +27,7 @@ pub enum LrSchedulerType {
     ConstantWithWarmup,
     /// One over the root of the update.
     InverseSqrt,
-    /// Constant, then a decay over `num_decay_steps`.
+    /// Constant over `num_stable_steps`, then a decay over `num_decay_steps`.
     WarmupStableDecay,
 }
 
@@ -105,20 +105,15 @@ impl ScheduleConfig {
 
     fn check_required(&self) -> Result<(), ConfigError> {
         let has = |key: &str| self.lr_scheduler_kwargs.contains_key(key);
-        let missing = match self.lr_scheduler_type {
-            Type::CosineWithMinLr if !has("min_lr") && !has("min_lr_rate") => {
-                "min_lr or min_lr_rate"
-            }
-            Type::WarmupStableDecay if !has("num_decay_steps") => "num_decay_steps",
-            _ => return Ok(()),
-        };
-        let name = self.lr_scheduler_type.name();
-        Err(ConfigError::Conflict {
-            what: format!(
-                "`lr_scheduler_type: {name}` needs {missing} in `lr_scheduler_kwargs`, such as \
-                 {{\"num_decay_steps\": 100}} or {{\"min_lr\": 1e-6}}"
-            ),
-        })
+        if self.lr_scheduler_type == Type::CosineWithMinLr && !has("min_lr") && !has("min_lr_rate")
+        {
+            return Err(ConfigError::Conflict {
+                what: "`lr_scheduler_type: cosine_with_min_lr` needs min_lr or min_lr_rate in \
+                       `lr_scheduler_kwargs`, such as {\"min_lr\": 1e-6}"
+                    .to_owned(),
+            });
+        }
+        Ok(())
     }
 
     fn kwarg(&self, key: &str, default: f64) -> f64 {
@@ -151,12 +146,13 @@ impl ScheduleConfig {
             Type::ConstantWithWarmup => LrCurve::ConstantWithWarmup,
             Type::InverseSqrt => LrCurve::InverseSqrt,
             Type::WarmupStableDecay => {
-                let num_decay_steps = self.kwarg("num_decay_steps", 0.0) as u64;
+                // LLaMA-Factory's defaults (`create_custom_scheduler`): a third of what is left
+                // after the warm-up is stable, the rest decays; neither follows the other's value.
                 let left = counts.total_updates.saturating_sub(warmup);
-                let stable = left.saturating_sub(num_decay_steps) as f64;
+                let (stable, decay) = (left / 3, left - left / 3);
                 LrCurve::WarmupStableDecay {
-                    num_stable_steps: self.kwarg("num_stable_steps", stable) as u64,
-                    num_decay_steps,
+                    num_stable_steps: self.kwarg("num_stable_steps", stable as f64) as u64,
+                    num_decay_steps: self.kwarg("num_decay_steps", decay as f64) as u64,
                     num_cycles: self.kwarg("num_cycles", 0.5),
                     min_lr_ratio: self.kwarg("min_lr_ratio", 0.0),
                 }

@@ -317,7 +317,10 @@ fn resume_from_checkpoint_is_a_truth_value_or_a_path() {
     let resume = |more: &[&str]| with(more).unwrap().output.resume_from_checkpoint;
     assert_eq!(resume(&[]), Resume::Automatic);
     assert_eq!(resume(&["resume_from_checkpoint=null"]), Resume::Automatic);
-    assert_eq!(resume(&["--resume_from_checkpoint", "True"]), Resume::Newest);
+    assert_eq!(
+        resume(&["--resume_from_checkpoint", "True"]),
+        Resume::Newest
+    );
     assert_eq!(resume(&["resume_from_checkpoint=False"]), Resume::Never);
     assert_eq!(
         resume(&["resume_from_checkpoint=out/checkpoint-4"]),
@@ -348,19 +351,6 @@ fn the_schedule_has_the_parameters_given_and_deepspeed_s_wins() {
         restarts.curve,
         LrCurve::CosineWithRestarts { num_cycles: 3.0 }
     );
-    let stable = schedule(&[
-        "lr_scheduler_type=warmup_stable_decay",
-        "lr_scheduler_kwargs={\"num_decay_steps\": 20}",
-        "warmup_steps=5",
-    ]);
-    assert!(matches!(
-        stable.curve,
-        LrCurve::WarmupStableDecay {
-            num_stable_steps: 75,
-            num_decay_steps: 20,
-            ..
-        }
-    ));
     let file = format!("deepspeed={FIXTURES}/ds_config_zero3.json");
     let deepspeed = schedule(&[&file, "lr_scheduler_type=cosine", "warmup_ratio=0.1"]);
     assert!(matches!(deepspeed.curve, LrCurve::WarmupLr(_)));
@@ -372,11 +362,56 @@ fn the_schedule_has_the_parameters_given_and_deepspeed_s_wins() {
         "lr_scheduler_kwargs={\"power\": 2}",
     ]);
     assert!(text.contains("under: num_cycles (cosine)"), "{text}");
-    assert!(text_of_missing().contains("needs num_decay_steps"));
+    let text = self::text(&["lr_scheduler_type=cosine_with_min_lr"]);
+    assert!(text.contains("needs min_lr or min_lr_rate"), "{text}");
 }
 
-fn text_of_missing() -> String {
-    text(&["lr_scheduler_type=warmup_stable_decay"])
+#[test]
+fn a_stable_phase_and_its_decay_have_llama_factorys_defaults() {
+    let counts = StepCounts::new(100, 1, Duration::Updates(100));
+    let phases = |kwargs: &str| {
+        let kwargs = format!("lr_scheduler_kwargs={{{kwargs}}}");
+        let more = [
+            "lr_scheduler_type=warmup_stable_decay",
+            "warmup_steps=5",
+            &kwargs,
+        ];
+        match with(&more).unwrap().lr_schedule(&counts).curve {
+            LrCurve::WarmupStableDecay {
+                num_stable_steps,
+                num_decay_steps,
+                ..
+            } => (num_stable_steps, num_decay_steps),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(phases(""), (31, 64), "of 95 updates");
+    assert_eq!(phases("\"num_decay_steps\": 20"), (31, 20));
+    assert_eq!(phases("\"num_stable_steps\": 50"), (50, 64));
+    assert_eq!(
+        phases("\"num_stable_steps\": 7, \"num_decay_steps\": 0"),
+        (7, 0)
+    );
+    let more = ["lr_scheduler_type=warmup_stable_decay"];
+    assert!(with(&more).is_ok(), "no kwargs at all");
+}
+
+#[test]
+fn a_limit_of_checkpoints_of_zero_or_less_is_none() {
+    let limit = |value: &str| with(&[&format!("save_total_limit={value}")]);
+    for value in ["0", "-1", "null"] {
+        assert_eq!(
+            limit(value).unwrap().output.save_total_limit,
+            None,
+            "{value}"
+        );
+    }
+    assert_eq!(limit("3").unwrap().output.save_total_limit, Some(3));
+    let text = limit("1.5").unwrap_err().to_string();
+    assert!(
+        text.contains("`save_total_limit` must be a whole number"),
+        "{text}"
+    );
 }
 
 #[test]
