@@ -12,9 +12,11 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::json_edit;
-use crate::weights::MergedCheckpoint;
+use crate::text::Tokenizer;
+use crate::weights::{MergedCheckpoint, ModelSource};
 
 const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -22,7 +24,7 @@ const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// Files that make a tokenizer.
 const TOKENIZER_FILES: &[&str] = &[
-    "tokenizer.json",
+    TOKENIZER,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP,
     "added_tokens.json",
@@ -139,15 +141,20 @@ impl Companions {
         Ok(())
     }
 
-    /// A vocabulary that grew in training is described by the tokenizer beside the adapter.
+    /// Tokens that were added in training are described by the tokenizer beside the adapter,
+    /// whether the vocabulary grew for them or was padded and had room.
     fn take_grown_tokenizer(&mut self, merged: &MergedCheckpoint) -> anyhow::Result<()> {
-        let grown = merged
+        let has_grown = merged
             .config_changes()
             .iter()
             .any(|(key, _)| key == "vocab_size");
-        let with_tokenizer = |dir: &&Path| dir.join("tokenizer.json").exists();
         let dirs = merged.adapters().iter().map(|adapter| adapter.dir());
-        let Some(dir) = dirs.rev().find(with_tokenizer).filter(|_| grown) else {
+        let mut dirs = dirs.filter(|dir| dir.join(TOKENIZER).exists());
+        let dir = match has_grown {
+            true => dirs.next_back(),
+            false => larger_tokenizer(merged, dirs)?,
+        };
+        let Some(dir) = dir else {
             return Ok(());
         };
         for name in TOKENIZER_FILES {
@@ -226,6 +233,64 @@ impl Companions {
         }
         Ok(())
     }
+}
+
+/// Returns the directory whose tokenizer has all tokens of the base's, with the same ids, and more;
+/// of several, the one that also has what those before it added.
+fn larger_tokenizer<'a>(
+    merged: &MergedCheckpoint,
+    dirs: impl Iterator<Item = &'a Path>,
+) -> anyhow::Result<Option<&'a Path>> {
+    let base = merged.base().path();
+    let Some(base_content) = read_if_there(&base.join(TOKENIZER))? else {
+        return Ok(None);
+    };
+    let has_own =
+        |dir: &&Path| fs::read(dir.join(TOKENIZER)).is_ok_and(|content| content != base_content);
+    let read = |dir: &'a Path| match Tokenizer::from_dir(dir) {
+        Ok(tokenizer) => Some((dir, tokenizer)),
+        Err(error) => {
+            tracing::warn!("the tokenizer of {} is not used: {error}", dir.display());
+            None
+        }
+    };
+    let candidates: Vec<_> = dirs.filter(has_own).filter_map(read).collect();
+    if candidates.is_empty() {
+        return Ok(None);
+    }
+    let mut known = Tokenizer::from_dir(base)
+        .with_context(|| format!("read the tokenizer of {}", base.display()))?;
+    let num_rows = merged.config()["vocab_size"].as_u64().unwrap_or(0);
+    let mut taken = None;
+    for (dir, tokenizer) in candidates {
+        let num_ids = tokenizer.vocab_size() as u64;
+        if contains(&known, &tokenizer) {
+            // It has nothing new.
+        } else if !contains(&tokenizer, &known) {
+            tracing::warn!(
+                "the tokenizer of {} is not used: it lacks tokens of {} or has others under their                  ids",
+                dir.display(),
+                taken.unwrap_or(base).display()
+            );
+        } else if num_ids > num_rows {
+            tracing::warn!(
+                "the tokenizer of {} is not used: it has {num_ids} ids, the embedding {num_rows}                  rows; its new tokens need a training that resizes and saves the embedding",
+                dir.display()
+            );
+        } else {
+            (taken, known) = (Some(dir), tokenizer);
+        }
+    }
+    Ok(taken)
+}
+
+/// Returns whether `larger` has every token of `smaller` under the same id.
+fn contains(larger: &Tokenizer, smaller: &Tokenizer) -> bool {
+    // Ids are 32 bits wide.
+    (0..smaller.vocab_size() as u32).all(|id| {
+        let token = smaller.token_string(id);
+        token.is_none() || token == larger.token_string(id)
+    })
 }
 
 /// Returns a special token, a text or an object, with this content; nothing where it has it.
@@ -311,7 +376,10 @@ fn read_if_there(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::weights::{Adapter, Checkpoint, MergeOptions};
 
     fn companions(files: &[(&str, &str)]) -> Companions {
         Companions {
@@ -376,6 +444,96 @@ mod tests {
         let mut named = companions(&[(TOKENIZER_CONFIG, list)]);
         named.complete_chat_template().unwrap();
         assert_eq!(named.files[CHAT_TEMPLATE], b"d");
+    }
+
+    /// Writes the tokenizer of the fixture with `tokens` under the last ids, 510 and what follows.
+    fn write_tokenizer(dir: &Path, tokens: &[&str]) {
+        let from = fixture("tiny-qwen2");
+        for name in [TOKENIZER, TOKENIZER_CONFIG] {
+            let content = fs::read(from.join(name)).unwrap();
+            let mut json: Value = serde_json::from_slice(&content).unwrap();
+            if let Some(added) = json["added_tokens"].as_array_mut() {
+                added.truncate(1);
+                for (id, token) in (510..).zip(tokens) {
+                    let mut entry = added[0].clone();
+                    (entry["id"], entry["content"]) = (json!(id), json!(token));
+                    added.push(entry);
+                }
+            }
+            if let Some(fields) = json.as_object_mut().filter(|_| name == TOKENIZER_CONFIG) {
+                fields.remove("added_tokens_decoder");
+                fields.insert("eos_token".to_owned(), json!("<|endoftext|>"));
+            }
+            fs::write(dir.join(name), json.to_string()).unwrap();
+        }
+    }
+
+    fn fixture(name: &str) -> PathBuf {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        fixtures.join(name)
+    }
+
+    /// Returns which adapter's tokenizer a merge takes; the base has 512 rows and these tokens.
+    fn taken_tokenizer(base_tokens: &[&str], adapters: &[&[&str]]) -> Option<usize> {
+        let base = tempfile::tempdir().unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            fs::copy(fixture("tiny-qwen2").join(name), base.path().join(name)).unwrap();
+        }
+        write_tokenizer(base.path(), base_tokens);
+        let from = fixture("adapters/adapter_bf16_on_f32/adapter");
+        let dirs: Vec<_> = (adapters.iter())
+            .map(|tokens| {
+                let dir = tempfile::tempdir().unwrap();
+                for name in ["adapter_config.json", "adapter_model.safetensors"] {
+                    fs::copy(from.join(name), dir.path().join(name)).unwrap();
+                }
+                write_tokenizer(dir.path(), tokens);
+                dir
+            })
+            .collect();
+        let opened = dirs.iter().map(|dir| {
+            let adapter = Adapter::open(dir.path(), None).unwrap();
+            (adapter, 1.0)
+        });
+        let checkpoint = Arc::new(Checkpoint::open(base.path()).unwrap());
+        let options = MergeOptions::default();
+        let merged = MergedCheckpoint::plan(checkpoint, opened.collect(), options).unwrap();
+        let companions = Companions::of(&merged).unwrap();
+        let content = fs::read(companions.tokenizer_dir.join(TOKENIZER)).unwrap();
+        assert!(companions.files[TOKENIZER] == content);
+        dirs.iter()
+            .position(|dir| dir.path() == companions.tokenizer_dir)
+    }
+
+    #[test]
+    fn tokens_added_inside_a_padded_vocabulary_are_kept() {
+        let base = &["<|im_start|>"];
+        assert_eq!(
+            taken_tokenizer(base, &[&["<|im_start|>", "<new>"]]),
+            Some(0)
+        );
+        // The later adapter has the base's tokenizer.
+        let adapters: [&[&str]; 2] = [&["<|im_start|>", "<new>"], base];
+        assert_eq!(taken_tokenizer(base, &adapters), Some(0));
+        let adapters: [&[&str]; 2] = [&["<a>"], &["<a>", "<b>"]];
+        assert_eq!(taken_tokenizer(&[], &adapters), Some(1));
+    }
+
+    #[test]
+    fn tokenizers_that_do_not_hold_the_base_s_or_too_much_are_not_taken() {
+        let base = &["<|im_start|>"];
+        for tokens in [
+            &["<|im_start|>"][..],
+            &[],
+            // Another token under the base's id.
+            &["<other>", "<new>"],
+            // Id 512 has no row.
+            &["<|im_start|>", "<new>", "<newer>"],
+        ] {
+            assert_eq!(taken_tokenizer(base, &[tokens]), None, "{tokens:?}");
+        }
+        // Two adapters that disagree on a token.
+        assert_eq!(taken_tokenizer(&[], &[&["<a>"], &["<b>"]]), Some(0));
     }
 
     #[test]
