@@ -21,7 +21,7 @@ use super::{
 use crate::kernels::keep_freed_memory;
 use crate::models::ModelConfig;
 use crate::text::{SupervisedExample, TEMPLATE_RECORD_FILE, TemplateRecord, Tokenizer};
-use crate::weights::{self, Format, HubOptions, ModelSource};
+use crate::weights::{self, Adapter, Format, HubOptions, ModelSource};
 
 /// Files of a tokenizer, which go beside the adapter as LLaMA-Factory puts them there.
 const TOKENIZER_FILES: &[&str] = &[
@@ -55,7 +55,13 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         tracing::info!("{note}");
     }
     check_built(&config)?;
-    let (model, dir) = open(&config)?;
+    let hub = HubOptions::from_vars(|name| std::env::var(name).ok());
+    let Opened {
+        model,
+        dir,
+        adapter,
+    } = open(&config, hub)?;
+    let adapter = adapter.map(|adapter| adapter.dir().to_owned());
     let shape = ModelConfig::from_json(model.config())
         .with_context(|| format!("read the configuration of {}", dir.display()))?;
     let tokenizer = Tokenizer::from_dir(&dir)
@@ -65,7 +71,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     if config.dry_run {
         return Ok(());
     }
-    let start = choose_start(&config, prepared.plan.counts.total_updates)?;
+    let start = choose_start(&config, adapter, prepared.plan.counts.total_updates)?;
     let files = adapter_files(&config, &prepared, &dir)?;
     let job = Job {
         config: &config,
@@ -93,10 +99,19 @@ fn check_built(config: &TrainConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Opens the base, with the adapters that are to be merged before training.
-fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path::PathBuf)> {
+/// What a run is made from.
+struct Opened {
+    /// The base, with the adapters that are merged before training.
+    model: Arc<dyn ModelSource>,
+    /// Where the base lies.
+    dir: PathBuf,
+    /// The adapter that training goes on from.
+    adapter: Option<Adapter>,
+}
+
+/// Opens the base and the adapters: paths as they are, hub ids with the settings of `hub`.
+fn open(config: &TrainConfig, mut hub: HubOptions) -> anyhow::Result<Opened> {
     let name = &config.model.model_name_or_path;
-    let mut hub = HubOptions::from_vars(|name| std::env::var(name).ok());
     hub.revision.clone_from(&config.model.model_revision);
     let base = weights::open_model(name, &hub)
         .with_context(|| format!("open model_name_or_path {name}"))?;
@@ -109,13 +124,22 @@ fn open(config: &TrainConfig) -> anyhow::Result<(Arc<dyn ModelSource>, std::path
             path = dir.display()
         );
     }
-    let merged = match config.model.adapter_name_or_path.split_last() {
-        Some((_, before)) if !config.model.create_new_adapter => before,
-        _ => &config.model.adapter_name_or_path[..],
+    let (last, merged) = match config.model.adapter_name_or_path.split_last() {
+        Some((last, before)) if !config.model.create_new_adapter => (Some(last), before),
+        _ => (None, &config.model.adapter_name_or_path[..]),
     };
+    let open_last = |spec: &String| {
+        weights::open_adapter(spec, None, &hub)
+            .with_context(|| format!("open adapter_name_or_path {spec}"))
+    };
+    let adapter = last.map(open_last).transpose()?;
     let model = weights::open_with_adapters(Arc::new(base), merged, &hub)
         .context("fold adapter_name_or_path into the model")?;
-    Ok((model, dir))
+    Ok(Opened {
+        model,
+        dir,
+        adapter,
+    })
 }
 
 fn print_plan(
@@ -141,8 +165,13 @@ fn print_plan(
     print().context("print the plan")
 }
 
-/// Decides whether the run begins anew or goes on, and says so.
-fn choose_start(config: &TrainConfig, total_updates: u64) -> anyhow::Result<Start> {
+/// Decides whether the run begins anew, with the weights of `adapter` if there is one, or goes on
+/// from a checkpoint, and says so.
+fn choose_start(
+    config: &TrainConfig,
+    adapter: Option<PathBuf>,
+    total_updates: u64,
+) -> anyhow::Result<Start> {
     let output = &config.output;
     let newest = list_checkpoints(&output.output_dir).pop();
     match (&output.resume_from_checkpoint, newest) {
@@ -178,10 +207,7 @@ fn choose_start(config: &TrainConfig, total_updates: u64) -> anyhow::Result<Star
         }
         (Resume::Automatic | Resume::Never, _) => check_replaceable(output)?,
     }
-    Ok(match config.model.adapter_name_or_path.last() {
-        Some(adapter) if !config.model.create_new_adapter => Start::Adapter(adapter.into()),
-        _ => Start::Fresh,
-    })
+    Ok(adapter.map_or(Start::Fresh, Start::Adapter))
 }
 
 /// Refuses an output directory whose content a run from the start would replace unasked.

@@ -34,7 +34,7 @@ fn make_checkpoints(output_dir: &Path, steps: &[u64]) {
 /// Returns where a run begins, and the names of the checkpoints that it removes.
 fn start(output_dir: &Path, more: &[&str]) -> anyhow::Result<(Start, Vec<String>)> {
     let config = config(output_dir, more);
-    let start = choose_start(&config, 9)?;
+    let start = choose_start(&config, None, 9)?;
     let removed = replaced(&config.output, &start);
     let name = |dir: &PathBuf| dir.file_name().unwrap().to_string_lossy().into_owned();
     Ok((start, removed.iter().map(name).collect()))
@@ -127,4 +127,66 @@ fn resuming_with_overwrite_keeps_the_checkpoints() {
     // The same without the key removes what was there.
     run(&arguments(dir.path(), &["overwrite_output_dir=true"])).unwrap();
     assert!(!marker.exists());
+}
+
+/// Settings that use nothing but the cache in `dir`.
+fn offline_hub(dir: &Path) -> HubOptions {
+    HubOptions::from_vars(|name| match name {
+        "HF_HUB_CACHE" => Some(dir.to_string_lossy().into_owned()),
+        "HF_HUB_OFFLINE" => Some("1".to_owned()),
+        _ => None,
+    })
+}
+
+#[test]
+fn the_adapter_to_go_on_from_may_be_a_hub_id_or_a_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let trained = dir.path().join("trained");
+    run(&arguments(&trained, &["max_steps=1"])).unwrap();
+    let cache = dir.path().join("cache");
+    let repo = cache.join("models--me--adapter");
+    let snapshot = repo.join("snapshots/0123");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(repo.join("refs")).unwrap();
+    fs::write(repo.join("refs/main"), "0123").unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(trained.join(name), snapshot.join(name)).unwrap();
+    }
+    let path = trained.to_string_lossy().into_owned();
+    for (specs, place) in [
+        ("me/adapter".to_owned(), &snapshot),
+        (format!("{path},me/adapter"), &snapshot),
+        (format!("me/adapter,{path}"), &trained),
+    ] {
+        let config = config(
+            &dir.path().join("next"),
+            &[&format!("adapter_name_or_path={specs}")],
+        );
+        let adapter = open(&config, offline_hub(&cache)).unwrap().adapter;
+        let found = adapter.unwrap().dir().to_owned();
+        assert_eq!(&found, place, "{specs}");
+        let start = choose_start(&config, Some(found), 9).unwrap();
+        assert_eq!(start, Start::Adapter(place.clone()));
+    }
+    // A path is opened without a cache; an id that is in none is named.
+    let opened = |spec: &str| {
+        let more = [&*format!("adapter_name_or_path={spec}")];
+        let config = config(&dir.path().join("next"), &more);
+        open(&config, offline_hub(&dir.path().join("empty")))
+    };
+    assert!(opened(&path).unwrap().adapter.is_some());
+    let error = opened("me/adapter").err().unwrap();
+    assert!(format!("{error:#}").contains("open adapter_name_or_path me/adapter"));
+    // With a new adapter there is none to go on from.
+    let more = [
+        &*format!("adapter_name_or_path={path}"),
+        "create_new_adapter=1",
+    ];
+    let merged = config(&dir.path().join("next"), &more);
+    assert!(
+        open(&merged, offline_hub(&cache))
+            .unwrap()
+            .adapter
+            .is_none()
+    );
 }
