@@ -268,13 +268,15 @@ fn larger_tokenizer<'a>(
             // It has nothing new.
         } else if !contains(&tokenizer, &known) {
             tracing::warn!(
-                "the tokenizer of {} is not used: it lacks tokens of {} or has others under their                  ids",
+                "the tokenizer of {} is not used: it lacks tokens of {} or has others under their \
+                 ids",
                 dir.display(),
                 taken.unwrap_or(base).display()
             );
         } else if num_ids > num_rows {
             tracing::warn!(
-                "the tokenizer of {} is not used: it has {num_ids} ids, the embedding {num_rows}                  rows; its new tokens need a training that resizes and saves the embedding",
+                "the tokenizer of {} is not used: it has {num_ids} ids, the embedding {num_rows} \
+                 rows; its new tokens need a training that resizes and saves the embedding",
                 dir.display()
             );
         } else {
