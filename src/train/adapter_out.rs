@@ -3,12 +3,15 @@
 //! Keys, order and names are PEFT 0.12's, which refuses configurations with keys it does not
 //! know; newer versions, vLLM and `infold merge` read the same files.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::json;
 
 use super::TrainError;
-use super::files::{Tensors, pretty_json, read_tensors, write_atomically, write_tensors};
+use super::files::{
+    NamedValues, Tensors, pretty_json, read_tensors, write_atomically, write_tensors,
+};
 use super::lora::LoraLayout;
 
 /// Name of the file with the weights.
@@ -43,7 +46,14 @@ pub(super) fn read_flat(
     layout: &LoraLayout,
     name_of: impl Fn(&str) -> String,
 ) -> Result<Vec<f32>, TrainError> {
-    let tensors = read_tensors(path)?;
+    collect_flat(&read_tensors(path)?, (path, layout), name_of)
+}
+
+fn collect_flat(
+    tensors: &NamedValues,
+    (path, layout): (&Path, &LoraLayout),
+    name_of: impl Fn(&str) -> String,
+) -> Result<Vec<f32>, TrainError> {
     let zeros = vec![0f32; layout.num_params()];
     let mut flat = Vec::with_capacity(layout.num_params());
     // The layout's order is that of the flat buffer, without gaps.
@@ -68,12 +78,38 @@ pub(super) fn read_flat(
     Ok(flat)
 }
 
-/// Reads the weights of an adapter that this layout describes.
+/// Reads the weights of an adapter that this layout describes, and nothing beside it.
 ///
 /// # Errors
-/// [`TrainError::Checkpoint`] naming the file and the tensor.
+/// [`TrainError::Checkpoint`] naming the file and the tensor that is missing, of another shape or
+/// no part of the layout.
 pub fn read_adapter(dir: &Path, layout: &LoraLayout) -> Result<Vec<f32>, TrainError> {
-    read_flat(&dir.join(ADAPTER_MODEL), layout, str::to_owned)
+    let path = dir.join(ADAPTER_MODEL);
+    let tensors = read_tensors(&path)?;
+    let flat = collect_flat(&tensors, (&path, layout), str::to_owned)?;
+    let tensors_used = layout.tensors().into_iter().map(|tensor| tensor.name);
+    // PEFT saves an adapted lm_head's own weight too, as the base has it.
+    let below = layout.entries().iter().map(|entry| {
+        let path = entry.module.path();
+        format!("base_model.model.{path}.base_layer.weight")
+    });
+    let used: BTreeSet<String> = tensors_used.chain(below).collect();
+    let unused: Vec<&String> = tensors
+        .keys()
+        .filter(|name| !used.contains(*name))
+        .collect();
+    if unused.is_empty() {
+        return Ok(flat);
+    }
+    Err(TrainError::Checkpoint {
+        path,
+        what: format!(
+            "{} tensors would be left out: {unused:?}; {ADAPTER_CONFIG} beside it does not ask \
+             for them in target_modules, modules_to_save or use_dora: correct it, or save the \
+             adapter again",
+            unused.len()
+        ),
+    })
 }
 
 /// Writes the adapter's configuration, weights, card and companions into a directory.
@@ -145,4 +181,44 @@ fn model_card(base_model: &str) -> String {
          Made by `infold train`. `infold merge` folds it into its base model; PEFT and vLLM load \
          it as it is. `trainer_state.json` holds the losses of the run.\n"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::forward_backward::tests::lora_options;
+    use super::super::{LoraOptions, LoraTarget};
+    use super::*;
+    use crate::models::ModelConfig;
+
+    #[test]
+    fn tensors_that_the_layout_does_not_use_are_refused_by_name() {
+        let fixture = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/fixtures/tiny-qwen2/config.json"
+        );
+        let model = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
+        let model = ModelConfig::from_json(&model).unwrap();
+        let layout = |targets: &[&str]| {
+            let targets = targets.iter().map(|&target| target.to_owned()).collect();
+            let options = LoraOptions {
+                target: LoraTarget::Modules(targets),
+                ..lora_options()
+            };
+            LoraLayout::new(&model, options).unwrap()
+        };
+        let both = layout(&["q_proj", "v_proj"]);
+        let dir = tempfile::tempdir().unwrap();
+        let params = both.init(1);
+        write_adapter(dir.path(), &both, &params, &AdapterFiles::default()).unwrap();
+        assert_eq!(read_adapter(dir.path(), &both).unwrap(), params);
+        let error = read_adapter(dir.path(), &layout(&["q_proj"])).unwrap_err();
+        let text = error.to_string();
+        for part in [
+            "adapter_model.safetensors",
+            "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(!text.contains("q_proj"), "{text}");
+    }
 }

@@ -130,9 +130,9 @@ pub enum TrainError {
     /// A checkpoint of another configuration.
     #[error(
         "{path} was made with another configuration: {differences}. Use overwrite_output_dir: \
-         true without resume_from_checkpoint to start over, or another output_dir; with \
-         adapter_name_or_path: {path} there the training goes on from its weights, with a new \
-         learning rate"
+         true without resume_from_checkpoint to start over, or another output_dir; with {path} as \
+         the last of adapter_name_or_path there, and without create_new_adapter, training goes on \
+         from its weights with its own rank, alpha and targets and a new learning rate"
     )]
     ManifestMismatch {
         /// The checkpoint.

@@ -9,8 +9,10 @@
 //! `modules` its parts by name, `lora` all that is trained in one flat buffer, `optimizer`, `lr_schedule` and `zero` make updates of
 //! gradients, `sharded` divides the base among ranks, `trainer` is the loop, `checkpoint`,
 //! `adapter_out`, `report`, `plot` and `tensorboard` write files, `manifest` says what a checkpoint
-//! belongs to. `run` joins both halves.
+//! belongs to, `adapter_in` takes over the options of an adapter to go on from. `run` joins both
+//! halves.
 
+mod adapter_in;
 mod adapter_out;
 mod args;
 mod check_data;

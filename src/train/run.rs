@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
 
+use super::adapter_in::adopt_options;
 use super::console::Console;
 use super::manifest::manifest_of;
 use super::{
@@ -50,7 +51,7 @@ const WEIGHTS_FILES: &[&str] = &[
 /// A wrong configuration, data or model, found before any weight is read; a disk that is full, a
 /// loss that is not finite. Checkpoints written until then stay.
 pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
-    let config = args.config(1)?;
+    let mut config = args.config(1)?;
     for note in &config.notes {
         tracing::info!("{note}");
     }
@@ -61,7 +62,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         dir,
         adapter,
     } = open(&config, hub)?;
-    let adapter = adapter.map(|adapter| adapter.dir().to_owned());
+    let adapter = adopt(&mut config, adapter)?;
     let shape = ModelConfig::from_json(model.config())
         .with_context(|| format!("read the configuration of {}", dir.display()))?;
     let tokenizer = Tokenizer::from_dir(&dir)
@@ -140,6 +141,20 @@ fn open(config: &TrainConfig, mut hub: HubOptions) -> anyhow::Result<Opened> {
         dir,
         adapter,
     })
+}
+
+/// Gives the run the options of the adapter that it goes on from, and returns where that lies.
+fn adopt(config: &mut TrainConfig, adapter: Option<Adapter>) -> anyhow::Result<Option<PathBuf>> {
+    let Some(adapter) = adapter else {
+        return Ok(None);
+    };
+    let notes = adopt_options(&mut config.lora, &adapter)
+        .context("go on from the last of adapter_name_or_path")?;
+    for note in &notes {
+        tracing::info!("{note}");
+    }
+    config.notes.extend(notes);
+    Ok(Some(adapter.dir().to_owned()))
 }
 
 fn print_plan(

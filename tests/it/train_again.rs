@@ -155,10 +155,14 @@ fn what_an_earlier_run_left_goes_only_when_the_next_one_begins() {
         out.join("checkpoint-4").display()
     );
     let more = ["overwrite_output_dir=true", "max_steps=1", &from];
-    // Its adapter does not fit, so nothing begins.
-    let output = train(&out, &[&more[..], &["lora_rank=4"]].concat());
+    // The tensors of its adapter do not fit its configuration, so nothing begins.
+    let adapter_config = out.join("checkpoint-4/adapter_config.json");
+    let text = fs::read_to_string(&adapter_config).unwrap();
+    fs::write(&adapter_config, text.replace("\"r\": 8", "\"r\": 4")).unwrap();
+    let output = train(&out, &more);
     assert!(!output.status.success());
     assert_eq!(names(), ["checkpoint-2", "checkpoint-4", "checkpoint-6"]);
+    fs::write(&adapter_config, text).unwrap();
     // Two ranks start from a checkpoint that is then removed.
     let more = [&more[..], &["num_ranks=2"]].concat();
     succeed(&train(&out, &more));

@@ -190,3 +190,28 @@ fn the_adapter_to_go_on_from_may_be_a_hub_id_or_a_path() {
             .is_none()
     );
 }
+
+#[test]
+fn a_run_that_goes_on_from_an_adapter_trains_that_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let options = [
+        "max_steps=1",
+        "lora_rank=3",
+        "lora_alpha=12",
+        "lora_dropout=0.1",
+        "lora_target=q_proj,v_proj",
+        "additional_target=norm",
+        "use_rslora=true",
+        "use_dora=true",
+    ];
+    run(&arguments(&first, &options)).unwrap();
+    // Without a learning rate the result is what the run began with.
+    let from = format!("adapter_name_or_path={}", first.display());
+    let more = ["max_steps=1", "learning_rate=0", &from];
+    run(&arguments(&second, &more)).unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let content = |dir: &Path| fs::read(dir.join(name)).unwrap();
+        assert!(content(&first) == content(&second), "{name} differs");
+    }
+}

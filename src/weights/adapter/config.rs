@@ -11,13 +11,14 @@ use serde_json::{Map, Value};
 
 use super::faults::Fault;
 
-/// The keys of `adapter_config.json` that a merge looks at.
+/// The keys of `adapter_config.json` that a merge or a training looks at.
 #[derive(Debug, Clone)]
 struct RawConfig {
     peft_type: Option<String>,
     base_model_name_or_path: Option<String>,
     r: Option<Value>,
     lora_alpha: Option<f64>,
+    lora_dropout: Option<f64>,
     use_rslora: Option<bool>,
     use_dora: Option<bool>,
     fan_in_fan_out: Option<bool>,
@@ -48,6 +49,7 @@ impl RawConfig {
             base_model_name_or_path: take(keys, "base_model_name_or_path")?,
             r: take(keys, "r")?,
             lora_alpha: take(keys, "lora_alpha")?,
+            lora_dropout: take(keys, "lora_dropout")?,
             use_rslora: take(keys, "use_rslora")?,
             use_dora: take(keys, "use_dora")?,
             fan_in_fan_out: take(keys, "fan_in_fan_out")?,
@@ -88,6 +90,7 @@ pub struct AdapterConfig {
     base_model: Option<String>,
     rank: usize,
     alpha: f64,
+    dropout: f64,
     rslora: bool,
     pub(super) dora: bool,
     pub(super) fan_in_fan_out: bool,
@@ -175,6 +178,7 @@ impl AdapterConfig {
             base_model: raw.base_model_name_or_path.filter(|base| !base.is_empty()),
             rank,
             alpha: raw.lora_alpha.unwrap_or(8.0),
+            dropout: raw.lora_dropout.unwrap_or(0.0),
             rslora: raw.use_rslora.unwrap_or(false),
             dora: raw.use_dora.unwrap_or(false),
             fan_in_fan_out: raw.fan_in_fan_out.unwrap_or(false),
@@ -203,6 +207,53 @@ impl AdapterConfig {
     /// Returns `lora_alpha`, without the patterns.
     pub fn alpha(&self) -> f64 {
         self.alpha
+    }
+
+    /// Returns `r`, without the patterns.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Returns `lora_dropout`, 0 where it is not given.
+    pub fn dropout(&self) -> f64 {
+        self.dropout
+    }
+
+    /// Returns `use_rslora`.
+    pub fn use_rslora(&self) -> bool {
+        self.rslora
+    }
+
+    /// Returns `use_dora`.
+    pub fn use_dora(&self) -> bool {
+        self.dora
+    }
+
+    /// Returns `modules_to_save`.
+    pub fn modules_to_save(&self) -> &[String] {
+        &self.modules_to_save
+    }
+
+    /// Returns `target_modules` where it is a list that holds for every layer, else nothing.
+    pub fn every_layer_targets(&self) -> &[String] {
+        &self.every_layer_targets
+    }
+
+    /// Returns the keys that make the adapter more than one rank and alpha on a list of modules
+    /// in every layer, with modules that are saved whole.
+    pub fn keys_beyond_plain_lora(&self) -> Vec<&'static str> {
+        let keys = [
+            ("rank_pattern", !self.rank_pattern.is_empty()),
+            ("alpha_pattern", !self.alpha_pattern.is_empty()),
+            ("bias", self.trains_biases),
+            ("trainable_token_indices", !self.token_indices.is_empty()),
+            (
+                "target_modules, which is no list for every layer,",
+                self.every_layer_targets.is_empty(),
+            ),
+        ];
+        let used = keys.into_iter().filter(|(_, is_used)| *is_used);
+        used.map(|(key, _)| key).collect()
     }
 
     /// Returns the rank that the configuration gives to a module.
