@@ -51,7 +51,7 @@ for capability in "${capabilities[@]}"; do
     run "$capability" 4 "${tests[@]}" --test-threads=1
     continue
   fi
-  tests=(cuda:: cuda_kv_cache_fp8::)
+  tests=(cuda:: cuda_draws:: cuda_kv_cache_fp8::)
   [[ $capability != 9.0 ]] || tests+=(cuda_fp8::)
   # What needs several GPUs says so and ends; engines on them may not come and go at once.
   run "$capability" 1 "${tests[@]}"

@@ -6,9 +6,10 @@
 //! waits to be computed again. The policy is vLLM V1's (`vllm/v1/core/sched/scheduler.py`).
 //!
 //! A step writes the keys and values of all its tokens, layer by layer, before any token attends
-//! to them, but for sequences of one token. So a block enters the prefix cache when the tokens that
-//! fill it are scheduled, and a later sequence of the same step shares it already if it has more than
-//! one token to compute, else in the next step: the choices of one request compute their prompt once.
+//! to them, but for sequences of one token. So a block enters the prefix cache when the tokens
+//! that fill it are scheduled, and a later sequence of the same step shares it already if it has
+//! more than one token to compute, else in the next step: the choices of one request compute their
+//! prompt once.
 //!
 //! Steps run in the order of their launches, so what is launched counts as computed. A step may
 //! be launched before the one before it is read: the token that a sequence draws there is then

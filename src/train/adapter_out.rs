@@ -46,12 +46,13 @@ pub(super) fn read_flat(
     layout: &LoraLayout,
     name_of: impl Fn(&str) -> String,
 ) -> Result<Vec<f32>, TrainError> {
-    collect_flat(&read_tensors(path)?, (path, layout), name_of)
+    collect_flat(&read_tensors(path)?, path, layout, name_of)
 }
 
 fn collect_flat(
     tensors: &NamedValues,
-    (path, layout): (&Path, &LoraLayout),
+    path: &Path,
+    layout: &LoraLayout,
     name_of: impl Fn(&str) -> String,
 ) -> Result<Vec<f32>, TrainError> {
     let zeros = vec![0f32; layout.num_params()];
@@ -86,7 +87,7 @@ fn collect_flat(
 pub fn read_adapter(dir: &Path, layout: &LoraLayout) -> Result<Vec<f32>, TrainError> {
     let path = dir.join(ADAPTER_MODEL);
     let tensors = read_tensors(&path)?;
-    let flat = collect_flat(&tensors, (&path, layout), str::to_owned)?;
+    let flat = collect_flat(&tensors, &path, layout, str::to_owned)?;
     let tensors_used = layout.tensors().into_iter().map(|tensor| tensor.name);
     // PEFT saves an adapted lm_head's own weight too, as the base has it.
     let below = layout.entries().iter().map(|entry| {

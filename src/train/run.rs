@@ -366,7 +366,7 @@ impl Job<'_> {
             max_tokens_per_pass: config.max_tokens_per_pass(),
             batches: &batches,
             evaluation,
-            output: self.output_plan((total, per_epoch), &start),
+            output: self.output_plan(total, per_epoch, &start),
             ranks: self.ranks(),
             files,
             manifest: manifest_of(self.config, self.prepared),
@@ -407,7 +407,7 @@ impl Job<'_> {
         collate(&self.prepared.eval, &indices, self.layout)
     }
 
-    fn output_plan(&self, (total, per_epoch): (u64, u64), start: &Start) -> OutputPlan {
+    fn output_plan(&self, total: u64, per_epoch: u64, start: &Start) -> OutputPlan {
         let output = &self.config.output;
         OutputPlan {
             output_dir: output.output_dir.clone(),

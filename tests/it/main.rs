@@ -10,6 +10,8 @@ mod chat_templates;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
+mod cuda_draws;
+#[cfg(feature = "cuda")]
 mod cuda_fp8;
 #[cfg(feature = "cuda")]
 mod cuda_kv_cache_fp8;

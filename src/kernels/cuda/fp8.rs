@@ -9,8 +9,9 @@ use candle_core::{Result, Tensor};
 
 use super::activations::Lifetime;
 use super::driver::{Address, Arg, Driver, Geometry};
+use super::norm::norm_form;
 use super::weights::GpuMatrix;
-use super::{Gpu, Quantization, norm_form};
+use super::{Gpu, Quantization};
 
 /// What an FP8 product divides evenly: rows of a weight, and columns, which begin on 16 bytes.
 pub(super) const ROW_MULTIPLE: usize = 8;

@@ -307,8 +307,8 @@ impl Gemm {
         Ok(choice)
     }
 
-    /// Returns the fastest form of `gemm_tile` where that is what `form` says and steps of one token
-    /// a sequence have so many rows, else `form`.
+    /// Returns the fastest form of `gemm_tile` where that is what `form` says and steps of one
+    /// token a sequence have so many rows, else `form`.
     fn tuned_silu(
         &self,
         driver: &Driver,

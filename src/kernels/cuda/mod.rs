@@ -1,12 +1,12 @@
 //! The kernels on a GPU: our own CUDA kernels (the `.cu` files of this folder, see its README)
 //! and cuBLASLt. Activations are `f16` or `bf16` tensors on candle's device, logits `f32`.
 //!
-//! `driver` is the GPU (streams, launches, graphs), `memory` what owns memory, `weights` loads
-//! matrices, `fp8` quantises them and what they multiply, `activations` is where results go,
-//! `batch` stages a step's integers, `gemm` multiplies, `paged` is the KV cache with its kernels,
-//! `sampler` draws tokens, `peers` are the collectives of several GPUs, `nccl` those where GPUs
-//! cannot reach each other, `turns` is what lets the host prepare a step while another runs, `upload`
-//! brings weights from files.
+//! `driver` is the GPU (streams, launches, graphs), `event` a place in its stream, `memory` what
+//! owns memory, `weights` loads matrices, `fp8` quantises them and what they multiply,
+//! `activations` is where results go, `batch` stages a step's integers, `gemm` multiplies, `norm`
+//! norms, `paged` is the KV cache with its kernels, `sampler` draws tokens, `peers` are the
+//! collectives of several GPUs, `nccl` those where GPUs cannot reach each other, `turns` is what
+//! lets the host prepare a step while another runs, `upload` brings weights from files.
 //! `unsafe` code stays in this folder.
 
 mod activations;
@@ -17,6 +17,7 @@ mod fp8;
 mod gemm;
 mod memory;
 mod nccl;
+mod norm;
 mod paged;
 mod peers;
 mod sampler;
@@ -423,48 +424,6 @@ impl Gpu {
         Ok(tensor)
     }
 
-    pub(super) fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        let width = weight.elem_count();
-        let num_rows = check::rows_of("x", x, width)?;
-        let (tensor, out) = self.new_tensor([num_rows, width])?;
-        let (name, mut args) = self.norm_outputs("rms_norm", out, [num_rows, width])?;
-        args.extend([
-            Arg::Pointer(self.address("x", x, self.dtype)?),
-            Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
-            Arg::F32(eps),
-            Arg::I32(width as i32),
-        ]);
-        self.driver
-            .launch(&name, norm_geometry(num_rows, width), &args)?;
-        Ok(tensor)
-    }
-
-    pub(super) fn add_rms_norm(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        weight: &Tensor,
-        eps: f32,
-    ) -> Result<(Tensor, Tensor)> {
-        let width = weight.elem_count();
-        let num_rows = check::rows_of("x", x, width)?;
-        check::rows_of("residual", residual, width)?;
-        let (tensor, out) = self.new_tensor([num_rows, width])?;
-        let (sum_tensor, sum) = self.new_tensor([num_rows, width])?;
-        let (name, mut args) = self.norm_outputs("add_rms_norm", out, [num_rows, width])?;
-        args.extend([
-            Arg::Pointer(sum),
-            Arg::Pointer(self.address("x", x, self.dtype)?),
-            Arg::Pointer(self.address("residual", residual, self.dtype)?),
-            Arg::Pointer(self.address("the norm's weight", weight, self.dtype)?),
-            Arg::F32(eps),
-            Arg::I32(width as i32),
-        ]);
-        self.driver
-            .launch(&name, norm_geometry(num_rows, width), &args)?;
-        Ok((tensor, sum_tensor))
-    }
-
     pub(super) fn silu_and_mul(&self, gate_up: &Tensor) -> Result<Tensor> {
         let (num_rows, width) = gate_up.dims2()?;
         let width = width / 2;
@@ -583,23 +542,5 @@ pub(super) fn choose_collectives(
             Ok(Some(id))
         }
         Err(error) => bail!("{obstacle}, so the ranks need NCCL. {error}"),
-    }
-}
-
-/// Threads of a norm's block, at most.
-const MAX_NORM_THREADS: usize = 1024;
-
-/// One block a row, which holds the row in registers: eight elements a thread, of a
-/// [`norm_form`] up to 32.
-fn norm_geometry(num_rows: usize, width: usize) -> Geometry {
-    let block = width.div_ceil(8).next_multiple_of(32).min(MAX_NORM_THREADS);
-    Geometry::new([num_rows, 1, 1], block)
-}
-
-/// Returns the end of a norm's name: the entry points without one have one vector a thread.
-fn norm_form(width: usize) -> &'static str {
-    match width.div_ceil(8) {
-        ..=MAX_NORM_THREADS => "",
-        _ => "_wide",
     }
 }

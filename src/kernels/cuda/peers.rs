@@ -14,7 +14,8 @@ use cudarc::driver::{result, sys};
 use super::super::check;
 use super::driver::{Address, Arg, Driver, Geometry, told};
 use super::memory::{Buffer, Pinned};
-use super::{Gpu, nccl, norm_geometry};
+use super::norm::norm_geometry;
+use super::{Gpu, nccl};
 
 const MAX_RANKS: usize = 8;
 /// Group sizes that the kernels are made for.
